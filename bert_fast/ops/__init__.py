@@ -1,0 +1,24 @@
+"""The ops of a post-LN encoder on packed tokens; `OPS` holds their contracts by name."""
+
+from .add_layernorm import add_layernorm
+from .attention import attention
+from .bias_gelu import bias_gelu
+from .embed_layernorm import embed_layernorm
+from .linear import linear
+from .linear_gelu import linear_gelu
+from .padding import pad, unpad
+from .pool import pool
+from .registry import OPS
+
+__all__ = [
+    "OPS",
+    "add_layernorm",
+    "attention",
+    "bias_gelu",
+    "embed_layernorm",
+    "linear",
+    "linear_gelu",
+    "pad",
+    "pool",
+    "unpad",
+]

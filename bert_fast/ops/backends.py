@@ -1,0 +1,140 @@
+"""Where kernels come from: the C++ extension (CPU by ISA, CUDA), Triton; each says why it cannot.
+
+Nothing here imports Triton or loads the extension before a kernel of theirs is considered.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .registry import Kernel
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+ISAS = {"avx512": 2, "avx2": 1, "generic": 0}
+
+Limits = Callable[..., list[str]]
+
+
+def no_limits(*args: Any) -> list[str]:
+    return []
+
+
+@functools.cache
+def extension_missing() -> list[str]:
+    """Why the compiled extension cannot be used (empty: it is loaded)."""
+    try:
+        importlib.import_module("bert_fast._C")
+    except ImportError as error:
+        return [f"the C++ extension is not built or does not load ({error})"]
+    return []
+
+
+@functools.cache
+def cuda_missing() -> list[str]:
+    if extension_missing():
+        return extension_missing()
+    if not hasattr(torch.ops.bert_fast_cuda, "add_layernorm_forward"):
+        return ["the extension was built without CUDA (torch without CUDA, or no nvcc)"]
+    return []
+
+
+@functools.cache
+def triton_missing() -> list[str]:
+    if importlib.util.find_spec("triton") is None:
+        return ["triton is not installed"]
+    return []
+
+
+@functools.cache
+def triton_interprets() -> bool:
+    """Triton's interpreter runs kernels on CPU tensors; it is chosen before triton is imported."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def best_isa() -> int:
+    return 0 if extension_missing() else int(torch.ops.bert_fast_cpu.best_isa())
+
+
+def wrong_device(lead: Tensor, device: str) -> list[str]:
+    return [] if lead.device.type == device else [f"tensors are on {lead.device}, not {device}"]
+
+
+def wrong_dtype(lead: Tensor) -> list[str]:
+    return [] if lead.dtype in FLOATS else [f"{lead.dtype} is not fp32, bf16 or fp16"]
+
+
+def cpu_kernels(op: str, lead: int = 0, limits: Limits = no_limits) -> tuple[Kernel, ...]:
+    """The C++ CPU kernel of `op`, once per instruction set, best first."""
+    return tuple(_cpu_kernel(op, lead, limits, *item) for item in ISAS.items())
+
+
+def _cpu_kernel(op: str, lead: int, limits: Limits, name: str, isa: int) -> Kernel:
+    def why_not(*args: Any) -> list[str]:
+        found = wrong_device(args[lead], "cpu") or extension_missing()
+        if not found and isa > best_isa():
+            found = [f"this CPU has no {name}"]
+        return found + wrong_dtype(args[lead]) + limits(*args)
+
+    def forward(*args: Any, save: bool) -> tuple[Tensor, ...]:
+        return _tuple(getattr(torch.ops.bert_fast_cpu, f"{op}_forward")(*args, save, isa))
+
+    def backward(*args: Any, needs: list[bool]) -> tuple[Tensor, ...]:
+        return _tuple(getattr(torch.ops.bert_fast_cpu, f"{op}_backward")(*args, needs, isa))
+
+    return Kernel(name, forward, backward, why_not)
+
+
+def cuda_kernel(
+    op: str, lead: int = 0, limits: Limits = no_limits, has_backward: bool = True
+) -> Kernel:
+    """The CUDA C++ kernel of `op` (built where torch has CUDA and nvcc is found)."""
+
+    def why_not(*args: Any) -> list[str]:
+        found = wrong_device(args[lead], "cuda") or cuda_missing()
+        return found + wrong_dtype(args[lead]) + limits(*args)
+
+    def forward(*args: Any, save: bool) -> tuple[Tensor, ...]:
+        return _tuple(getattr(torch.ops.bert_fast_cuda, f"{op}_forward")(*args, save))
+
+    def backward(*args: Any, needs: list[bool]) -> tuple[Tensor, ...]:
+        return _tuple(getattr(torch.ops.bert_fast_cuda, f"{op}_backward")(*args, needs))
+
+    return Kernel("cuda", forward, backward if has_backward else None, why_not)
+
+
+def triton_kernel(
+    op: str, lead: int = 0, limits: Limits = no_limits, forward: str = "forward"
+) -> Kernel:
+    """The Triton kernel of `op`, in module `bert_fast._triton.<op>`, imported at its first use."""
+
+    @functools.cache
+    def module() -> Any:
+        return importlib.import_module(f"bert_fast._triton.{op}")
+
+    def why_not(*args: Any) -> list[str]:
+        found = list(triton_missing())
+        if not found and not args[lead].is_cuda and not triton_interprets():
+            found = [f"tensors are on {args[lead].device}; Triton runs on a GPU"]
+        return found + wrong_dtype(args[lead]) + limits(*args)
+
+    def run(*args: Any, save: bool) -> tuple[Tensor, ...]:
+        return _tuple(getattr(module(), forward)(*args, save=save))
+
+    def backward(*args: Any, needs: list[bool]) -> tuple[Tensor, ...]:
+        return _tuple(module().backward(*args, needs=needs))
+
+    return Kernel("triton", run, backward, why_not)
+
+
+def _tuple(found: Any) -> tuple[Tensor, ...]:
+    return (found,) if isinstance(found, Tensor) else tuple(found)

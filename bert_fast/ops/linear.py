@@ -1,0 +1,112 @@
+"""linear: y = x W^T + b, the projections of the encoder (packed QKV is one call with N = 3H).
+
+    dx = dy W,  dW = dy^T x,  db = sum_T dy
+
+On a GPU the reference is cuBLAS and comes first; the Triton GEMM runs where it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import checks
+from .backends import triton_kernel
+from .onednn import onednn_kernel
+from .registry import Kernel, Op, Sample
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def check(x, weight, bias, op: str = "linear") -> None:
+    checks.rank(op, "x", x, 2)
+    checks.rank(op, "weight", weight, 2)
+    if weight.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"bert_fast.{op}: weight has shape {tuple(weight.shape)}, expected (N, {x.shape[1]})"
+            f" to match x {tuple(x.shape)}"
+        )
+    checks.shape(op, "bias", bias, (weight.shape[0],))
+
+
+def fake(x, weight, bias, *, save) -> tuple[Tensor, ...]:
+    return (x.new_empty(x.shape[0], weight.shape[0]),)
+
+
+def gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dW, db) of x W^T + b through ATen's GEMM, only those needed."""
+    return (
+        dy @ weight if needs[0] else None,
+        dy.t() @ x if needs[1] else None,
+        dy.sum(0) if needs[2] else None,
+    )
+
+
+def aten_kernel() -> Kernel:
+    """ATen's GEMM (cuBLAS, oneDNN, MKL) with the gradient that skips what is not needed."""
+
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *, save: bool) -> tuple[Tensor]:
+        return (F.linear(x, weight, bias),)
+
+    def backward(dy, x, weight, bias, *, needs):
+        return gradients(dy, x, weight, needs)
+
+    return Kernel("aten", forward, backward, lambda *args: [])
+
+
+def samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
+
+    for name, tokens, inner, outer, has_bias in (
+        ("qkv", 37, 64, 192, True),
+        ("no_bias", 20, 96, 64, False),
+        ("odd", 7, 37, 41, True),
+        ("one_token", 1, 128, 64, True),
+        ("empty", 0, 64, 32, True),
+    ):
+        weight = draw(outer, inner, scale=inner**-0.5)
+        yield Sample(name, (draw(tokens, inner), weight, draw(outer) if has_bias else None))
+    yield Sample("strided", (draw(64, 9).t(), draw(64, 32).t() / 8, draw(32)))
+
+
+def cost(x, weight, bias, *rest) -> tuple[int, int]:
+    tokens, outer = x.shape[0], weight.shape[0]
+    elements = x.numel() + weight.numel() + tokens * outer
+    return 2 * tokens * weight.numel(), elements * x.element_size()
+
+
+OP = Op(
+    name="linear",
+    arguments="Tensor x, Tensor weight, Tensor? bias",
+    reference=reference,
+    check=check,
+    fake=fake,
+    kernels=(onednn_kernel(gradients), aten_kernel(), triton_kernel("linear")),
+    samples=samples,
+    cost=cost,
+    differentiable=("x", "weight", "bias"),
+)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str = "auto") -> Tensor:
+    """x W^T + b.
+
+    Args:
+        x: [T, K], fp32, bf16 or fp16 (fp64 through ATen).
+        weight: [N, K]; bias: [N] or None.
+        backend: "auto" or the name of one kernel; a forced one that cannot run raises.
+
+    Returns: [T, N] in x's dtype.
+    Raises: ValueError for a wrong shape, device or backend; TypeError for mixed dtypes.
+    """
+    return OP(x, weight, bias, backend=backend)

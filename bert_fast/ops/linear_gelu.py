@@ -1,0 +1,118 @@
+"""linear_gelu: y = activation(x W^T + b), the first half of the feed-forward network.
+
+The exact-erf GELU in the GEMM's epilogue (cuBLASLt fuses only the tanh form). With
+u = x W^T + b and du = dy * activation'(u):
+
+    dx = du W,  dW = du^T x,  db = sum_T du
+
+Saved: the inputs and u.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import checks, onednn
+from .backends import triton_kernel
+from .bias_gelu import OP as BIAS_GELU
+from .bias_gelu import activate
+from .linear import check as check_linear
+from .linear import cost, gradients
+from .linear import samples as linear_samples
+from .registry import Kernel, Op, Sample
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return activate(F.linear(x, weight, bias), activation)
+
+
+def check(x, weight, bias, activation) -> None:
+    check_linear(x, weight, bias, "linear_gelu")
+    checks.activation("linear_gelu", activation)
+
+
+def fake(x, weight, bias, activation, *, save) -> tuple[Tensor, ...]:
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    return y, torch.empty_like(y) if save else y.new_empty(0)
+
+
+def _backward(dy, x, weight, bias, activation, u, *, needs) -> Sequence[Tensor | None]:
+    """Shared by the kernels whose GEMM is ATen's: du by bias_gelu's kernel, then the GEMMs."""
+    kernel = BIAS_GELU.choose((u, None, activation))
+    (du, _) = BIAS_GELU.backward(kernel, dy, (u, None, activation), (), [True, False])
+    return gradients(du, x, weight, needs)
+
+
+def _onednn() -> Kernel:
+    def forward(x, weight, bias, activation, *, save) -> tuple[Tensor, ...]:
+        if not save:
+            return onednn.pointwise(x, weight, bias, activation), x.new_empty(0)
+        u = onednn.pointwise(x, weight, bias, "none")
+        return _activated(u, None, activation), u
+
+    return Kernel("onednn", forward, _backward, onednn.why_not)
+
+
+def _aten() -> Kernel:
+    """ATen's GEMM, then bias and activation in one fused elementwise pass."""
+
+    def forward(x, weight, bias, activation, *, save) -> tuple[Tensor, ...]:
+        if save:
+            u = F.linear(x, weight, bias)
+            return _activated(u, None, activation), u
+        return _activated(F.linear(x, weight), bias, activation), x.new_empty(0)
+
+    return Kernel("aten", forward, _backward, lambda *args: [])
+
+
+def _activated(u: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    args: tuple[Any, ...] = (u, bias, activation)
+    return BIAS_GELU.choose(args).forward(*args, save=False)[0]
+
+
+def samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
+    for sample in linear_samples(device, dtype):
+        yield Sample(sample.name, (*sample.args, "gelu"))
+    x, weight, bias = next(iter(linear_samples(device, dtype))).args
+    for activation in checks.ACTIVATIONS[1:]:
+        yield Sample(activation, (x, weight, bias, activation))
+
+
+OP = Op(
+    name="linear_gelu",
+    arguments="Tensor x, Tensor weight, Tensor? bias, str activation",
+    reference=reference,
+    check=check,
+    fake=fake,
+    kernels=(_onednn(), _aten(), triton_kernel("linear_gelu")),
+    samples=samples,
+    cost=cost,
+    differentiable=("x", "weight", "bias"),
+    residuals=1,
+)
+
+
+def linear_gelu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str = "gelu",
+    backend: str = "auto",
+) -> Tensor:
+    """activation(x W^T + b); the default is BERT's exact GELU (arXiv 1606.08415).
+
+    Args:
+        x: [T, K], fp32, bf16 or fp16 (fp64 through ATen).
+        weight: [N, K]; bias: [N] or None.
+        activation: "gelu" (erf), "gelu_tanh", "relu" or "silu".
+        backend: "auto" or the name of one kernel; a forced one that cannot run raises.
+
+    Returns: [T, N] in x's dtype.
+    Raises: ValueError for a wrong shape, activation, device or backend; TypeError for dtypes.
+    """
+    return OP(x, weight, bias, activation, backend=backend)

@@ -1,0 +1,92 @@
+"""CPU GEMMs through oneDNN with weights reordered once, and the activation in the epilogue.
+
+oneDNN picks AVX2, AVX-512 or AMX code by itself. A weight in oneDNN's own blocked layout is up
+to 2x faster at small T than a plain one, and the fused exact GELU is nearly free; both come with
+torch as `mkldnn._linear_pointwise`. The reordered copy is kept beside the user's weight, which is
+never changed, for as long as that tensor lives and its version and address stay the same.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .backends import wrong_device, wrong_dtype
+from .registry import Kernel
+
+_POINTWISE = {
+    "none": ("none", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+    "relu": ("relu", ""),
+    "silu": ("swish", ""),
+}
+
+_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+@functools.cache
+def has_native(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies this dtype in hardware here; else fp32 arithmetic is faster."""
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return True
+
+
+def prepacked(weight: Tensor) -> Tensor:
+    """weight [N, K] in oneDNN's blocked layout, in fp32 where its dtype has no hardware here."""
+    stamp = (weight.data_ptr(), weight._version)
+    found = _packed.get(weight)
+    if found is None or found[0] != stamp:
+        plain = weight.detach()
+        plain = plain if has_native(plain.dtype) else plain.float()
+        packed = torch.ops.mkldnn._reorder_linear_weight(plain.contiguous(), 256)
+        found = (stamp, packed)
+        _packed[weight] = found
+    return found[1]
+
+
+def forget(weight: Tensor) -> None:
+    """Drops the reordered copy of `weight`, if there is one."""
+    _packed.pop(weight, None)
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """activation(x W^T + b) with the prepacked weight; the result in x's dtype."""
+    name, algorithm = _POINTWISE[activation]
+    packed = prepacked(weight)
+    if not has_native(x.dtype):
+        bias = None if bias is None else bias.float()
+        run = torch.ops.mkldnn._linear_pointwise(x.float(), packed, bias, name, [], algorithm)
+        return run.to(x.dtype)
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, name, [], algorithm)
+
+
+def why_not(x: Tensor, weight: Tensor, *rest: Any) -> list[str]:
+    found = wrong_device(x, "cpu") + wrong_dtype(x)
+    if not torch.backends.mkldnn.is_available():
+        found.append("torch was built without oneDNN")
+    if torch.is_grad_enabled() and weight.requires_grad:
+        found.append("the weight is being trained, so a reordered copy would be stale each step")
+    if weight.is_inference():
+        found.append("an inference tensor has no version to tell when a reordered copy is stale")
+    if x.shape[0] == 0:
+        found.append("no tokens")
+    return found
+
+
+def onednn_kernel(gradients: Callable[..., Sequence[Tensor | None]]) -> Kernel:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *, save: bool) -> tuple[Tensor]:
+        return (pointwise(x, weight, bias, "none"),)
+
+    def backward(dy, x, weight, bias, *, needs):
+        return gradients(dy, x, weight, needs)
+
+    return Kernel("onednn", forward, backward, why_not)

@@ -1,0 +1,310 @@
+"""The op contract: one op, its reference, its ordered table of kernels, one gradient for all.
+
+An `Op` page (one file per op beside this one) states the formula, a plain-PyTorch reference and the
+kernels that compute it faster. The registry picks the first willing kernel, runs it, and wires
+autograd, torch.compile and torch.export once for every op:
+
+- eager inference calls the kernel directly (a few microseconds instead of a dispatcher round trip);
+- eager training goes through one shared `autograd.Function`;
+- under torch.compile, torch.export or a dispatch mode, through `torch.ops.bert_fast.<op>`.
+
+All three run the same kernel and the same backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LIBRARY = torch.library.Library("bert_fast", "DEF")
+OPS: dict[str, Op] = {}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute an op.
+
+    `forward(*args, save)` returns `(y, *residuals)`; `backward(dy, *args, [y,] *residuals, needs)`
+    returns one gradient per differentiable argument (None or an empty tensor where none is
+    needed). A kernel without a backward borrows the reference's. `why_not(*args)` lists the
+    reasons why it cannot run on these arguments; an empty list means it can.
+    """
+
+    backend: str
+    forward: Callable[..., tuple[Any, ...]]
+    backward: Callable[..., Sequence[Tensor | None]] | None
+    why_not: Callable[..., list[str]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A named argument tuple for the parity tests; `atol` is never set: the budget is derived."""
+
+    name: str
+    args: tuple[Any, ...]
+
+
+@dataclass
+class Op:
+    """An op's contract. `arguments` is its schema text, e.g. "Tensor x, Tensor? bias, float p"."""
+
+    name: str
+    arguments: str
+    reference: Callable[..., Tensor]
+    check: Callable[..., None]
+    fake: Callable[..., tuple[Tensor, ...]]
+    kernels: tuple[Kernel, ...]
+    samples: Callable[[torch.device, torch.dtype], Iterable[Sample]]
+    cost: Callable[..., tuple[int, int]]
+    differentiable: tuple[str, ...]
+    residuals: int = 0
+    saves_output: bool = False
+    lead: str = "x"
+    names: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.names = [part.split()[-1] for part in self.arguments.split(", ")]
+        self._lead = self.names.index(self.lead)
+        self._wanted = [self.names.index(name) for name in self.differentiable]
+        self._is_tensor = [part.startswith("Tensor") for part in self.arguments.split(", ")]
+        self.kernels = (*self.kernels, self._reference_kernel())
+        self._by_backend = {kernel.backend: kernel for kernel in self.kernels}
+        OPS[self.name] = self
+        _register(self)
+
+    # -- choosing ---------------------------------------------------------------------------
+
+    def reasons(self, args: tuple[Any, ...]) -> list[tuple[str, list[str]]]:
+        """For every kernel, in order of preference, why it would not run (empty: it would)."""
+        return [(kernel.backend, kernel.why_not(*args)) for kernel in self.kernels]
+
+    def choose(self, args: tuple[Any, ...], backend: str = "auto") -> Kernel:
+        """The first willing kernel, or the forced one; raises ValueError with every reason."""
+        if backend == "auto":
+            for kernel in self.kernels:
+                if not kernel.why_not(*args):
+                    return kernel
+        elif backend in self._by_backend and not self._by_backend[backend].why_not(*args):
+            return self._by_backend[backend]
+        told = "\n".join(
+            f"  {name}: {'; '.join(why) or 'would run'}" for name, why in self.reasons(args)
+        )
+        known = "" if backend in self._by_backend else " (no such backend for this op)"
+        raise ValueError(f"bert_fast.{self.name}: backend {backend!r} cannot run{known}\n{told}")
+
+    # -- running ----------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, backend: str = "auto") -> Tensor:
+        """Checks the arguments, picks a kernel and runs it, differentiably where asked."""
+        self._check_tensors(args)
+        self.check(*args)
+        kernel = self.choose(args, backend)
+        if _tracing():
+            if kernel.backend == "reference":
+                return self.reference(*args)  # inlined, so that the compiler can fuse it
+            op = getattr(torch.ops.bert_fast, self.name)
+            out = op(*args, kernel.backend, self._needs_gradient(args))
+            return out if isinstance(out, Tensor) else out[0]
+        args = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
+        if self._needs_gradient(args):
+            return _Differentiable.apply(self, kernel, *args)
+        return kernel.forward(*args, save=False)[0]
+
+    def backward(
+        self,
+        kernel: Kernel,
+        dy: Tensor,
+        args: Sequence[Any],
+        saved: Sequence[Tensor],
+        needs: list[bool],
+    ) -> list[Tensor | None]:
+        """Gradients of the differentiable arguments, None where not needed."""
+        run = kernel.backward or self._reference_backward
+        grads = run(dy.contiguous(), *args, *saved, needs=needs)
+        return [g if need else None for g, need in zip(grads, needs, strict=True)]
+
+    # -- inside -----------------------------------------------------------------------------
+
+    def _needs_gradient(self, args: tuple[Any, ...]) -> bool:
+        return torch.is_grad_enabled() and any(
+            args[i] is not None and args[i].requires_grad for i in self._wanted
+        )
+
+    def _check_tensors(self, args: tuple[Any, ...]) -> None:
+        lead = args[self._lead]
+        for name, is_tensor, value in zip(self.names, self._is_tensor, args, strict=True):
+            if not is_tensor or value is None:
+                continue
+            if not isinstance(value, Tensor):
+                raise TypeError(f"bert_fast.{self.name}: {name} is {value!r}, expected a Tensor")
+            if value.device != lead.device:
+                raise ValueError(
+                    f"bert_fast.{self.name}: {name} is on {value.device}, "
+                    f"{self.lead} on {lead.device}; all must share one device"
+                )
+            if value.dtype != lead.dtype and name in self.differentiable:
+                raise TypeError(
+                    f"bert_fast.{self.name}: {name} is {value.dtype}, {self.lead} is {lead.dtype};"
+                    " all floating tensors of a call must share one dtype"
+                )
+
+    def _reference_kernel(self) -> Kernel:
+        def forward(*args: Any, save: bool) -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                y = self.reference(*args)
+            return (y, *(y.new_empty(0) for _ in range(self.residuals)))
+
+        return Kernel("reference", forward, None, lambda *args: [])
+
+    def _reference_backward(self, dy: Tensor, *rest: Any, needs: list[bool]) -> list[Tensor | None]:
+        args = [
+            a.detach().requires_grad_(i in self._wanted and a.is_floating_point())
+            if isinstance(a, Tensor)
+            else a
+            for i, a in enumerate(rest[: len(self.names)])
+        ]
+        with torch.enable_grad():
+            y = self.reference(*args)
+        inputs = [args[i] for i, need in zip(self._wanted, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(y, inputs, dy, allow_unused=True) if inputs else ())
+        return [next(found) if need else None for need in needs]
+
+
+def _tracing() -> bool:
+    # A non-empty dispatch-mode stack means FakeTensor, make_fx or a counter is watching: such
+    # modes see dispatcher calls only, so a direct kernel call would escape them.
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+class _Differentiable(torch.autograd.Function):
+    """The one autograd node of eager training, shared by all ops."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, kernel: Kernel, *args: Any) -> Tensor:
+        outputs = kernel.forward(*args, save=True)
+        ctx.op, ctx.kernel = op, kernel
+        _stash(ctx, op, args, outputs)
+        return outputs[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        args, kept = _unstash(ctx)
+        needs = [ctx.needs_input_grad[2 + i] for i in ctx.op._wanted]
+        found = ctx.op.backward(ctx.kernel, dy, args, kept, needs)
+        grads: list[Tensor | None] = [None] * (2 + len(args))
+        for i, grad in zip(ctx.op._wanted, found, strict=True):
+            grads[2 + i] = grad
+        return tuple(grads)
+
+
+def _stash(ctx: Any, op: Op, args: Sequence[Any], outputs: Sequence[Tensor]) -> None:
+    """Keeps what backward needs: every tensor argument and the kernel's residuals."""
+    ctx.constants = [None if isinstance(a, Tensor) else a for a in args]
+    ctx.tensor_at = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+    kept = outputs if op.saves_output else outputs[1:]
+    ctx.save_for_backward(*(args[i] for i in ctx.tensor_at), *kept)
+
+
+def _unstash(ctx: Any) -> tuple[list[Any], Sequence[Tensor]]:
+    args = list(ctx.constants)
+    for i, tensor in zip(ctx.tensor_at, ctx.saved_tensors, strict=False):
+        args[i] = tensor
+    return args, ctx.saved_tensors[len(ctx.tensor_at) :]
+
+
+def _register(op: Op) -> None:
+    """Defines torch.ops.bert_fast.<op> and <op>_backward: implementation, fake, autograd."""
+    forward_outputs = ", ".join(["Tensor"] * (1 + op.residuals))
+    LIBRARY.define(f"{op.name}({op.arguments}, str backend, bool save) -> ({forward_outputs})")
+    kept_count = op.residuals + op.saves_output
+    kept_arguments = "".join(f", Tensor kept_{i}" for i in range(kept_count))
+    grads = ", ".join(["Tensor"] * len(op.differentiable))
+    LIBRARY.define(
+        f"{op.name}_backward(Tensor dy, {op.arguments}{kept_arguments}, bool[] needs, "
+        f"str backend) -> ({grads})"
+    )
+
+    def one_or_many(values: Sequence[Tensor]) -> Any:
+        return values[0] if len(values) == 1 else tuple(values)
+
+    def forward(*inputs: Any) -> Any:
+        *args, backend, save = inputs
+        args = [a.contiguous() if isinstance(a, Tensor) else a for a in args]
+        kernel = op.choose(tuple(args), backend)
+        return one_or_many(_unaliased(kernel.forward(*args, save=save), args))
+
+    def forward_fake(*inputs: Any) -> Any:
+        *args, backend, save = inputs
+        y, *residuals = op.fake(*args, save=save)
+        if backend == "reference":
+            residuals = [y.new_empty(0) for _ in residuals]
+        return one_or_many([y, *residuals])
+
+    def backward(dy: Tensor, *inputs: Any) -> Any:
+        *rest, needs, backend = inputs
+        args = [a.contiguous() if isinstance(a, Tensor) else a for a in rest[: len(op.names)]]
+        kernel = op.choose(tuple(args), backend)
+        grads = op.backward(kernel, dy, args, rest[len(op.names) :], list(needs))
+        filled = [dy.new_empty(0) if g is None else g for g in grads]
+        return one_or_many(_unaliased(filled, [dy, *args]))
+
+    def backward_fake(dy: Tensor, *inputs: Any) -> Any:
+        *rest, needs, _ = inputs
+        wanted = [rest[i] for i in op._wanted]
+        return one_or_many(
+            [
+                torch.empty_like(a, memory_format=torch.contiguous_format)
+                if need and a is not None
+                else dy.new_empty(0)
+                for a, need in zip(wanted, needs, strict=True)
+            ]
+        )
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *args, backend, _ = inputs
+        ctx.backend = backend
+        _stash(ctx, op, args, output if isinstance(output, tuple) else (output,))
+
+    def gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
+        args, kept = _unstash(ctx)
+        needs = [ctx.needs_input_grad[i] for i in op._wanted]
+        run = getattr(torch.ops.bert_fast, f"{op.name}_backward")
+        found = run(dy, *args, *kept, needs, ctx.backend)
+        found = (found,) if isinstance(found, Tensor) else found
+        grads: list[Any] = [None] * (len(args) + 2)
+        for i, grad, need in zip(op._wanted, found, needs, strict=True):
+            grads[i] = grad if need else None
+        return tuple(grads)
+
+    for name, run, fake in (
+        (op.name, forward, forward_fake),
+        (f"{op.name}_backward", backward, backward_fake),
+    ):
+        for key in ("CPU", "CUDA"):
+            LIBRARY.impl(name, run, key)
+        torch.library.register_fake(f"bert_fast::{name}", fake, lib=LIBRARY)
+    torch.library.register_autograd(
+        f"bert_fast::{op.name}", gradient, setup_context=setup_context, lib=LIBRARY
+    )
+
+
+def _unaliased(outputs: Sequence[Tensor], inputs: Sequence[Any]) -> list[Tensor]:
+    """Copies outputs that share storage with an input or an earlier output.
+
+    The dispatcher forbids such aliases; eager autograd does not mind them and skips this.
+    """
+    seen = {a.untyped_storage().data_ptr() for a in inputs if isinstance(a, Tensor) and a.numel()}
+    result = []
+    for out in outputs:
+        pointer = out.untyped_storage().data_ptr()
+        if out.numel() and pointer in seen:
+            out = out.clone()
+        seen.add(pointer)
+        result.append(out)
+    return result
