@@ -1,0 +1,58 @@
+# Thin: every recipe is a line that can be run by hand in .venv. TORCH names the build to install,
+# e.g. `make setup TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"`.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH ?= torch==2.13.0
+PY := .venv/bin/python
+SOURCES := setup.py pyproject.toml $(shell find kernels/csrc -type f)
+
+.PHONY: setup assets demo test bench lint mutants wheel aot clean
+
+setup: .venv/.stamp
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# torch comes first and alone: a resolver that may choose would fetch gigabytes of CUDA packages.
+.venv/.deps: requirements-dev.txt | .venv/bin/python
+	$(PY) -m pip install -q $(TORCH)
+	$(PY) -m pip install -q -r requirements-dev.txt
+	@touch $@
+
+# Builds the extension in place; Python sources are used from the checkout and need no rebuild.
+.venv/.stamp: .venv/.deps $(SOURCES)
+	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+# Model weights and text for the demo and the tests, verified by sha256; fetched once.
+assets: .cache/assets/.stamp
+
+.cache/assets/.stamp: bench/assets.py | .venv/.deps
+	$(PY) -m bench.assets
+	@touch $@
+
+demo: setup assets
+	$(PY) -m bench.demo
+
+test: setup assets
+	$(PY) -m pytest
+
+bench: setup assets
+	$(PY) -m pytest bench --benchmark-only
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+mutants: setup
+	$(PY) -m tests.mutants
+
+wheel: setup
+	$(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
+
+aot: setup
+	$(PY) -m bert_fast.aot
+
+clean:
+	rm -rf build dist *.egg-info bert_fast/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -f .venv/.stamp
