@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import checks
 from .backends import cpu_kernels, cuda_kernel, triton_kernel
-from .registry import Op, Sample
+from .registry import Chooser, Op, Sample
 from .rng import dropout
 
 
@@ -129,7 +129,7 @@ def add_layernorm(
     eps: float,
     p: float = 0.0,
     seed: Tensor | None = None,
-    backend: str = "auto",
+    backend: str | Chooser = "auto",
 ) -> Tensor:
     """LayerNorm(dropout(x + linear_bias) + residual); Ba et al., arXiv 1607.06450.
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import checks
 from .backends import cpu_kernels, cuda_kernel, triton_kernel
-from .registry import Op, Sample
+from .registry import Chooser, Op, Sample
 from .rng import keep_mask
 
 
@@ -181,7 +181,7 @@ def attention(
     bias: Tensor | None = None,
     p: float = 0.0,
     seed: Tensor | None = None,
-    backend: str = "auto",
+    backend: str | Chooser = "auto",
 ) -> Tensor:
     """softmax(scale Q K^T + bias) V within each packed sequence; arXiv 2307.08691.
 

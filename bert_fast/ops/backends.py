@@ -112,9 +112,7 @@ def cuda_kernel(
     return Kernel("cuda", forward, backward if has_backward else None, why_not)
 
 
-def triton_kernel(
-    op: str, lead: int = 0, limits: Limits = no_limits, forward: str = "forward"
-) -> Kernel:
+def triton_kernel(op: str, lead: int = 0, limits: Limits = no_limits) -> Kernel:
     """The Triton kernel of `op`, in module `bert_fast._triton.<op>`, imported at its first use."""
 
     @functools.cache
@@ -127,13 +125,13 @@ def triton_kernel(
             found = [f"tensors are on {args[lead].device}; Triton runs on a GPU"]
         return found + wrong_dtype(args[lead]) + limits(*args)
 
-    def run(*args: Any, save: bool) -> tuple[Tensor, ...]:
-        return _tuple(getattr(module(), forward)(*args, save=save))
+    def forward(*args: Any, save: bool) -> tuple[Tensor, ...]:
+        return _tuple(module().forward(*args, save=save))
 
     def backward(*args: Any, needs: list[bool]) -> tuple[Tensor, ...]:
         return _tuple(module().backward(*args, needs=needs))
 
-    return Kernel("triton", run, backward, why_not)
+    return Kernel("triton", forward, backward, why_not)
 
 
 def _tuple(found: Any) -> tuple[Tensor, ...]:

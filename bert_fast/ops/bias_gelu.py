@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import checks
 from .backends import cpu_kernels, cuda_kernel, triton_kernel
-from .registry import Op, Sample
+from .registry import Chooser, Op, Sample
 
 
 def activate(u: Tensor, activation: str) -> Tensor:
@@ -79,7 +79,7 @@ OP = Op(
 
 
 def bias_gelu(
-    x: Tensor, bias: Tensor | None, activation: str = "gelu", backend: str = "auto"
+    x: Tensor, bias: Tensor | None, activation: str = "gelu", backend: str | Chooser = "auto"
 ) -> Tensor:
     """activation(x + bias); the default is BERT's exact GELU (arXiv 1606.08415).
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import checks
 from .backends import cpu_kernels, cuda_kernel, triton_kernel
-from .registry import Kernel, Op, Sample
+from .registry import Chooser, Kernel, Op, Sample
 from .rng import dropout
 
 
@@ -197,7 +197,7 @@ def embed_layernorm(
     padding_idx: int = -1,
     p: float = 0.0,
     seed: Tensor | None = None,
-    backend: str = "auto",
+    backend: str | Chooser = "auto",
 ) -> Tensor:
     """dropout(LayerNorm(word[ids] + token_type[types] + position[positions])); arXiv 1810.04805.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import checks
 from .backends import triton_kernel
 from .onednn import onednn_kernel
-from .registry import Kernel, Op, Sample
+from .registry import Chooser, Kernel, Op, Sample
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -98,7 +98,7 @@ OP = Op(
 )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str = "auto") -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | Chooser = "auto") -> Tensor:
     """x W^T + b.
 
     Args:

@@ -24,7 +24,7 @@ from .bias_gelu import activate
 from .linear import check as check_linear
 from .linear import cost, gradients
 from .linear import samples as linear_samples
-from .registry import Kernel, Op, Sample
+from .registry import Chooser, Kernel, Op, Sample
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -102,7 +102,7 @@ def linear_gelu(
     weight: Tensor,
     bias: Tensor | None,
     activation: str = "gelu",
-    backend: str = "auto",
+    backend: str | Chooser = "auto",
 ) -> Tensor:
     """activation(x W^T + b); the default is BERT's exact GELU (arXiv 1606.08415).
 

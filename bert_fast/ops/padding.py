@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import checks
 from .backends import cpu_kernels, triton_kernel
-from .registry import Op, Sample
+from .registry import Chooser, Op, Sample
 
 
 def reference_unpad(x: Tensor, indices: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ PAD = Op(
 )
 
 
-def unpad(x: Tensor, indices: Tensor, backend: str = "auto") -> Tensor:
+def unpad(x: Tensor, indices: Tensor, backend: str | Chooser = "auto") -> Tensor:
     """x[indices]: the kept rows of a padded batch.
 
     Args:
@@ -113,7 +113,7 @@ def unpad(x: Tensor, indices: Tensor, backend: str = "auto") -> Tensor:
     return UNPAD(x, indices, backend=backend)
 
 
-def pad(x: Tensor, indices: Tensor, rows: int, backend: str = "auto") -> Tensor:
+def pad(x: Tensor, indices: Tensor, rows: int, backend: str | Chooser = "auto") -> Tensor:
     """The padded batch whose rows `indices` are x and whose other rows are zero.
 
     Args:

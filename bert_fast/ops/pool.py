@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import checks
 from .backends import cpu_kernels, triton_kernel
-from .registry import Op, Sample
+from .registry import Chooser, Op, Sample
 
 MODES = ("cls", "mean")
 
@@ -87,7 +87,7 @@ OP = Op(
 
 
 def pool(
-    x: Tensor, cu_seqlens: Tensor, mode: str, normalize: bool = False, backend: str = "auto"
+    x: Tensor, cu_seqlens: Tensor, mode: str, normalize: bool = False, backend: str | Chooser = "auto"
 ) -> Tensor:
     """One vector per packed sequence: its first token or its mean; arXiv 1908.10084.
 

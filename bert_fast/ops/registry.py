@@ -41,9 +41,12 @@ class Kernel:
     why_not: Callable[..., list[str]]
 
 
+Chooser = Callable[["Op", tuple[Any, ...]], Kernel]
+
+
 @dataclass(frozen=True)
 class Sample:
-    """A named argument tuple for the parity tests; `atol` is never set: the budget is derived."""
+    """A named argument tuple for the parity tests."""
 
     name: str
     args: tuple[Any, ...]
@@ -83,8 +86,13 @@ class Op:
         """For every kernel, in order of preference, why it would not run (empty: it would)."""
         return [(kernel.backend, kernel.why_not(*args)) for kernel in self.kernels]
 
-    def choose(self, args: tuple[Any, ...], backend: str = "auto") -> Kernel:
-        """The first willing kernel, or the forced one; raises ValueError with every reason."""
+    def choose(self, args: tuple[Any, ...], backend: str | Chooser = "auto") -> Kernel:
+        """The first willing kernel, or the forced one; raises ValueError with every reason.
+
+        A callable `backend` decides by itself (this is how `explain` watches a forward pass).
+        """
+        if not isinstance(backend, str):
+            return backend(self, args)
         if backend == "auto":
             for kernel in self.kernels:
                 if not kernel.why_not(*args):
@@ -99,7 +107,7 @@ class Op:
 
     # -- running ----------------------------------------------------------------------------
 
-    def __call__(self, *args: Any, backend: str = "auto") -> Tensor:
+    def __call__(self, *args: Any, backend: str | Chooser = "auto") -> Tensor:
         """Checks the arguments, picks a kernel and runs it, differentiably where asked."""
         self._check_tensors(args)
         self.check(*args)

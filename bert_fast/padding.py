@@ -1,0 +1,82 @@
+"""From a padded batch to packed tokens and back: unpad once, pad once.
+
+A padded batch [B, S] keeps its real tokens only, one sequence after the other, as [T]. The
+attention kernels find the sequences by `cu_seqlens`; everything else never sees padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+from .ops.registry import Chooser
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the tokens of a padded batch [batch, length] stand once packed.
+
+    indices: [T] int64 rows of the flattened batch that are kept; None when all are.
+    cu_seqlens: [B + 1] int32, where each sequence starts, and T.
+    key_start: [B] int32, the first row of each sequence that is a key; None: the sequence's first.
+    max_seqlen: an upper bound of the longest sequence.
+    """
+
+    batch: int
+    length: int
+    indices: Tensor | None
+    cu_seqlens: Tensor
+    key_start: Tensor | None
+    max_seqlen: int
+
+    def unpad(self, x: Tensor, backend: str | Chooser = "auto") -> Tensor:
+        """[B, S, H] -> [T, H]."""
+        flat = x.reshape(self.batch * self.length, x.shape[-1])
+        return flat if self.indices is None else ops.unpad(flat, self.indices, backend)
+
+    def unpad_ids(self, ids: Tensor) -> Tensor:
+        """[B, S] (or [1, S], shared by the batch) -> [T]."""
+        flat = ids.expand(self.batch, self.length).reshape(-1)
+        return flat if self.indices is None else flat[self.indices]
+
+    def pad(self, x: Tensor, backend: str | Chooser = "auto") -> Tensor:
+        """[T, H] -> [B, S, H], padded rows zero."""
+        if self.indices is not None:
+            x = ops.pad(x, self.indices, self.batch * self.length, backend)
+        return x.reshape(self.batch, self.length, x.shape[-1])
+
+
+def pack_full(batch: int, length: int, device: torch.device) -> Packing:
+    """A batch without padding: every token is kept where it stands."""
+    bounds = torch.arange(batch + 1, device=device, dtype=torch.int32) * length
+    return Packing(batch, length, None, bounds, None, length)
+
+
+def pack_mask(mask: Tensor) -> Packing:
+    """A 2D mask [B, S]: any non-zero value keeps its token.
+
+    Column 0 is kept as a query even where it is masked, because the pooler and the [CLS] heads
+    read it; `key_start` then excludes it from the keys.
+    """
+    batch, length = mask.shape
+    keep = mask.bool()
+    # On a GPU, asking about values would stall the launch queue; there every mask is taken as
+    # ragged, and the only wait is the one for the number of tokens.
+    on_host = mask.device.type == "cpu"
+    if on_host and bool(keep.all()):
+        return pack_full(batch, length, mask.device)
+    hidden_first = ~keep[:, 0]
+    any_hidden_first = not on_host or bool(hidden_first.any())
+    if any_hidden_first:
+        keep = keep.clone()
+        keep[:, 0] = True
+    lengths = keep.sum(1, dtype=torch.int32)
+    bounds = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    longest = int(lengths.max()) if on_host and batch else length
+    key_start = (bounds[:-1] + hidden_first.int()) if any_hidden_first else None
+    indices = keep.flatten().nonzero().flatten()
+    return Packing(batch, length, indices, bounds, key_start, longest)

@@ -1,0 +1,157 @@
+"""report(model) and explain(model, inputs): what was swapped, what runs, and why not the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .convert import (
+    BertModel,
+    backend_of,
+    is_bert,
+    packed_forward,
+    reasons_against,
+    reasons_against_call,
+    reasons_against_structure,
+)
+from .inputs import read_batch
+from .modeling import chosen
+from .ops.registry import Kernel, Op
+
+
+@dataclass(frozen=True)
+class Report:
+    """Per module: accelerated, and if not, why. `str()` gives a text of one line each."""
+
+    swapped: dict[str, str]
+    skipped: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        lines = [f"{name}: accelerated (backend {how})" for name, how in self.swapped.items()]
+        lines += [f"{name}: not accelerated: {'; '.join(w)}" for name, w in self.skipped.items()]
+        return "\n".join(lines) or "no transformers BertModel inside"
+
+
+def report(model: nn.Module) -> Report:
+    """Which inner BertModels run packed and fused, and why the others do not.
+
+    A module that is accelerated but in a state that its packed forward cannot serve (a hook, an
+    adapter put in later) is listed as skipped with the reason; Hugging Face's forward runs there.
+    """
+    result = Report({}, {})
+    for name, module in model.named_modules():
+        if not is_bert(module):
+            continue
+        name = name or type(module).__name__
+        why = reasons_against(module) if isinstance(module, BertModel) else []
+        if isinstance(module, BertModel) and not why:
+            result.swapped[name] = str(backend_of(module))
+        else:
+            result.skipped[name] = (
+                why or reasons_against_structure(module) or ["accelerate was not called on it"]
+            )
+    return result
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which kernel of an op ran, on what, and why the ones before it would not."""
+
+    op: str
+    kernel: str
+    backward: str
+    on: str
+    reasons: dict[str, list[str]]
+    calls: int = 1
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """`choices` in the order of the forward pass; `fallback` where Hugging Face's forward runs."""
+
+    tokens: int = 0
+    padded_tokens: int = 0
+    fallback: list[str] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        if self.fallback:
+            return "Hugging Face's own forward runs: " + "; ".join(self.fallback)
+        spared = 1.0 - self.tokens / max(self.padded_tokens, 1)
+        lines = [f"{self.tokens} tokens of {self.padded_tokens} ({spared:.0%} padding spared)"]
+        for c in self.choices:
+            lines.append(f"{c.op} {c.on} x{c.calls}: {c.kernel} (backward: {c.backward})")
+            lines += [f"    not {name}: {'; '.join(why)}" for name, why in c.reasons.items() if why]
+        return "\n".join(lines)
+
+
+def explain(model: nn.Module, inputs: Mapping[str, Any]) -> Explanation:
+    """Runs `model(**inputs)` once and tells which kernel ran for each op, and why not the others.
+
+    The gradient mode and train/eval state of the moment apply. For a model with several
+    BertModels inside, the first one called is explained.
+
+    Raises: ValueError if no BertModel inside was called.
+    """
+    calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append((module, args, kwargs))
+
+    hooks = [
+        m.register_forward_pre_hook(note, with_kwargs=True) for m in model.modules() if is_bert(m)
+    ]
+    try:
+        model(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not calls:
+        raise ValueError(f"{type(model).__name__} called no transformers BertModel")
+    module, args, kwargs = calls[0]
+    if not isinstance(module, BertModel):
+        return Explanation(fallback=["the model is not accelerated"])
+    names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    why = reasons_against(module) + reasons_against_call(module, given)
+    if why:
+        return Explanation(fallback=why)
+    return _watch(module, given, names)
+
+
+def _watch(module: nn.Module, given: dict[str, Any], names: tuple[str, ...]) -> Explanation:
+    backend = backend_of(module)
+    seen: dict[tuple[str, str], Choice] = {}
+
+    def watch(op: Op, args: tuple[Any, ...]) -> Kernel:
+        kernel = op.choose(args, chosen(backend, op.name))
+        tensors = [a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
+        on = "x".join(map(str, tensors[0].shape)) + f" {tensors[0].dtype}".replace("torch.", "")
+        before = seen.get((op.name, on))
+        seen[op.name, on] = Choice(
+            op.name,
+            kernel.backend,
+            kernel.backend if kernel.backward else "reference",
+            on,
+            {name: why for name, why in op.reasons(args) if name != kernel.backend},
+            before.calls + 1 if before else 1,
+        )
+        return kernel
+
+    batch = read_batch(
+        module.embeddings,
+        *(given.get(name) for name in names),
+        given.get("cu_seq_lens_q"),
+        given.get("max_length_q"),
+    )
+    packed_forward(module, batch, watch, collect=False)
+    packing = batch.packing
+    return Explanation(
+        tokens=batch.position_ids.shape[0],
+        padded_tokens=packing.batch * packing.length,
+        choices=list(seen.values()),
+    )
