@@ -1,0 +1,235 @@
+"""y = x W^T + b; dx = dy W, dW = dy^T x, db = sum over tokens of dy.
+
+One GEMM kernel with strides serves the three products: operands go to the tensor cores from shared
+memory in either order, so nothing is transposed in memory. Programs walk the output in groups of
+eight tile rows, which keeps the weights of a group in L2. dW has few tiles and a long sum over
+tokens: the sum is split over programs, and their float32 shares are added in a fixed order.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from . import bias_gelu, tiles
+
+# Tiles by what is multiplied: (M, N, K, warps, stages). "large" fills the device with 128 x 256
+# tiles, "medium" with 128 x 128, "small" leaves M or N under a tile. 64-row tiles never have four
+# warps: some Triton releases miscompile them on Hopper (warp-group instructions are chosen from
+# four warps and 64 rows up), and with two warps the older instructions, which are sound, are used.
+HALF = {
+    "sm80": {
+        "large": (128, 128, 64, 8, 3),
+        "medium": (128, 128, 32, 8, 4),
+        "small": (32, 64, 64, 2, 4),
+    },
+    "sm90": {
+        "large": (128, 256, 64, 8, 3),
+        "medium": (128, 128, 64, 8, 4),
+        "small": (32, 64, 128, 2, 4),
+    },
+    "sm100": {
+        "large": (128, 256, 64, 8, 3),
+        "medium": (128, 128, 64, 8, 4),
+        "small": (32, 64, 128, 2, 4),
+    },
+    "sm120": {
+        "large": (128, 128, 64, 8, 3),
+        "medium": (128, 128, 32, 8, 3),
+        "small": (32, 64, 64, 2, 3),
+    },
+    "gfx9": {
+        "large": (128, 128, 32, 4, 2),
+        "medium": (128, 128, 32, 4, 2),
+        "small": (32, 64, 64, 2, 2),
+    },
+    "interpreter": dict.fromkeys(("large", "medium", "small"), (32, 32, 32, 4, 1)),
+}
+# float32 without TF32 runs on the ordinary cores: what limits a tile is registers.
+FLOAT = {
+    "large": (64, 64, 16, 4, 3),
+    "medium": (64, 64, 16, 4, 3),
+    "small": (32, 32, 32, 4, 3),
+}
+TF32 = {
+    "large": (128, 128, 32, 8, 3),
+    "medium": (128, 64, 32, 4, 3),
+    "small": (32, 64, 32, 2, 3),
+}
+
+
+def table(family: str, dtype: torch.dtype, precision: str) -> dict[str, tuple[int, ...]]:
+    if dtype != torch.float32 or family == "interpreter":
+        return HALF[family]
+    return TF32 if precision == "tf32" else FLOAT
+
+
+@functools.lru_cache(4096)
+def config(
+    family: str, dtype: torch.dtype, precision: str, m: int, n: int, processors: int
+) -> dict[str, int | str]:
+    """The largest tile of the table that still gives every processor one."""
+    sizes = table(family, dtype, precision)
+    name = "small"
+    if m > 64 and n > 64:
+        bm, bn, *_ = sizes["large"]
+        name = "large" if triton.cdiv(m, bm) * triton.cdiv(n, bn) >= processors else "medium"
+    bm, bn, bk, warps, stages = sizes[name]
+    return {
+        "BM": bm, "BN": bn, "BK": bk, "num_warps": warps, "num_stages": stages,
+        "PRECISION": precision, "enable_fp_fusion": True,
+    }  # fmt: skip
+
+
+def samples(dtype: torch.dtype, device: torch.device):
+    """One call per shipped config, as (label, arguments of `forward`)."""
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    for m, n, k in ((16384, 3072, 768), (256, 768, 768), (16, 768, 768), (100, 37, 37)):
+        yield f"{m}x{n}x{k}", (new(m, k), new(n, k), new(n))
+    yield "no bias", (new(256, 768), new(768, 768), None)
+
+
+@triton.jit(do_not_specialize=["m", "k_split"])
+def gemm_kernel(
+    a,  # [m, k], strides a_m, a_k
+    b,  # [k, n], strides b_k, b_n
+    bias,  # [n] or None
+    y,  # [m, n] output: act(a b + bias); float32 [splits, m, n] shares where SPLIT
+    u,  # [m, n] output: a b + bias, or None
+    m,
+    n,
+    k,
+    k_split,  # a multiple of BK: what each program of axis 1 sums
+    a_m,
+    a_k,
+    b_k,
+    b_n,
+    ACT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EVEN_K: tl.constexpr,  # k is a multiple of BK
+    WIDE_M: tl.constexpr,  # a_m is 1 and m a multiple of 16, so masks keep 16-byte accesses
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    GROUP: tl.constexpr = 8
+    if WIDE_M:
+        m = tl.multiple_of(m, 16)
+    i_tile = tl.program_id(0)
+    n_m, n_n = tl.cdiv(m, BM), tl.cdiv(n, BN)
+    first = i_tile // (GROUP * n_n) * GROUP
+    height = tl.minimum(n_m - first, GROUP)
+    i_m = first + (i_tile % (GROUP * n_n)) % height
+    i_n = (i_tile % (GROUP * n_n)) // height
+
+    o_m = i_m * BM + tl.arange(0, BM)
+    o_n = i_n * BN + tl.arange(0, BN)
+    m_m, m_n = o_m < m, o_n < n
+    k_first = 0
+    k_last = k
+    if SPLIT:
+        k_first = tl.program_id(1) * k_split
+        k_last = tl.minimum(k, k_first + k_split)
+    o_k = k_first + tl.arange(0, BK)
+    p_a = a + o_m.to(tl.int64)[:, None] * a_m + o_k.to(tl.int64)[None, :] * a_k
+    p_b = b + o_k.to(tl.int64)[:, None] * b_k + o_n.to(tl.int64)[None, :] * b_n
+    acc = tl.zeros((BM, BN), tl.float32)
+    for i_k in range(k_first, k_last, BK):
+        if EVEN_K:
+            b_a = tiles.load_operand(p_a, m_m[:, None])
+            b_b = tiles.load_operand(p_b, m_n[None, :])
+        else:
+            m_k = i_k + tl.arange(0, BK) < k_last
+            b_a = tiles.load_operand(p_a, m_m[:, None] & m_k[None, :])
+            b_b = tiles.load_operand(p_b, m_k[:, None] & m_n[None, :])
+        acc = tl.dot(b_a, b_b, acc, input_precision=PRECISION)
+        p_a += BK * a_k
+        p_b += BK * b_k
+
+    mask = m_m[:, None] & m_n[None, :]
+    p_y = o_m.to(tl.int64)[:, None] * n + o_n[None, :]
+    if SPLIT:
+        p_y += tl.program_id(1).to(tl.int64) * m * n
+    if bias is not None:
+        acc += tiles.load(bias + o_n, m_n)[None, :]
+    if u is not None:
+        tiles.store(u + p_y, acc, mask)
+    tiles.store(y + p_y, tiles.activate(acc, ACT), mask)
+
+
+def gemm(
+    a: torch.Tensor,  # [m, k], any strides
+    b: torch.Tensor,  # [k, n], any strides
+    bias: torch.Tensor | None,  # [n]
+    y: torch.Tensor,  # [m, n] contiguous output
+    u: torch.Tensor | None = None,  # [m, n] contiguous output
+    act: str = "none",
+    split: bool = False,
+) -> None:
+    """y = act(a b + bias), u = a b + bias."""
+    m, k = a.shape
+    n = b.shape[1]
+    if not m or not n:
+        return
+    family = tiles.family(a.device)
+    processors = tiles.processors(a.device)
+    precision = "ieee"
+    if a.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        precision = "tf32"
+    cfg = config(family, a.dtype, precision, m, n, processors)
+    n_tiles = triton.cdiv(m, cfg["BM"]) * triton.cdiv(n, cfg["BN"])
+    bk = cfg["BK"]
+    splits = 1
+    if split:
+        # at least eight steps of the sum stay with a program
+        splits = max(1, min(2 * processors // n_tiles, k // (8 * bk), 16))
+    k_split = triton.cdiv(triton.cdiv(k, bk), splits) * bk
+    out = y
+    if splits > 1:
+        splits = triton.cdiv(k, k_split)
+        out = a.new_empty((splits, 1, m * n), dtype=torch.float32)
+    gemm_kernel[(n_tiles, splits)](
+        a, b, bias, out, u, m, n, k, k_split, *a.stride(), *b.stride(),
+        ACT=act, SPLIT=splits > 1, EVEN_K=k % bk == 0,
+        WIDE_M=a.stride(0) == 1 and m % 16 == 0, **cfg,
+    )  # fmt: skip
+    if splits > 1:
+        tiles.sum_parts(out, y.view(-1))
+
+
+def gemm_backward(
+    du: torch.Tensor,  # [T, N]
+    x: torch.Tensor,  # [T, K]
+    weight: torch.Tensor,  # [N, K]
+    needs: list[bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(dx, dweight) of u = x W^T, each where needed."""
+    dx = dweight = None
+    if needs[0]:
+        dx = torch.empty_like(x)
+        gemm(du, weight, None, dx)
+    if needs[1]:
+        dweight = torch.empty_like(weight) if du.shape[0] else torch.zeros_like(weight)
+        if du.shape[0]:
+            gemm(du.t(), x, None, dweight, split=True)
+    return dx, dweight
+
+
+def forward(x, weight, bias, save):
+    y = x.new_empty((x.shape[0], weight.shape[0]))
+    gemm(x, weight.t(), bias, y)
+    return (y,)
+
+
+def backward(dy, x, weight, bias, needs):
+    dx, dweight = gemm_backward(dy, x, weight, needs)
+    dbias = None
+    if bias is not None and needs[2]:
+        dbias = torch.empty_like(bias)
+        bias_gelu.act_backward(dy, dy, None, "none", None, dbias)
+    return dx, dweight, dbias
