@@ -1,0 +1,244 @@
+// Device building blocks of the CUDA kernels: vector access, reductions, activations, dropout.
+//
+// Everything here computes in fp32; bf16 and fp16 exist only in memory.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace bert_fast {
+
+constexpr int kWarpSize = 32;
+constexpr unsigned kFullWarp = 0xffffffffu;
+constexpr int kVectorBytes = 16;
+
+// ---- memory: N elements at once, converted to and from fp32 ----
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float value);
+template <>
+__device__ __forceinline__ float from_float<float>(float value) {
+  return value;
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float value) {
+  return __float2half_rn(value);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
+  return __float2bfloat16_rn(value);
+}
+
+// N elements that move as one access; sizeof(T) * N is 16 bytes on the vector path.
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  T item[N];
+};
+
+template <typename T, int N>
+__device__ __forceinline__ Pack<T, N> load_pack(const T* source) {
+  return *reinterpret_cast<const Pack<T, N>*>(source);
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void unpack(const Pack<T, N>& pack, float (&out)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) out[i] = to_float(pack.item[i]);
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void load_floats(const T* source, float (&out)[N]) {
+  unpack(load_pack<T, N>(source), out);
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void store_floats(T* target, const float (&values)[N]) {
+  Pack<T, N> pack;
+#pragma unroll
+  for (int i = 0; i < N; ++i) pack.item[i] = from_float<T>(values[i]);
+  *reinterpret_cast<Pack<T, N>*>(target) = pack;
+}
+
+// ---- reductions ----
+
+// Butterfly sum: every lane ends with the same bits, in an order fixed by the lane numbers.
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2)
+    value += __shfl_xor_sync(kFullWarp, value, offset);
+  return value;
+}
+
+// Sums of K values over the THREADS threads that share a row: one warp, or the whole block.
+// `scratch` is used by the block form only.
+template <int THREADS, int K>
+__device__ __forceinline__ void group_sum(float (&values)[K],
+                                          float (&scratch)[THREADS / kWarpSize][K]) {
+#pragma unroll
+  for (int k = 0; k < K; ++k) values[k] = warp_sum(values[k]);
+  if constexpr (THREADS > kWarpSize) {
+    __syncthreads();  // the previous sums may still be being read
+    if (threadIdx.x % kWarpSize == 0) {
+#pragma unroll
+      for (int k = 0; k < K; ++k) scratch[threadIdx.x / kWarpSize][k] = values[k];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      values[k] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < THREADS / kWarpSize; ++i) values[k] += scratch[i][k];
+    }
+  }
+}
+
+// ---- activations: value and derivative of one pre-activation ----
+
+enum class Activation : int { kGelu, kGeluTanh, kRelu, kSilu };
+
+// Whether the result is rounded to 16 bits, where hardware approximations of about 1e-7 vanish.
+template <typename T>
+constexpr bool kShortType = sizeof(T) == 2;
+
+// Phi(x), the normal distribution function, and pdf(x), its density.
+//
+// Short types: Abramowitz and Stegun 7.1.26, erfc(z) = poly(1 / (1 + p z)) exp(-z^2), |error| <=
+// 1.5e-7. It costs half the instructions of erff, which would outrun memory at two bytes an
+// element, keeps the negative tail relative (no 1 - 1), and shares its exponential with the density.
+template <typename T>
+__device__ __forceinline__ void normal(float x, float& cdf, float& pdf) {
+  constexpr float kInvSqrt2 = 0.70710678118654752f;
+  constexpr float kInvSqrt2Pi = 0.39894228040143268f;
+  if constexpr (kShortType<T>) {
+    const float z = fabsf(x) * kInvSqrt2;
+    const float t = __fdividef(1.0f, fmaf(0.3275911f, z, 1.0f));
+    const float gauss = __expf(-z * z);
+    float poly = fmaf(t, 1.061405429f, -1.453152027f);
+    poly = fmaf(t, poly, 1.421413741f);
+    poly = fmaf(t, poly, -0.284496736f);
+    poly = fmaf(t, poly, 0.254829592f);
+    const float tail = 0.5f * poly * t * gauss;
+    cdf = x < 0.0f ? tail : 1.0f - tail;
+    pdf = gauss * kInvSqrt2Pi;
+  } else {
+    cdf = 0.5f * erfcf(-x * kInvSqrt2);
+    pdf = kInvSqrt2Pi * expf(-0.5f * x * x);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ float sigmoid(float x) {
+  if constexpr (kShortType<T>) return __fdividef(1.0f, 1.0f + __expf(-x));
+  return 1.0f / (1.0f + expf(-x));
+}
+
+// gelu_tanh(x) = x/2 (1 + tanh(u)) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3).
+__device__ __forceinline__ float gelu_tanh_argument(float x) {
+  constexpr float kTwoSqrt2OverPi = 1.5957691216057308f;
+  return kTwoSqrt2OverPi * (x + 0.044715f * x * x * x);
+}
+
+template <typename T>
+__device__ __forceinline__ float activate(Activation activation, float x) {
+  switch (activation) {
+    case Activation::kGelu: {
+      float cdf, pdf;
+      normal<T>(x, cdf, pdf);
+      return x * cdf;
+    }
+    case Activation::kGeluTanh:
+      return x * sigmoid<T>(gelu_tanh_argument(x));
+    case Activation::kRelu:
+      return x < 0.0f ? 0.0f : x;  // this way round NaN stays NaN
+    default:
+      return x * sigmoid<T>(x);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ float activation_slope(Activation activation, float x) {
+  switch (activation) {
+    case Activation::kGelu: {
+      float cdf, pdf;
+      normal<T>(x, cdf, pdf);
+      return fmaf(x, pdf, cdf);
+    }
+    case Activation::kGeluTanh: {
+      constexpr float kTwoSqrt2OverPi = 1.5957691216057308f;
+      const float gate = sigmoid<T>(gelu_tanh_argument(x));
+      const float inner = kTwoSqrt2OverPi * (1.0f + 3.0f * 0.044715f * x * x);
+      return gate + x * gate * (1.0f - gate) * inner;
+    }
+    case Activation::kRelu:
+      return x > 0.0f ? 1.0f : 0.0f;
+    default: {
+      const float gate = sigmoid<T>(x);
+      return gate + x * gate * (1.0f - gate);
+    }
+  }
+}
+
+// ---- dropout: a counter-based generator, so forward, backward and every backend agree ----
+
+// Philox4x32-10 with key = seed and counter = (c0, c1, 0, 0).
+__device__ __forceinline__ uint4 philox(uint2 key, uint32_t c0, uint32_t c1) {
+  constexpr uint32_t kM0 = 0xD2511F53u, kM1 = 0xCD9E8D57u;
+  constexpr uint32_t kW0 = 0x9E3779B9u, kW1 = 0xBB67AE85u;
+  uint4 c = make_uint4(c0, c1, 0u, 0u);
+#pragma unroll
+  for (int round = 0; round < 10; ++round) {
+    const uint32_t hi0 = __umulhi(kM0, c.x), lo0 = kM0 * c.x;
+    const uint32_t hi1 = __umulhi(kM1, c.z), lo1 = kM1 * c.z;
+    c = make_uint4(hi1 ^ c.y ^ key.x, lo1, hi0 ^ c.w ^ key.y, lo0);
+    key.x += kW0;
+    key.y += kW1;
+  }
+  return c;
+}
+
+// What a kernel is told; `seed` is null where nothing is dropped.
+struct Dropout {
+  const int64_t* seed;
+  uint32_t threshold;  // floor(p * 2^32): drawn values below it are dropped
+  float scale;         // 1 / (1 - p), and 0 at p = 1
+
+  __device__ __forceinline__ uint2 key() const {
+    const uint64_t value = static_cast<uint64_t>(*seed);
+    return make_uint2(static_cast<uint32_t>(value), static_cast<uint32_t>(value >> 32));
+  }
+};
+
+__device__ __forceinline__ uint32_t pick(const uint4& draw, uint32_t lane) {
+  const uint32_t low = lane & 1 ? draw.y : draw.x;
+  const uint32_t high = lane & 1 ? draw.w : draw.z;
+  return lane & 2 ? high : low;
+}
+
+// Drops and scales N consecutive columns of a row. N > 1 needs column % N == 0 and N % 4 == 0.
+template <int N>
+__device__ __forceinline__ void apply_dropout(const Dropout& dropout, uint2 key, int64_t row,
+                                              uint32_t column, float (&values)[N]) {
+  const uint32_t c1 = static_cast<uint32_t>(row);
+  if constexpr (N == 1) {
+    const uint32_t draw = pick(philox(key, column >> 2, c1), column & 3);
+    values[0] = draw >= dropout.threshold ? values[0] * dropout.scale : 0.0f;
+  } else {
+    static_assert(N % 4 == 0, "one draw serves four columns");
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      const uint4 draw = philox(key, (column + i) >> 2, c1);
+      values[i] = draw.x >= dropout.threshold ? values[i] * dropout.scale : 0.0f;
+      values[i + 1] = draw.y >= dropout.threshold ? values[i + 1] * dropout.scale : 0.0f;
+      values[i + 2] = draw.z >= dropout.threshold ? values[i + 2] * dropout.scale : 0.0f;
+      values[i + 3] = draw.w >= dropout.threshold ? values[i + 3] * dropout.scale : 0.0f;
+    }
+  }
+}
+
+}  // namespace bert_fast
