@@ -178,10 +178,7 @@ def gemm(
         return
     family = tiles.family(a.device)
     processors = tiles.processors(a.device)
-    precision = "ieee"
-    if a.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        precision = "tf32"
-    cfg = config(family, a.dtype, precision, m, n, processors)
+    cfg = config(family, a.dtype, tiles.precision(a.dtype), m, n, processors)
     n_tiles = triton.cdiv(m, cfg["BM"]) * triton.cdiv(n, cfg["BN"])
     bk = cfg["BK"]
     splits = 1

@@ -267,6 +267,13 @@ def family(device: torch.device) -> str:
     return {80: "sm80", 87: "sm80", 90: "sm90", 100: "sm100", 103: "sm100"}.get(target.arch, "sm120")
 
 
+def precision(dtype: torch.dtype) -> str:
+    """How float32 matrices are multiplied: exactly, unless torch's own flag allows TF32."""
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
+
+
 @functools.lru_cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of the device: how many programs run at a time."""
