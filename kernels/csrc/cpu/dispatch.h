@@ -1,0 +1,29 @@
+// Between the checking wrappers and the kernel tables: which table, which dtype, which mask.
+#pragma once
+
+#include "common.h"
+#include "cpu/kernels.h"
+
+namespace bert_fast {
+
+// The kernels for instruction set `isa` (0 generic, 1 AVX2, 2 AVX-512); refuses what this machine
+// cannot run.
+const Kernels& kernels_for(const char* op, int64_t isa);
+
+Dtype float_dtype(const char* op, const char* name, const Tensor& t);
+Activation activation_of(const char* op, const std::string& name);
+
+// Reads the seed; `on` only where p > 0.
+Dropout dropout_of(const char* op, double p, const OptionalTensor& seed);
+
+// Checks int32 sequence bounds: 0 = first <= ... <= last = rows.
+const int32_t* sequence_bounds(const char* op, const Tensor& cu_seqlens, int64_t rows);
+
+// Checks a [rows] tensor of int32 or int64 indices, each in [0, limit).
+Indices indices_below(
+    const char* op, const char* name, const Tensor& t, int64_t rows, int64_t limit);
+
+// Scratch for column sums over `rows` rows: one set of sums per chunk.
+Tensor chunk_sums(const Tensor& like, int64_t rows, int64_t floats_per_chunk);
+
+}  // namespace bert_fast

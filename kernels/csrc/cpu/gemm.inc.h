@@ -1,0 +1,159 @@
+// The small fp32 matrix product inside attention: C[m, n] (+)= A[m, k] B[k, n].
+//
+// One register tile of MR x NR vectors of C is built by broadcasting A and streaming B; NR and MR
+// follow the shape (a head of 32 is two vectors wide: 12 x 2; a block of 64 is four: 6 x 4), so
+// that the accumulators always hide the FMA latency. Rows are dealt evenly to the tiles: 25 rows
+// are 9 + 8 + 8, not 12 + 12 + 1. Operands are packed by the caller: n is a multiple of W.
+#pragma once
+
+#include <utility>
+
+#include "cpu/rows.inc.h"
+
+namespace bert_fast::BERT_FAST_ISA {
+
+#if defined(BERT_FAST_AVX512) || defined(__aarch64__)
+constexpr int kMaxVectors = 4, kAccumulators = 24, kMaxRows = 12;  // of 32 registers
+#else
+constexpr int kMaxVectors = 2, kAccumulators = 12, kMaxRows = 6;  // of 16 registers
+#endif
+
+// Where element (i, k) of A lies: k_major: a[k * lda + i], row_major: a[i * lda + k].
+enum class Layout { k_major, row_major };
+
+template <Layout LAYOUT, bool ADD, int NR, int MR>
+void multiply_tile(
+    int64_t depth,
+    const float* a,
+    int64_t lda,
+    const float* b,  // [depth, NR * W]
+    int64_t ldb,
+    float* c,  // [MR, NR * W]
+    int64_t ldc) {
+  vf sums[MR][NR];
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 16
+    for (int j = 0; j < NR; ++j) sums[i][j] = ADD ? load(c + i * ldc + j * W) : vf{};
+  // Row-major A: one pointer per three rows, the others by scaled addressing, else the pointers
+  // alone would use up the integer registers.
+  constexpr int kPointers = LAYOUT == Layout::row_major ? (MR + 2) / 3 : 1;
+  const float* rows[kPointers];
+#pragma GCC unroll 16
+  for (int i = 0; i < kPointers; ++i) rows[i] = a + 3 * i * lda;
+  for (int64_t k = 0; k < depth; ++k) {
+    vf right[NR];
+#pragma GCC unroll 16
+    for (int j = 0; j < NR; ++j) right[j] = load(b + j * W);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      const float left = LAYOUT == Layout::row_major ? rows[i / 3][i % 3 * lda] : rows[0][i];
+#pragma GCC unroll 16
+      for (int j = 0; j < NR; ++j) sums[i][j] = fma(set1(left), right[j], sums[i][j]);
+    }
+    b += ldb;
+#pragma GCC unroll 16
+    for (int i = 0; i < kPointers; ++i) rows[i] += LAYOUT == Layout::row_major ? 1 : lda;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 16
+    for (int j = 0; j < NR; ++j) store(c + i * ldc + j * W, sums[i][j]);
+}
+
+using Tile = decltype(&multiply_tile<Layout::k_major, false, 1, 1>);
+
+template <Layout LAYOUT, bool ADD, int NR, int... I>
+Tile find_tile(int64_t rows, std::integer_sequence<int, I...>) {
+  static constexpr Tile tiles[] = {multiply_tile<LAYOUT, ADD, NR, I + 1>...};
+  return tiles[rows - 1];
+}
+
+template <Layout LAYOUT, bool ADD, int NR>
+void multiply_panel(
+    int64_t m, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+    int64_t ldc) {
+  constexpr int most = kAccumulators / NR < kMaxRows ? kAccumulators / NR : kMaxRows;
+  const int64_t tiles = ceil_div(m, most);
+  for (int64_t tile = 0, i = 0; tile < tiles; ++tile) {
+    const int64_t rows = m / tiles + (tile < m % tiles);
+    find_tile<LAYOUT, ADD, NR>(rows, std::make_integer_sequence<int, most>{})(
+        depth, a + i * (LAYOUT == Layout::row_major ? lda : 1), lda, b, ldb, c + i * ldc, ldc);
+    i += rows;
+  }
+}
+
+template <Layout LAYOUT, bool ADD>
+void multiply(
+    int64_t m, int64_t n, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
+    float* c, int64_t ldc) {
+  const int64_t vectors = n / W, panels = ceil_div(vectors, kMaxVectors);
+  for (int64_t panel = 0, j = 0; panel < panels; ++panel) {
+    const int64_t wide = vectors / panels + (panel < vectors % panels);
+    const float* right = b + j * W;
+    float* out = c + j * W;
+    switch (wide) {
+      case 1: multiply_panel<LAYOUT, ADD, 1>(m, depth, a, lda, right, ldb, out, ldc); break;
+      case 2: multiply_panel<LAYOUT, ADD, 2>(m, depth, a, lda, right, ldb, out, ldc); break;
+      case 3: multiply_panel<LAYOUT, ADD, 3>(m, depth, a, lda, right, ldb, out, ldc); break;
+      case 4: multiply_panel<LAYOUT, ADD, 4>(m, depth, a, lda, right, ldb, out, ldc); break;
+    }
+    j += wide;
+  }
+}
+
+// ---- packing -----------------------------------------------------------------------------------
+
+template <int STEP, int... L>
+ALWAYS_INLINE void exchange(vf (&rows)[W], std::integer_sequence<int, L...>) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    if (i & STEP) continue;
+    vf upper = rows[i], lower = rows[i | STEP];
+    rows[i] = __builtin_shufflevector(upper, lower, (L & STEP ? W + L - STEP : L)...);
+    rows[i | STEP] = __builtin_shufflevector(upper, lower, (L & STEP ? W + L : L + STEP)...);
+  }
+}
+
+// Transposes W x W in registers: log2 W rounds, each exchanging the off-diagonal blocks of a size.
+ALWAYS_INLINE void transpose(vf (&rows)[W]) {
+  constexpr auto lanes = std::make_integer_sequence<int, W>{};
+  exchange<1>(rows, lanes);
+  exchange<2>(rows, lanes);
+  if constexpr (W > 4) exchange<4>(rows, lanes);
+  if constexpr (W > 8) exchange<8>(rows, lanes);
+}
+
+template <class T>
+ALWAYS_INLINE vf load_up_to(const T* p, int64_t n) {
+  return n >= W ? load(p) : load(p, Tail{int(n)});
+}
+
+// to[d * ld + r] = factor * from[r * stride + d], zeros for the rows up to the next multiple of W.
+template <class T>
+void pack_transposed(
+    const T* from, int64_t stride, int64_t rows, int64_t width, float factor, float* to,
+    int64_t ld) {
+  for (int64_t r = 0; r < rows; r += W)
+    for (int64_t d = 0; d < width; d += W) {
+      vf block[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i)
+        block[i] = r + i < rows ? load_up_to(from + (r + i) * stride + d, width - d) : vf{};
+      transpose(block);
+      const int64_t wide = smaller<int64_t>(W, width - d);
+      for (int64_t i = 0; i < wide; ++i) store(to + (d + i) * ld + r, block[i] * factor);
+    }
+}
+
+// to[r * ld + d] = from[r * stride + d], zeros for the columns up to the next multiple of W.
+template <class T>
+void pack_rows(
+    const T* from, int64_t stride, int64_t rows, int64_t width, float* to, int64_t ld) {
+  for (int64_t r = 0; r < rows; ++r)
+    sweep(width, [&](int64_t d, auto lanes) {
+      store(to + r * ld + d, load(from + r * stride + d, lanes));
+    });
+}
+
+}  // namespace bert_fast::BERT_FAST_ISA

@@ -1,0 +1,18 @@
+// Every kernel body, and the table of those compiled for this file's instruction set.
+#pragma once
+
+#include "cpu/attention_backward.inc.h"
+#include "cpu/bias_gelu.inc.h"
+#include "cpu/layernorm.inc.h"
+#include "cpu/pool.inc.h"
+
+namespace bert_fast::BERT_FAST_ISA {
+
+constexpr Kernels kernels = {
+    embed_layernorm_forward, embed_layernorm_backward, add_layernorm_forward,
+    add_layernorm_backward,  bias_gelu_forward,        bias_gelu_backward,
+    pool_forward,            pool_backward,            attention_forward,
+    attention_backward,
+};
+
+}  // namespace bert_fast::BERT_FAST_ISA

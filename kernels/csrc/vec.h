@@ -1,0 +1,280 @@
+// One vector type for all CPU kernels: W floats in a GCC/Clang vector, W by the instruction set the
+// file is compiled for. Everything lives in a namespace named after that instruction set: the same
+// templates compiled with different flags must never be merged by the linker (an AVX-512 body
+// picked for a baseline caller dies by SIGILL). For the same reason nothing here, nor in the kernel
+// bodies, calls an inline function of the standard library.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#define BERT_FAST_ISA avx512
+#define BERT_FAST_AVX512 1
+#define BERT_FAST_VECTOR_BYTES 64
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define BERT_FAST_ISA avx2
+#define BERT_FAST_AVX2 1
+#define BERT_FAST_VECTOR_BYTES 32
+#else
+#define BERT_FAST_ISA generic
+#define BERT_FAST_VECTOR_BYTES 16
+#endif
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+namespace bert_fast::BERT_FAST_ISA {
+
+constexpr int W = BERT_FAST_VECTOR_BYTES / 4;
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef uint16_t vh __attribute__((vector_size(2 * W)));
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+// How many lanes an access covers; Full is a compile-time fact, so the main loops carry no masks.
+struct Full {
+  static constexpr int n = W;
+};
+struct Tail {
+  int n;  // 0 < n < W
+};
+
+template <class A>
+ALWAYS_INLINE A smaller(A a, A b) { return b < a ? b : a; }
+template <class A>
+ALWAYS_INLINE A larger(A a, A b) { return a < b ? b : a; }
+ALWAYS_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+ALWAYS_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Calls f(i, lanes) over [0, n) in steps of W, the rest as a Tail.
+template <class F>
+ALWAYS_INLINE void sweep(int64_t n, const F& f) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) f(i, Full{});
+  if (i < n) f(i, Tail{int(n - i)});
+}
+
+// ---- bits and lanes ----------------------------------------------------------------------------
+
+template <class To, class From>
+ALWAYS_INLINE To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+ALWAYS_INLINE vf set1(float x) { return x - vf{}; }  // x - 0 is x for every x, -0 and NaN included
+
+ALWAYS_INLINE vi lane_index() {
+  vi lanes;
+  for (int i = 0; i < W; ++i) lanes[i] = i;
+  return lanes;
+}
+
+ALWAYS_INLINE vf keep_lanes(vf a, Full) { return a; }
+ALWAYS_INLINE vf keep_lanes(vf a, Tail t) { return lane_index() < t.n ? a : vf{}; }
+
+// Unlike max/min instructions these keep a NaN in `a`.
+ALWAYS_INLINE vf at_least(vf a, float low) { return a < low ? set1(low) : a; }
+ALWAYS_INLINE vf at_most(vf a, float high) { return a > high ? set1(high) : a; }
+ALWAYS_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+
+ALWAYS_INLINE vf fma(vf a, vf b, vf c) {
+#if defined(BERT_FAST_AVX512)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(BERT_FAST_AVX2)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+ALWAYS_INLINE vf fma(vf a, vf b, float c) { return fma(a, b, set1(c)); }
+
+ALWAYS_INLINE float hsum(vf a) {
+#if defined(BERT_FAST_AVX512)
+  return _mm512_reduce_add_ps(a);
+#else
+  float lanes[W];
+  memcpy(lanes, &a, sizeof a);
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+#endif
+}
+
+// ---- memory ------------------------------------------------------------------------------------
+
+ALWAYS_INLINE vf load(const float* p, Full = {}) {
+  vf a;
+  memcpy(&a, p, sizeof a);
+  return a;
+}
+ALWAYS_INLINE void store(float* p, vf a, Full = {}) { memcpy(p, &a, sizeof a); }
+
+ALWAYS_INLINE vf load(const bf16* p, Full = {}) {
+  vh half;
+  memcpy(&half, p, sizeof half);
+  return bits_as<vf>(__builtin_convertvector(half, vu) << 16);
+}
+
+// Round to nearest even; a NaN stays one (its rounding could carry into infinity).
+ALWAYS_INLINE vh bf16_bits(vf a) {
+  vu bits = bits_as<vu>(a);
+  vu rounded = bits + 0x7fff + (bits >> 16 & 1);
+  vu nan = bits | 0x400000;
+  return __builtin_convertvector((a == a ? rounded : nan) >> 16, vh);
+}
+ALWAYS_INLINE void store(bf16* p, vf a, Full = {}) {
+  vh half = bf16_bits(a);
+  memcpy(p, &half, sizeof half);
+}
+
+// The exact fp16 conversions by integer arithmetic, for machines without F16C.
+inline float f16_to_float(uint16_t half) {
+  uint32_t sign = uint32_t(half & 0x8000) << 16, body = half & 0x7fff;
+  if (body >= 0x7c00) return bits_as<float>(sign | 0x7f800000 | (body & 0x3ff) << 13);
+  // Scaling by 2^112 moves the exponent bias from 15 to 127 and normalises subnormals on the way.
+  return bits_as<float>(sign | bits_as<uint32_t>(bits_as<float>(body << 13) * 0x1p112f));
+}
+inline uint16_t float_to_f16(float x) {
+  uint32_t bits = bits_as<uint32_t>(x), sign = bits >> 16 & 0x8000, body = bits & 0x7fffffff;
+  if (body > 0x7f800000) return sign | 0x7e00 | (body >> 13 & 0x1ff);
+  if (body >= 0x477ff000) return sign | 0x7c00;  // 65520 and above round to infinity
+  if (body < 0x38800000)  // subnormal: adding 0.5 makes the FPU round at 2^-24
+    return sign | (bits_as<uint32_t>(bits_as<float>(body) + 0.5f) - 0x3f000000);
+  return sign | ((body + 0xfff + (body >> 13 & 1) - 0x38000000) >> 13);
+}
+
+ALWAYS_INLINE vf load(const f16* p, Full = {}) {
+#if defined(BERT_FAST_AVX512)
+  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(BERT_FAST_AVX2)
+  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  vf a;
+  for (int i = 0; i < W; ++i) a[i] = f16_to_float(p[i].bits);
+  return a;
+#endif
+}
+ALWAYS_INLINE void store(f16* p, vf a, Full = {}) {
+#if defined(BERT_FAST_AVX512)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(BERT_FAST_AVX2)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < W; ++i) p[i].bits = float_to_f16(a[i]);
+#endif
+}
+
+// Tails never touch memory outside the row; missing lanes read as zero.
+template <class T>
+ALWAYS_INLINE vf load(const T* p, Tail t) {
+#if defined(BERT_FAST_AVX512)
+  const __mmask16 mask = __mmask16((1u << t.n) - 1);
+  if constexpr (sizeof(T) == 4) {
+    return _mm512_maskz_loadu_ps(mask, p);
+  } else {
+    T row[W];
+    _mm256_storeu_si256((__m256i*)row, _mm256_maskz_loadu_epi16(mask, p));
+    return load(row);
+  }
+#else
+  T row[W] = {};
+  memcpy(row, p, t.n * sizeof(T));
+  return load(row);
+#endif
+}
+template <class T>
+ALWAYS_INLINE void store(T* p, vf a, Tail t) {
+  T row[W];
+  store(row, a);
+  memcpy(p, row, t.n * sizeof(T));
+}
+
+// ---- elementary functions ----------------------------------------------------------------------
+
+// p * 2^n for integral n in [-151, 129]. Two factors, because 2^n alone leaves the float range
+// where the result is subnormal or the largest binade.
+ALWAYS_INLINE vf scale_by_power(vf p, vf n) {
+#if defined(BERT_FAST_AVX512)
+  return _mm512_scalef_ps(p, n);
+#else
+  vi i = __builtin_convertvector(n, vi), half = i >> 1;
+  return p * bits_as<vf>((half + 127) << 23) * bits_as<vf>((i - half + 127) << 23);
+#endif
+}
+
+ALWAYS_INLINE vf nearest(vf x) {  // |x| < 2^22
+#if defined(BERT_FAST_AVX512)
+  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const vf magic = set1(0x1.8p23f);
+  return (x + magic) - magic;
+#endif
+}
+
+// 2^x for x <= 129. The polynomial is the minimax fit of 2^r on [-1/2, 1/2] with a constant term of
+// exactly 1: relative error 2e-9 before rounding, so below 1 ulp after it.
+ALWAYS_INLINE vf exp2(vf x) {
+  x = at_least(x, -151.0f);
+  vf n = nearest(x), r = x - n;
+  vf p = fma(set1(1.5353360504e-4f), r, 1.3398875017e-3f);
+  p = fma(p, r, 9.6184369177e-3f);
+  p = fma(p, r, 5.5503323674e-2f);
+  p = fma(p, r, 2.4022647738e-1f);
+  p = fma(p, r, 6.9314718246e-1f);
+  return scale_by_power(fma(p, r, 1.0f), n);
+}
+
+// e^x: as exp2, with ln 2 split in two so that the reduced argument is exact (Cody-Waite).
+ALWAYS_INLINE vf exp(vf x) {
+  x = at_most(at_least(x, -104.0f), 89.0f);
+  vf n = nearest(x * 1.44269504f);
+  vf r = fma(n, set1(-1.428606765e-6f), fma(n, set1(-0.693145751953125f), x));
+  vf p = fma(set1(1.3843652559e-3f), r, 8.3741554990e-3f);
+  p = fma(p, r, 4.1668001562e-2f);
+  p = fma(p, r, 1.6666431725e-1f);
+  p = fma(p, r, 4.9999994040e-1f);
+  p = fma(p, r, 1.0f);
+  return scale_by_power(fma(p, r, 1.0f), n);
+}
+
+// 1 / (1 + e^-x)
+ALWAYS_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
+
+// The standard normal distribution function, (1 + erf(x / sqrt 2)) / 2. With t = |x|,
+// -log2 of the tail Q(t) = erfc(t / sqrt 2) / 2 is nearly a parabola, so one polynomial and one
+// exp2 give Q to 3e-8 absolute and 1e-6 relative up to t = 6: unlike 1 + erf nothing cancels for
+// negative x. Beyond 6, where Q < 1e-9, a parabola (1 % relative) is enough.
+ALWAYS_INLINE vf normal_cdf(vf x) {
+  vf t = x < 0.0f ? -x : x;
+  vf p = fma(set1(-2.6601318925e-9f), t, 9.8901629997e-8f);
+  p = fma(p, t, -1.6300695052e-6f);
+  p = fma(p, t, 1.5565352426e-5f);
+  p = fma(p, t, -9.2540962214e-5f);
+  p = fma(p, t, 3.1304330332e-4f);
+  p = fma(p, t, -3.9434744394e-5f);
+  p = fma(p, t, -6.9234706461e-3f);
+  p = fma(p, t, 5.2436895669e-2f);
+  p = fma(p, t, 4.5921978354e-1f);
+  p = fma(p, t, 1.1511044502e0f);
+  p = fma(p, t, 1.0f);
+  vf far = fma(fma(set1(0.7138720751f), t, 0.2965635061f), t, 2.4458642006f);
+  vf q = exp2(-(t > 6.0f ? far : p));
+  return x < 0.0f ? q : 1.0f - q;
+}
+
+}  // namespace bert_fast::BERT_FAST_ISA

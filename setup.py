@@ -1,0 +1,79 @@
+"""Builds `bert_fast._C`: the C++ kernels, and the CUDA ones where torch has CUDA and nvcc is found.
+
+Everything else about the package is in pyproject.toml. A file whose name ends in `_avx2` or
+`_avx512` is compiled with that instruction set; which one runs is decided by CPUID at run time, so
+one binary serves every x86-64. The extension uses torch's stable ABI and Python's limited API:
+one build serves torch >= 2.11 and CPython >= 3.10.
+"""
+
+import os
+import platform
+import shutil
+from pathlib import Path
+
+import torch
+from setuptools import find_packages, setup
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+CSRC = Path("kernels/csrc")
+X86_FLAGS = {
+    "_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    # The warnings are GCC 12's about its own immintrin.h.
+    "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+    + ["-Wno-uninitialized", "-Wno-maybe-uninitialized"],
+}
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+# The compiler must be there, not a device: a wheel is the same wherever it was built.
+HAS_CUDA = torch.version.cuda is not None and (
+    shutil.which("nvcc") is not None
+    or (CUDA_HOME is not None and (Path(CUDA_HOME) / "bin" / "nvcc").exists())
+)
+
+
+class BuildByISA(BuildExtension):
+    """BuildExtension, with extra flags for the files that name an instruction set."""
+
+    def build_extension(self, ext):
+        for suffix, flags in X86_FLAGS.items() if IS_X86 else ():
+            sources = [s for s in ext.sources if Path(s).stem.endswith(suffix)]
+            args = ext.extra_compile_args
+            ext.extra_objects += self.compiler.compile(
+                sources,
+                output_dir=self.build_temp,
+                include_dirs=ext.include_dirs,
+                debug=self.debug,
+                extra_postargs={**args, "cxx": args["cxx"] + flags},
+                depends=ext.depends,
+            )
+            ext.sources = [s for s in ext.sources if s not in sources]
+        super().build_extension(ext)
+
+
+def extension():
+    patterns = ["*.cpp", "cpu/*.cpp"] + ["cuda/*.cu"] * HAS_CUDA
+    sources = sorted(str(path) for pattern in patterns for path in CSRC.glob(pattern))
+    with_cuda = any(source.endswith(".cu") for source in sources)
+    target = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11's stable ABI
+    gpus = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ("80", "90a", "100a")]
+    gpus += ["-gencode=arch=compute_80,code=compute_80"]  # PTX, for what comes later
+    return (CUDAExtension if with_cuda else CppExtension)(
+        "bert_fast._C",
+        sources,
+        include_dirs=[str(CSRC.resolve())],
+        depends=sorted(str(path) for path in CSRC.rglob("*.h")),
+        py_limited_api=True,
+        extra_compile_args={
+            "cxx": ["-O3", "-std=c++20", "-fno-math-errno", "-fvisibility=hidden", target],
+            "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA", target]
+            + gpus * ("TORCH_CUDA_ARCH_LIST" not in os.environ),
+        },
+    )
+
+
+setup(
+    packages=[*find_packages(include=["bert_fast", "bert_fast.*"]), "bert_fast._triton"],
+    package_dir={"bert_fast._triton": "kernels/_triton"},
+    ext_modules=[extension()],
+    cmdclass={"build_ext": BuildByISA},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
