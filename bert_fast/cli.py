@@ -1,0 +1,310 @@
+"""The command line: `bert-fast embed`, `doctor`, `explain`.
+
+torch and transformers are imported inside the commands, so that `--help` answers at once. What a
+user can get wrong is one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from torch import nn
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DEVICES = ("auto", "cpu", "cuda")
+POOLINGS = ("mean", "cls")
+BATCH_TOKENS = 16_384
+
+app = typer.Typer(
+    help="A Hugging Face BERT with the same answers, faster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+log = Console(stderr=True, highlight=False)
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False):
+    if version:
+        from . import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def embed(
+    source: Annotated[
+        str, typer.Argument(metavar="INPUT", help="Text or .jsonl file, - for stdin")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .npy file to write.")],
+    model: Annotated[Path, typer.Option(help="Folder with config.json, weights and tokenizer.")],
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    batch_tokens: Annotated[int, typer.Option(help="Tokens per batch.")] = BATCH_TOKENS,
+    pooling: Annotated[
+        str | None, typer.Option(help="mean or cls; unless given, the model's own, else mean.")
+    ] = None,
+    normalize: Annotated[
+        bool | None,
+        typer.Option(help="Unit length; unless given, the model's own, else yes."),
+    ] = None,
+    text_field: Annotated[
+        str | None, typer.Option(help="The field of JSON lines; given, INPUT is JSON lines.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens kept of a text; unless given, the model's own.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="auto, or one backend for every op.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """One embedding per line of INPUT, written as a float32 array (lines x hidden).
+
+    INPUT is UTF-8 text, one text a line, or JSON lines where its name ends in .jsonl. A blank line
+    gives the embedding of the empty text. A sentence-transformers folder says how to pool.
+    """
+    with one_line_errors():
+        check_choice("dtype", dtype, DTYPES)
+        check_choice("device", device, DEVICES)
+        check_choice("pooling", pooling or "mean", POOLINGS)
+        check_output(output)
+        check_model(model)
+        json_lines = source.endswith(".jsonl") or text_field is not None
+        texts = read_texts(source, (text_field or "text") if json_lines else None)
+
+        from .encode import embed_tokens, sentence_settings, token_limit, tokenize, truncation_note
+
+        own = sentence_settings(model)
+        bert, tokenizer = load(model, dtype, device)
+        limit = token_limit(bert, tokenizer, max_length or own.max_length)
+        start = time.perf_counter()
+        with log.status("tokenising"):
+            tokens = tokenize(tokenizer, texts, limit)
+        if tokens.truncated:
+            log.print(f"bert-fast: warning: {truncation_note(tokens, limit)}")
+        with progress_bar() as bar:
+            task = bar.add_task("embedding", total=len(texts), tokens=0)
+            vectors = embed_tokens(
+                bert,
+                tokens,
+                batch_tokens=batch_tokens,
+                pooling=pooling or own.pooling or "mean",
+                normalize=own.normalize is not False if normalize is None else normalize,
+                backend=backend,
+                progress=lambda n, t: bar.update(
+                    task, advance=n, tokens=bar.tasks[task].fields["tokens"] + t
+                ),
+            )
+        save(output, vectors)
+        seconds = time.perf_counter() - start
+        log.print(
+            f"{len(texts)} texts, {len(tokens.ids)} tokens in {seconds:.1f} s "
+            f"({len(texts) / seconds:.0f} texts/s, {len(tokens.ids) / seconds:.0f} tokens/s); "
+            f"{output}: float32 {list(vectors.shape)}",
+            soft_wrap=True,
+        )
+
+
+@app.command()
+def doctor(
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+) -> None:
+    """What this machine has, which kernel runs for each op, and why the others do not."""
+    from rich.table import Table
+
+    with one_line_errors():
+        check_choice("dtype", dtype, DTYPES)
+        import torch
+
+        from . import doctor as report
+
+        found = report.choices(getattr(torch, DTYPES[dtype]))
+        facts = Table(show_header=False, box=None)
+        for name, value in {**report.versions(), **report.machine()}.items():
+            facts.add_row(name, value)
+        console.print(facts)
+
+        kernels = Table(title=f"kernels for inference in {dtype}")
+        for column in ("op", "on a CPU", "would also run", "on a GPU", "would also run"):
+            kernels.add_column(column)
+        for cpu, gpu in zip(found[::2], found[1::2], strict=True):
+            cells = [cpu.op]
+            for choice in (cpu, gpu):
+                willing = [name for name, why in choice.reasons.items() if not why]
+                cells += [willing[0], ", ".join(willing[1:])]
+            kernels.add_row(*cells)
+        console.print(kernels)
+
+        reasons = Table(title="why the others would not run")
+        for column in ("on", "backends", "reason", "ops"):
+            reasons.add_column(column)
+        for (where, reason), (names, op_names) in report.grouped(found).items():
+            every = len(op_names) == len(found) // 2
+            told = "all" if every else ", ".join(op_names)
+            reasons.add_row(where, ", ".join(names), reason, told)
+        console.print(reasons)
+        for line in report.advice() or ["Nothing is missing for this machine."]:
+            console.print(line)
+
+
+@app.command()
+def explain(
+    model: Annotated[Path, typer.Argument(help="Folder with config.json, weights and tokenizer.")],
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Which kernels this model runs on two short texts, after `bert_fast.accelerate`."""
+    with one_line_errors():
+        check_choice("dtype", dtype, DTYPES)
+        check_choice("device", device, DEVICES)
+        check_model(model)
+        bert, tokenizer = load(model, dtype, device)
+        import torch
+
+        import bert_fast
+
+        texts = ["A short text.", "A text that is a little longer than the first."]
+        batch = tokenizer(texts, padding=True, return_tensors="pt").to(bert.device)
+        with torch.inference_mode():
+            print(bert_fast.explain(bert_fast.accelerate(bert), batch))
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turns what a user can get wrong into one line on stderr and exit code 2."""
+    try:
+        yield
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except ValueError as error:
+        message = str(error)
+    else:
+        return
+    log.print(f"bert-fast: {' '.join(message.split())}", soft_wrap=True, markup=False)
+    raise typer.Exit(2)
+
+
+def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(allowed)}")
+
+
+def check_model(folder: Path) -> None:
+    if not folder.exists():
+        raise ValueError(f"no model at {folder}")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json: not the folder of a model")
+
+
+def check_output(file: Path) -> None:
+    """What would otherwise fail after the work is done."""
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder, expected a file to write")
+    if not file.parent.is_dir():
+        raise ValueError(f"no folder {file.parent} to write {file.name} to")
+    if not os.access(file.parent, os.W_OK):
+        raise ValueError(f"{file.parent} is not writable")
+
+
+def read_texts(source: str, field: str | None) -> list[str]:
+    """One text per line of a file, or of stdin for "-"; of JSON lines, the value of `field`.
+
+    Raises: ValueError with the line's number, for a line that is not UTF-8 or not what JSON lines
+        with this field are; OSError for a file that cannot be read.
+    """
+    name = "stdin" if source == "-" else source
+    data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+    lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    if not lines[-1]:
+        lines.pop()  # what follows the last line's end
+    texts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            text = line.removesuffix(b"\r").decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name}, line {number}: not UTF-8 ({error.reason})") from None
+        if field is not None and text.strip():
+            try:
+                row = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{name}, line {number}: not JSON ({error.msg})") from None
+            if not isinstance(row, dict) or field not in row:
+                raise ValueError(f"{name}, line {number}: no field {field!r}")
+            text = row[field]
+            if not isinstance(text, str):
+                raise ValueError(f"{name}, line {number}: field {field!r} is not a string")
+        texts.append(text)
+    return texts
+
+
+def load(folder: Path, dtype: str, device: str) -> tuple[nn.Module, Any]:
+    """The model in evaluation mode and its tokenizer; ValueError where the folder has none."""
+    import torch
+    import transformers
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModel.from_pretrained(folder, dtype=getattr(torch, DTYPES[dtype]))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # whatever a broken folder makes transformers raise
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"cannot load {folder}: {reason[0]}") from None
+    return model.eval().to(device), tokenizer
+
+
+def progress_bar() -> Progress:
+    """Texts done, with texts/s and tokens/s; silent where stderr is no terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+    from rich.text import Text
+
+    class Speed(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            seconds = max(task.elapsed or 0.0, 1e-9)
+            tokens = task.fields["tokens"] / seconds
+            return Text(f"{task.completed / seconds:.0f} texts/s, {tokens:.0f} tokens/s")
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Speed(),
+        Remaining(),
+        console=log,
+        disable=not log.is_terminal,
+    )
+
+
+def save(file: Path, array: Any) -> None:
+    """Writes a .npy file whole or not at all."""
+    import numpy as np
+
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as opened:
+            np.save(opened, array)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    app()

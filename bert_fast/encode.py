@@ -1,0 +1,257 @@
+"""Embeds a corpus: bulk tokenising, length-sorted batches by tokens, no padding anywhere.
+
+    texts -> tokens [T] -> packed encoder [T, H] -> pool [B, H] -> rows of the result, in order
+
+Sorting gives each batch sequences of like length, so that attention's work is even, and a budget
+in tokens (not in texts) gives each batch the same work. Mean pooling and its normalisation:
+Reimers & Gurevych, arXiv 1908.10084.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .convert import is_bert, reasons_against
+from .modeling import Backend, chosen, encode
+from .ops.pool import MODES
+
+TEXTS_AT_ONCE = 8_192  # bounds what the tokenizer's Python lists take, not what is kept
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenised corpus: ids int32 [T] of all texts, bounds int64 [n + 1], texts cut short."""
+
+    ids: np.ndarray
+    bounds: np.ndarray
+    truncated: int
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.bounds)
+
+
+def embed(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    batch_tokens: int = 16_384,
+    pooling: str = "mean",
+    normalize: bool = True,
+    max_length: int | None = None,
+    backend: Backend = "auto",
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """One vector per text, in the order given.
+
+    Args:
+        model: a transformers BertModel (accelerated or not), or a module with one inside; on any
+            device, in fp32, bf16 or fp16. It runs in evaluation mode and is left as it was.
+        tokenizer: its fast tokenizer.
+        texts: n strings; an empty one gives the embedding of the empty text.
+        batch_tokens: tokens per batch; a longer text gets a batch of its own.
+        pooling: "mean" over a text's tokens, or "cls", its first token.
+        normalize: divide each vector by its L2 norm.
+        max_length: tokens kept of each text; None: as many as model and tokenizer take.
+        backend: as in `bert_fast.accelerate`.
+        progress: called with (texts, tokens) after each batch.
+
+    Returns: float32 [n, H]. Pooling and norms are computed in fp32, whatever the model's dtype.
+    Raises: ValueError for a model without a BertModel that can run packed (with the reasons), a
+        tokenizer that is not fast, an unknown pooling, a max_length over the model's positions.
+    Warns: UserWarning with the number of texts cut to `max_length`, if there are any.
+    """
+    limit = token_limit(model, tokenizer, max_length)
+    tokens = tokenize(tokenizer, texts, limit)
+    if tokens.truncated:
+        warnings.warn(truncation_note(tokens, limit), stacklevel=2)
+    return embed_tokens(
+        model,
+        tokens,
+        batch_tokens=batch_tokens,
+        pooling=pooling,
+        normalize=normalize,
+        backend=backend,
+        progress=progress,
+    )
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> Tokens:
+    """The ids of every text with its special tokens, cut to `max_length`, without padding.
+
+    Raises: ValueError for a tokenizer that is not fast.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer (tokenizer.json)")
+    pieces, counts, truncated = [np.empty(0, np.int32)], [0], 0
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        found = tokenizer(
+            list(texts[start : start + TEXTS_AT_ONCE]),
+            truncation=True,
+            max_length=max_length,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
+        counts.extend(map(len, found["input_ids"]))
+        pieces.append(np.concatenate([np.asarray(x, np.int32) for x in found["input_ids"]]))
+        truncated += sum(bool(encoding.overflowing) for encoding in found.encodings)
+    return Tokens(np.concatenate(pieces), np.cumsum(counts, dtype=np.int64), truncated)
+
+
+def embed_tokens(
+    model: nn.Module,
+    tokens: Tokens,
+    *,
+    batch_tokens: int = 16_384,
+    pooling: str = "mean",
+    normalize: bool = True,
+    backend: Backend = "auto",
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """`embed` for a corpus that is tokenised already; the arguments are those of `embed`."""
+    if pooling not in MODES:
+        raise ValueError(f"pooling is {pooling!r}, expected one of {MODES}")
+    if batch_tokens < 1:
+        raise ValueError(f"batch_tokens is {batch_tokens}, expected at least 1")
+    bert = _packable(model)
+    out = np.empty((len(tokens), bert.config.hidden_size), np.float32)
+    lengths = tokens.lengths
+
+    def collect(rows: np.ndarray, vectors: Tensor) -> None:
+        out[rows] = vectors.cpu().numpy()
+        if progress is not None:
+            progress(len(rows), int(lengths[rows].sum()))
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            running: tuple[np.ndarray, Tensor] | None = None
+            for rows in batches(lengths, batch_tokens):
+                ids, cu_seqlens = _packed(tokens, rows, bert.device)
+                hidden = encode(
+                    bert, ids, cu_seqlens, int(lengths[rows[0]]), backend=backend
+                )  # [T, H]
+                vectors = ops.pool(
+                    hidden.float(), cu_seqlens, pooling, normalize, chosen(backend, "pool")
+                )  # [B, H]
+                # One batch behind: a GPU has the next one queued while this one is copied out.
+                if running is not None:
+                    collect(*running)
+                running = rows, vectors
+            if running is not None:
+                collect(*running)
+    finally:
+        model.train(was_training)
+    return out
+
+
+def batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
+    """Text numbers, longest texts first, cut where a batch would exceed `batch_tokens`."""
+    order = np.argsort(-lengths, kind="stable")
+    ends = np.cumsum(lengths[order])
+    start = used = 0
+    while start < len(order):
+        stop = max(start + 1, int(np.searchsorted(ends, used + batch_tokens, side="right")))
+        yield order[start:stop]
+        start, used = stop, int(ends[stop - 1])
+
+
+def token_limit(model: nn.Module, tokenizer: Any, max_length: int | None = None) -> int:
+    """The tokens kept of each text: `max_length`, or what model and tokenizer take at most.
+
+    Raises: ValueError for a max_length below 1 or over the model's position table.
+    """
+    positions = _packable(model).embeddings.position_embeddings.weight.shape[0]
+    if max_length is None:
+        return min(positions, int(tokenizer.model_max_length))
+    if not 1 <= max_length <= positions:
+        raise ValueError(f"max_length is {max_length}, expected 1 to {positions} (positions)")
+    return max_length
+
+
+def truncation_note(tokens: Tokens, max_length: int) -> str:
+    return f"{tokens.truncated} of {len(tokens)} texts were cut to {max_length} tokens"
+
+
+@dataclass(frozen=True)
+class SentenceSettings:
+    """What a sentence-transformers folder asks for; None where it says nothing."""
+
+    pooling: str | None = None
+    normalize: bool | None = None
+    max_length: int | None = None
+
+
+def sentence_settings(folder: Path) -> SentenceSettings:
+    """Reads modules.json, the pooling's config and sentence_bert_config.json of a model folder.
+
+    Prompts are not read: prefix the texts with what the model wants.
+
+    Raises: ValueError for a pooling other than mean and cls, and for modules after the encoder
+        other than Pooling and Normalize.
+    """
+    modules = _json(folder / "modules.json", [])
+    kinds = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in modules}
+    if unknown := sorted(set(kinds) - {"Transformer", "Pooling", "Normalize"}):
+        raise ValueError(f"{folder / 'modules.json'} has {', '.join(unknown)}, which is not served")
+    pooling = _json(folder / kinds.get("Pooling", "1_Pooling") / "config.json", {})
+    modes = [pooling["pooling_mode"]] if isinstance(pooling.get("pooling_mode"), str) else []
+    modes += [
+        key.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens")
+        for key, value in pooling.items()
+        if key.startswith("pooling_mode_") and value is True
+    ]
+    if modes and (len(modes) > 1 or modes[0] not in MODES):
+        raise ValueError(f"the model pools by {' + '.join(modes)}, expected one of {MODES}")
+    return SentenceSettings(
+        modes[0] if modes else None,
+        "Normalize" in kinds if modules else None,
+        _json(folder / "sentence_bert_config.json", {}).get("max_seq_length"),
+    )
+
+
+def _json(file: Path, absent: Any) -> Any:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else absent
+
+
+def _packable(model: nn.Module) -> nn.Module:
+    """The one BertModel inside `model`, or a ValueError that says why it cannot run packed."""
+    found = [module for module in model.modules() if is_bert(module)]
+    if len(found) != 1:
+        raise ValueError(
+            f"{type(model).__name__} contains {len(found)} transformers BertModels, expected one"
+        )
+    if why := reasons_against(found[0]):
+        raise ValueError(f"{type(model).__name__} cannot run packed: {'; '.join(why)}")
+    return found[0]
+
+
+def _packed(tokens: Tokens, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The ids [T] of the texts `rows`, one after the other, and where each starts [B + 1]."""
+    bounds = tokens.bounds
+    ids = np.concatenate([tokens.ids[bounds[row] : bounds[row + 1]] for row in rows])
+    cu_seqlens = np.zeros(len(rows) + 1, np.int32)
+    np.cumsum(tokens.lengths[rows], out=cu_seqlens[1:])
+    return _to(ids, device), _to(cu_seqlens, device)
+
+
+def _to(array: np.ndarray, device: torch.device) -> Tensor:
+    # From pageable memory the copy would wait for the GPU to finish the batch before.
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
