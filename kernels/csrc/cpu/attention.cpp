@@ -58,10 +58,11 @@ static std::tuple<Tensor, Tensor> attention_forward(
   return {out, lse};
 }
 
+// `out` is part of the calling rule of every backend; this one has no use for it.
 static Tensor attention_backward(
     const Tensor& dout, const Tensor& qkv, const Tensor& cu_seqlens,
     const OptionalTensor& key_start, const OptionalTensor& bias, int64_t /*max_seqlen*/,
-    double scale, double p, const OptionalTensor& seed, const Tensor& out, const Tensor& lse,
+    double scale, double p, const OptionalTensor& seed, const Tensor& /*out*/, const Tensor& lse,
     const std::vector<bool>& needs, int64_t isa) {
   const char* op = "attention";
   require_needs(op, needs, 1);
@@ -69,7 +70,6 @@ static Tensor attention_backward(
   Attention a = attention_arguments(op, qkv, cu_seqlens, key_start, bias, scale, p, seed);
   const ScalarType dtype = qkv.scalar_type();
   a.dout = checked(op, "dout", dout, dtype, {a.tokens, a.heads, a.width});
-  a.out = checked(op, "out", out, dtype, {a.tokens, a.heads, a.width});
   a.lse = static_cast<float*>(checked(op, "lse", lse, ScalarType::Float, {a.heads, a.tokens}));
   Tensor dqkv = fresh_like(qkv);
   a.dqkv = dqkv.data_ptr();

@@ -5,7 +5,7 @@
 // so that a vector holds one key for W queries: maximum and sum over keys are plain vertical
 // operations, four keys of one Philox call are four vectors, and both products read their left
 // operand k-major, which needs one pointer. K^T and V of a head are packed to fp32 once and serve
-// all its query blocks. Scores are in units of log2, so that probabilities cost one exp2.
+// all its query blocks.
 //
 // Work is dealt to threads by cost (queries x keys), in query blocks: sequences of very different
 // lengths balance, and a block's result does not depend on who computes it.
@@ -17,7 +17,6 @@ namespace bert_fast::BERT_FAST_ISA {
 
 constexpr int64_t kQueries = 48;  // 3 vectors of AVX-512; all tile heights divide it
 constexpr int64_t kKeys = 256;    // a block of scores is 48 KiB: half of it in L1, all of it in L2
-constexpr float kLog2e = 1.4426950409f, kLn2 = 0.6931471806f;
 constexpr int64_t kLaneCost = 65536;  // FMAs below which a second thread is not worth waking
 
 // One head of one sequence.
@@ -82,7 +81,7 @@ const T* part_of(const Attention& a, const void* qkv, int64_t part, int64_t toke
   return static_cast<const T*>(qkv) + ((token * 3 + part) * a.heads + h) * a.width;
 }
 
-// scores[j, i] += log2(e) * bias[first query + i, first key + j]; W x W blocks are transposed.
+// scores[j, i] += bias[first query + i, first key + j]; W x W blocks are transposed.
 template <class B>
 void add_bias(
     const Attention& a, const Head& head, int64_t query, int64_t queries, int64_t key, int64_t keys,
@@ -99,7 +98,7 @@ void add_bias(
       transpose(block);
       for (int64_t r = 0; r < smaller<int64_t>(W, keys - j); ++r) {
         float* at = scores + (j + r) * kQueries + i;
-        store(at, fma(block[r], set1(kLog2e), load(at)));
+        store(at, load(at) + block[r]);
       }
     }
 }
@@ -123,7 +122,7 @@ inline void fill_factors(
   }
 }
 
-// Log2-scaled scores of a block, transposed: scores[j, i] = log2(e) (scale q_i k_j + bias_ij).
+// Scores of a block, transposed: scores[j, i] = scale q_i k_j + bias_ij.
 inline void block_scores(
     const Attention& a, const Head& head, int64_t query, int64_t queries, int64_t key, int64_t keys,
     const float* keys_t, int64_t keys_ld, const float* queries_t, float* scores) {
@@ -136,21 +135,21 @@ inline void block_scores(
   });
 }
 
-// Turns scores into exp2(score - running maximum); updates maximum and sum of W queries. Returns
+// Turns scores into exp(score - running maximum); updates maximum and sum of W queries. Returns
 // the factor that rescales what earlier blocks summed.
 ALWAYS_INLINE vf softmax_columns(float* scores, int64_t keys, float* maximum, float* sum) {
   const vf none = set1(-__builtin_inff()), before = load(maximum);
   vf top = before;
   for (int64_t j = 0; j < keys; ++j) top = vmax(top, load(scores + j * kQueries));
-  // A query that saw no key yet: any finite base gives exp2(-inf) = 0 instead of NaN.
+  // A query that saw no key yet: any finite base gives exp(-inf) = 0 instead of NaN.
   const vf base = top > none ? top : vf{};
   vf total{};
   for (int64_t j = 0; j < keys; ++j) {
-    vf p = exp2(load(scores + j * kQueries) - base);
+    vf p = exp(load(scores + j * kQueries) - base);
     store(scores + j * kQueries, p);
     total += p;
   }
-  const vf rescale = exp2(before - base);
+  const vf rescale = exp(before - base);
   store(maximum, top);
   store(sum, fma(load(sum), rescale, total));
   return rescale;
@@ -178,7 +177,7 @@ void attention_block(const Attention& a, const Head& head, int64_t query, Forwar
   const Strides& s = m.strides;
   const int64_t queries = smaller(kQueries, head.queries - query), token = head.first + query;
   pack_transposed(
-      part_of<T>(a, a.qkv, 0, token, head.h), s.row, queries, a.width, a.scale * kLog2e,
+      part_of<T>(a, a.qkv, 0, token, head.h), s.row, queries, a.width, a.scale,
       m.queries_t, kQueries);
   for (int64_t i = 0; i < queries; i += W) {
     store(m.maximum + i, set1(-__builtin_inff()));
@@ -211,7 +210,7 @@ void attention_block(const Attention& a, const Head& head, int64_t query, Forwar
     });
     if (a.lse)
       a.lse[head.h * a.tokens + token + i] =
-          total == 0.0f ? -__builtin_inff() : m.maximum[i] * kLn2 + __builtin_logf(total);
+          total == 0.0f ? -__builtin_inff() : m.maximum[i] + __builtin_logf(total);
   }
 }
 

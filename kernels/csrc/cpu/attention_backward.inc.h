@@ -1,11 +1,14 @@
 // attention, backward. With P the probabilities (recomputed from lse), M the dropout factors:
 //
-//   dV = (P M)^T dout,  dP = M (dout V^T),  delta = rowsum(dout out)
+//   dV = (P M)^T dout,  dP = M (dout V^T),  delta = rowsum(P dP)
 //   dS = scale P (dP - delta),  dQ = dS K,  dK = dS^T Q
 //
+// delta is also rowsum(dout out), which needs no second pass over the keys; but then dP - delta is
+// the difference of two numbers rounded along different ways, which for rows with few keys costs
+// several ulp of dQ. P and dP of kQueries queries and all keys are small enough to keep.
+//
 // The unit of work is one head of one sequence, so dK and dV are summed by one thread in a fixed
-// order: deterministic for any number of threads. Scores, their gradient and all five products stay
-// in blocks of [kKeys, kQueries] as in the forward, transposed for the same reasons.
+// order: deterministic for any number of threads. Scores are transposed, as in the forward.
 #pragma once
 
 #include "cpu/attention.inc.h"
@@ -15,15 +18,15 @@ namespace bert_fast::BERT_FAST_ISA {
 struct BackwardBuffers {
   Strides strides;
   Scratch memory;
-  float *keys_t, *values_t, *keys, *dkeys, *dvalues;                // one head
-  float *queries_t, *dout_t, *queries, *dout, *dqueries;            // one block of queries
-  float *scores, *dscores, *factors, *lse, *delta;                  // one block of scores
+  float *keys_t, *values_t, *keys, *dkeys, *dvalues;      // one head
+  float *queries_t, *dout_t, *queries, *dout, *dqueries;  // one block of queries
+  float *scores, *dscores, *factors;                      // all keys of that block
 
   explicit BackwardBuffers(const Attention& a)
       : strides(a),
         memory(
             2 * a.width * strides.keys + 3 * a.longest * strides.padded + 2 * a.width * kQueries +
-            3 * kQueries * strides.padded + 3 * kKeys * kQueries + 2 * kQueries) {
+            3 * kQueries * strides.padded + (a.dropout.on ? 3 : 2) * a.longest * kQueries) {
     const int64_t rows = a.longest * strides.padded, block = kQueries * strides.padded;
     keys_t = memory.data;
     values_t = keys_t + a.width * strides.keys;
@@ -36,27 +39,29 @@ struct BackwardBuffers {
     dout = queries + block;
     dqueries = dout + block;
     scores = dqueries + block;
-    dscores = scores + kKeys * kQueries;
-    factors = dscores + kKeys * kQueries;
-    lse = factors + kKeys * kQueries;
-    delta = lse + kQueries;
+    dscores = scores + a.longest * kQueries;
+    factors = dscores + a.longest * kQueries;
   }
 };
 
-// scores -> P M, dscores (dout V^T on entry) -> dS, for W queries.
+// For W queries: scores -> P M, dscores (dout V^T on entry) -> dS.
 template <bool DROPOUT>
 ALWAYS_INLINE void gradient_columns(
-    float* scores, float* dscores, const float* factors, int64_t keys, float scale, vf lse,
-    vf delta) {
+    float* scores, float* dscores, const float* factors, int64_t keys, float scale, vf lse) {
+  vf delta{};
   for (int64_t j = 0; j < keys * kQueries; j += kQueries) {
-    vf p = exp2(load(scores + j) - lse), dp = load(dscores + j), kept = p;
+    vf p = exp(load(scores + j) - lse), dp = load(dscores + j);
     if constexpr (DROPOUT) {
-      vf factor = load(factors + j);
-      kept *= factor;
-      dp *= factor;
+      dp *= load(factors + j);
+      store(dscores + j, dp);
     }
-    store(scores + j, kept);
-    store(dscores + j, p * (dp - delta) * scale);
+    store(scores + j, p);
+    delta = fma(p, dp, delta);
+  }
+  for (int64_t j = 0; j < keys * kQueries; j += kQueries) {
+    vf p = load(scores + j);
+    store(dscores + j, p * (load(dscores + j) - delta) * scale);
+    if constexpr (DROPOUT) store(scores + j, p * load(factors + j));
   }
 }
 
@@ -66,49 +71,35 @@ void attention_gradient_block(
   const Strides& s = m.strides;
   const int64_t queries = smaller(kQueries, head.queries - query), token = head.first + query;
   const T* q = part_of<T>(a, a.qkv, 0, token, head.h);
-  const int64_t out_row = a.heads * a.width, o_out = token * out_row + head.h * a.width;
-  const T *out = static_cast<const T*>(a.out) + o_out, *dout = static_cast<const T*>(a.dout) + o_out;
-  pack_transposed(q, s.row, queries, a.width, a.scale * kLog2e, m.queries_t, kQueries);
+  const T* dout = static_cast<const T*>(a.dout) + (token * a.heads + head.h) * a.width;
+  const int64_t dout_row = a.heads * a.width;
+  pack_transposed(q, s.row, queries, a.width, a.scale, m.queries_t, kQueries);
   pack_rows(q, s.row, queries, a.width, m.queries, s.padded);
-  pack_transposed(dout, out_row, queries, a.width, 1.0f, m.dout_t, kQueries);
-  pack_rows(dout, out_row, queries, a.width, m.dout, s.padded);
-  for (int64_t i = 0; i < round_up(queries, W); ++i) {
-    // Rows without keys (lse = -inf) and padding lanes: exp2(score - inf) = 0, no gradient.
-    const float lse = i < queries ? a.lse[head.h * a.tokens + token + i] : 0.0f;
-    m.lse[i] = i < queries && lse > -__builtin_inff() ? lse * kLog2e : __builtin_inff();
-    vf sum{};
-    if (i < queries)
-      sweep(a.width, [&](int64_t d, auto lanes) {
-        sum = fma(load(out + i * out_row + d, lanes), load(dout + i * out_row + d, lanes), sum);
-      });
-    m.delta[i] = hsum(sum);
+  pack_transposed(dout, dout_row, queries, a.width, 1.0f, m.dout_t, kQueries);
+  pack_rows(dout, dout_row, queries, a.width, m.dout, s.padded);
+
+  block_scores(a, head, query, queries, 0, head.keys, m.keys_t, s.keys, m.queries_t, m.scores);
+  multiply<Layout::k_major, false>(
+      head.keys, round_up(queries, W), a.width, m.values_t, s.keys, m.dout_t, kQueries, m.dscores,
+      kQueries);
+  if (a.dropout.on) fill_factors(a, head, query, queries, 0, head.keys, m.factors);
+  for (int64_t i = 0; i < queries; i += W) {
+    // Rows without keys (lse = -inf) and padding lanes: exp(score - inf) = 0, no gradient.
+    vf lse = load_up_to(a.lse + head.h * a.tokens + token + i, queries - i);
+    vi alive = (lane_index() < int32_t(queries - i)) & (lse > -__builtin_inff());
+    lse = alive ? lse : set1(__builtin_inff());
+    float *scores = m.scores + i, *dscores = m.dscores + i;
+    if (a.dropout.on)
+      gradient_columns<true>(scores, dscores, m.factors + i, head.keys, a.scale, lse);
+    else
+      gradient_columns<false>(scores, dscores, nullptr, head.keys, a.scale, lse);
   }
-  memset(m.dqueries, 0, queries * s.padded * sizeof(float));
-  for (int64_t key = 0; key < head.keys; key += kKeys) {
-    const int64_t keys = smaller(kKeys, head.keys - key);
-    block_scores(a, head, query, queries, key, keys, m.keys_t, s.keys, m.queries_t, m.scores);
-    multiply<Layout::k_major, false>(
-        keys, round_up(queries, W), a.width, m.values_t + key, s.keys, m.dout_t, kQueries,
-        m.dscores, kQueries);
-    if (a.dropout.on) fill_factors(a, head, query, queries, key, keys, m.factors);
-    for (int64_t i = 0; i < queries; i += W) {
-      const vf lse = load(m.lse + i), delta = load(m.delta + i);
-      float *scores = m.scores + i, *dscores = m.dscores + i, *factors = m.factors + i;
-      if (a.dropout.on)
-        gradient_columns<true>(scores, dscores, factors, keys, a.scale, lse, delta);
-      else
-        gradient_columns<false>(scores, dscores, nullptr, keys, a.scale, lse, delta);
-    }
-    multiply<Layout::row_major, true>(
-        keys, s.padded, queries, m.scores, kQueries, m.dout, s.padded, m.dvalues + key * s.padded,
-        s.padded);
-    multiply<Layout::row_major, true>(
-        keys, s.padded, queries, m.dscores, kQueries, m.queries, s.padded,
-        m.dkeys + key * s.padded, s.padded);
-    multiply<Layout::k_major, true>(
-        queries, s.padded, keys, m.dscores, kQueries, m.keys + key * s.padded, s.padded,
-        m.dqueries, s.padded);
-  }
+  multiply<Layout::row_major, true>(
+      head.keys, s.padded, queries, m.scores, kQueries, m.dout, s.padded, m.dvalues, s.padded);
+  multiply<Layout::row_major, true>(
+      head.keys, s.padded, queries, m.dscores, kQueries, m.queries, s.padded, m.dkeys, s.padded);
+  multiply<Layout::k_major, false>(
+      queries, s.padded, head.keys, m.dscores, kQueries, m.keys, s.padded, m.dqueries, s.padded);
   T* dq = const_cast<T*>(part_of<T>(a, a.dqkv, 0, token, head.h));
   for (int64_t i = 0; i < queries; ++i)
     sweep(a.width, [&](int64_t d, auto lanes) {
