@@ -130,7 +130,8 @@ def packed_layers(encoder: nn.Module, activation: str) -> list[PackedLayer]:
     cache = _caches.get(encoder)
     if cache is None or not cache.fresh(stamp):
         forget_packed(encoder)
-        with torch.no_grad():
+        # Not as inference tensors, which have no version to keep reordered copies by.
+        with torch.inference_mode(False), torch.no_grad():
             layers = [
                 pack_layer(layer, part, activation)
                 for layer, part in zip(encoder.layer, parts, strict=True)

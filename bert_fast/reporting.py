@@ -85,7 +85,11 @@ class Explanation:
         lines = [f"{self.tokens} tokens of {self.padded_tokens} ({spared:.0%} padding spared)"]
         for c in self.choices:
             lines.append(f"{c.op} {c.on} x{c.calls}: {c.kernel} (backward: {c.backward})")
-            lines += [f"    not {name}: {'; '.join(why)}" for name, why in c.reasons.items() if why]
+            alike: dict[str, list[str]] = {}
+            for name, why in c.reasons.items():
+                if why:
+                    alike.setdefault("; ".join(why), []).append(name)
+            lines += [f"    not {', '.join(names)}: {why}" for why, names in alike.items()]
         return "\n".join(lines)
 
 

@@ -83,7 +83,7 @@ def _cpu_kernel(op: str, lead: int, limits: Limits, name: str, isa: int) -> Kern
         found = wrong_device(args[lead], "cpu") or extension_missing()
         if not found and isa > best_isa():
             found = [f"this CPU has no {name}"]
-        return found + wrong_dtype(args[lead]) + limits(*args)
+        return found or wrong_dtype(args[lead]) + limits(*args)
 
     def forward(*args: Any, save: bool) -> tuple[Tensor, ...]:
         return _tuple(getattr(torch.ops.bert_fast_cpu, f"{op}_forward")(*args, save, isa))
@@ -101,7 +101,7 @@ def cuda_kernel(
 
     def why_not(*args: Any) -> list[str]:
         found = wrong_device(args[lead], "cuda") or cuda_missing()
-        return found + wrong_dtype(args[lead]) + limits(*args)
+        return found or wrong_dtype(args[lead]) + limits(*args)
 
     def forward(*args: Any, save: bool) -> tuple[Tensor, ...]:
         return _tuple(getattr(torch.ops.bert_fast_cuda, f"{op}_forward")(*args, save))
@@ -122,8 +122,8 @@ def triton_kernel(op: str, lead: int = 0, limits: Limits = no_limits) -> Kernel:
     def why_not(*args: Any) -> list[str]:
         found = list(triton_missing())
         if not found and not args[lead].is_cuda and not triton_interprets():
-            found = [f"tensors are on {args[lead].device}; Triton runs on a GPU"]
-        return found + wrong_dtype(args[lead]) + limits(*args)
+            found = [f"tensors are on {args[lead].device}, Triton runs on a GPU"]
+        return found or wrong_dtype(args[lead]) + limits(*args)
 
     def forward(*args: Any, save: bool) -> tuple[Tensor, ...]:
         return _tuple(module().forward(*args, save=save))

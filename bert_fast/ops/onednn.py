@@ -27,6 +27,9 @@ _POINTWISE = {
     "silu": ("swish", ""),
 }
 
+# oneDNN asks for a number of rows to choose its blocking for; it runs any other number as well.
+_TYPICAL_TOKENS = 256
+
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -42,15 +45,18 @@ def has_native(dtype: torch.dtype) -> bool:
 
 def prepacked(weight: Tensor) -> Tensor:
     """weight [N, K] in oneDNN's blocked layout, in fp32 where its dtype has no hardware here."""
+    if weight.is_inference():  # has no version to tell when a copy is stale
+        return _reorder(weight)
     stamp = (weight.data_ptr(), weight._version)
     found = _packed.get(weight)
     if found is None or found[0] != stamp:
-        plain = weight.detach()
-        plain = plain if has_native(plain.dtype) else plain.float()
-        packed = torch.ops.mkldnn._reorder_linear_weight(plain.contiguous(), 256)
-        found = (stamp, packed)
-        _packed[weight] = found
+        found = _packed[weight] = (stamp, _reorder(weight))
     return found[1]
+
+
+def _reorder(weight: Tensor) -> Tensor:
+    plain = weight.detach() if has_native(weight.dtype) else weight.detach().float()
+    return torch.ops.mkldnn._reorder_linear_weight(plain.contiguous(), _TYPICAL_TOKENS)
 
 
 def forget(weight: Tensor) -> None:
@@ -76,7 +82,7 @@ def why_not(x: Tensor, weight: Tensor, *rest: Any) -> list[str]:
     if torch.is_grad_enabled() and weight.requires_grad:
         found.append("the weight is being trained, so a reordered copy would be stale each step")
     if weight.is_inference():
-        found.append("an inference tensor has no version to tell when a reordered copy is stale")
+        found.append("the weight is an inference tensor: it has no version to keep a copy by")
     if x.shape[0] == 0:
         found.append("no tokens")
     return found

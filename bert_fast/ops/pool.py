@@ -26,6 +26,7 @@ MODES = ("cls", "mean")
 def reference(x: Tensor, cu_seqlens: Tensor, mode: str, normalize: bool) -> Tensor:
     starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
     lengths = ends - starts
+    wide = torch.promote_types(x.dtype, torch.float32)  # fp16 has no 1e-12
     if mode == "cls":
         first = torch.cat([x, x.new_zeros(1, x.shape[1])])[starts]
         y = torch.where(lengths.unsqueeze(1) > 0, first, 0.0)
@@ -33,11 +34,10 @@ def reference(x: Tensor, cu_seqlens: Tensor, mode: str, normalize: bool) -> Tens
         owner = torch.repeat_interleave(
             torch.arange(lengths.numel(), device=x.device), lengths, output_size=x.shape[0]
         )
-        wide = torch.promote_types(x.dtype, torch.float32)
         total = x.new_zeros(lengths.numel(), x.shape[1], dtype=wide)
         total = total.index_add(0, owner, x.to(wide))
         y = (total / lengths.clamp(min=1).unsqueeze(1)).to(x.dtype)
-    return F.normalize(y, dim=1) if normalize else y
+    return F.normalize(y.to(wide), dim=1).to(x.dtype) if normalize else y
 
 
 def check(x, cu_seqlens, mode, normalize) -> None:

@@ -111,13 +111,11 @@ class Op:
         """Checks the arguments, picks a kernel and runs it, differentiably where asked."""
         self._check_tensors(args)
         self.check(*args)
-        kernel = self.choose(args, backend)
-        if _tracing():
-            if kernel.backend == "reference":
-                return self.reference(*args)  # inlined, so that the compiler can fuse it
+        if _tracing():  # the kernel is chosen when the traced call runs, on real tensors
             op = getattr(torch.ops.bert_fast, self.name)
-            out = op(*args, kernel.backend, self._needs_gradient(args))
+            out = op(*args, backend, self._needs_gradient(args))
             return out if isinstance(out, Tensor) else out[0]
+        kernel = self.choose(args, backend)
         args = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
         if self._needs_gradient(args):
             return _Differentiable.apply(self, kernel, *args)
@@ -165,7 +163,8 @@ class Op:
         def forward(*args: Any, save: bool) -> tuple[Tensor, ...]:
             with torch.no_grad():
                 y = self.reference(*args)
-            return (y, *(y.new_empty(0) for _ in range(self.residuals)))
+            # Its backward recomputes, so the residuals are only placeholders of the right shape.
+            return (y, *map(torch.zeros_like, self.fake(*args, save=save)[1:]))
 
         return Kernel("reference", forward, None, lambda *args: [])
 
@@ -245,14 +244,13 @@ def _register(op: Op) -> None:
         *args, backend, save = inputs
         args = [a.contiguous() if isinstance(a, Tensor) else a for a in args]
         kernel = op.choose(tuple(args), backend)
-        return one_or_many(_unaliased(kernel.forward(*args, save=save), args))
+        y, *residuals = _unaliased(kernel.forward(*args, save=save), args)
+        return one_or_many([y, *(r if save else y.new_empty(0) for r in residuals)])
 
     def forward_fake(*inputs: Any) -> Any:
-        *args, backend, save = inputs
+        *args, _, save = inputs
         y, *residuals = op.fake(*args, save=save)
-        if backend == "reference":
-            residuals = [y.new_empty(0) for _ in residuals]
-        return one_or_many([y, *residuals])
+        return one_or_many([y, *(r if save else y.new_empty(0) for r in residuals)])
 
     def backward(dy: Tensor, *inputs: Any) -> Any:
         *rest, needs, backend = inputs

@@ -131,7 +131,8 @@ def _backward_kernel(
     i_part = tl.program_id(0)
     o_col = tl.arange(0, COLS)
     m_col = o_col < n_cols
-    w = tiles.load(weight + o_col, m_col)
+    if COLS <= 4096:
+        w = tiles.load(weight + o_col, m_col)
     b_dweight = tl.zeros((COLS,), tl.float32)
     b_dbias = tl.zeros((COLS,), tl.float32)
     for i_row in range(i_part * ROWS, n_rows, tl.num_programs(0) * ROWS):
@@ -150,6 +151,8 @@ def _backward_kernel(
         z_mean = tl.load(mean + o_row, mask=m_row, other=0.0)
         z_rstd = tl.load(rstd + o_row, mask=m_row, other=0.0)
         xhat = tl.where(mask, (z - z_mean[:, None]) * z_rstd[:, None], 0.0)
+        if COLS > 4096:  # the widest rows have no registers to keep the weight in
+            w = tiles.load(weight + o_col, m_col)
         if dz is not None:
             tiles.store(dz + p_row, tiles.norm_grad(b_dy, xhat, w, z_rstd, n_cols), mask)
         if parts is not None:

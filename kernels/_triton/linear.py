@@ -88,7 +88,7 @@ def samples(dtype: torch.dtype, device: torch.device):
     def new(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    for m, n, k in ((16384, 3072, 768), (256, 768, 768), (16, 768, 768), (100, 37, 37)):
+    for m, n, k in ((16384, 3072, 768), (16384, 768, 768), (16, 768, 768), (100, 37, 37)):
         yield f"{m}x{n}x{k}", (new(m, k), new(n, k), new(n))
     yield "no bias", (new(256, 768), new(768, 768), None)
 

@@ -126,10 +126,18 @@ def keep_mask(
     c1 = o_row.to(tl.uint32)[:, None] + (c0 * 0)
     zero = c1 * 0
     r0, r1, r2, r3 = tl.philox(tl.load(p_seed), c0 + zero, c1, zero, zero)
-    words = tl.join(tl.join(r0, r2), tl.join(r1, r3))  # [ROWS, COLS / 4, 2, 2]
-    # unsigned comparison: flip the sign bit of both sides, since `threshold` travels as int32
-    keep = (words ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold
-    return tl.reshape(keep, (o_row.shape[0], COLS))
+    even = tl.join(_kept(r0, threshold), _kept(r2, threshold))
+    odd = tl.join(_kept(r1, threshold), _kept(r3, threshold))
+    return tl.reshape(tl.join(even, odd), (o_row.shape[0], COLS))  # from [ROWS, COLS / 4, 2, 2]
+
+
+@triton.jit
+def _kept(
+    word,  # uint32 block
+    threshold,  # int32: floor(p 2^32) - 2^31
+):
+    """word >= floor(p 2^32), unsigned: the sign bit is flipped, as `threshold` travels as int32."""
+    return (word ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold
 
 
 @functools.lru_cache

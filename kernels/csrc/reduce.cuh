@@ -109,8 +109,8 @@ constexpr bool kShortType = sizeof(T) == 2;
 // Phi(x), the normal distribution function, and pdf(x), its density.
 //
 // Short types: Abramowitz and Stegun 7.1.26, erfc(z) = poly(1 / (1 + p z)) exp(-z^2), |error| <=
-// 1.5e-7. It costs half the instructions of erff, which would outrun memory at two bytes an
-// element, keeps the negative tail relative (no 1 - 1), and shares its exponential with the density.
+// 1.5e-7. It takes half the instructions of erff, which at two bytes an element would take longer
+// than the memory, keeps the negative tail relative (no 1 - 1) and gives the density for free.
 template <typename T>
 __device__ __forceinline__ void normal(float x, float& cdf, float& pdf) {
   constexpr float kInvSqrt2 = 0.70710678118654752f;
@@ -132,10 +132,19 @@ __device__ __forceinline__ void normal(float x, float& cdf, float& pdf) {
   }
 }
 
+// gate = 1 / (1 + exp(-x)) and rest = 1 - gate, without its cancellation.
 template <typename T>
-__device__ __forceinline__ float sigmoid(float x) {
-  if constexpr (kShortType<T>) return __fdividef(1.0f, 1.0f + __expf(-x));
-  return 1.0f / (1.0f + expf(-x));
+__device__ __forceinline__ void sigmoid(float x, float& gate, float& rest) {
+  const float bounded = fmaxf(x, -80.0f);  // the exponential must stay finite for rest
+  if constexpr (kShortType<T>) {
+    const float e = __expf(-bounded);
+    gate = __fdividef(1.0f, 1.0f + e);
+    rest = e * gate;
+  } else {
+    const float e = expf(-bounded);
+    gate = 1.0f / (1.0f + e);
+    rest = e * gate;
+  }
 }
 
 // gelu_tanh(x) = x/2 (1 + tanh(u)) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3).
@@ -146,41 +155,38 @@ __device__ __forceinline__ float gelu_tanh_argument(float x) {
 
 template <typename T>
 __device__ __forceinline__ float activate(Activation activation, float x) {
+  float first, second;
   switch (activation) {
-    case Activation::kGelu: {
-      float cdf, pdf;
-      normal<T>(x, cdf, pdf);
-      return x * cdf;
-    }
+    case Activation::kGelu:
+      normal<T>(x, first, second);
+      return x * first;
     case Activation::kGeluTanh:
-      return x * sigmoid<T>(gelu_tanh_argument(x));
+      sigmoid<T>(gelu_tanh_argument(x), first, second);
+      return x * first;
     case Activation::kRelu:
       return x < 0.0f ? 0.0f : x;  // this way round NaN stays NaN
     default:
-      return x * sigmoid<T>(x);
+      sigmoid<T>(x, first, second);
+      return x * first;
   }
 }
 
 template <typename T>
 __device__ __forceinline__ float activation_slope(Activation activation, float x) {
+  constexpr float kTwoSqrt2OverPi = 1.5957691216057308f;
+  float first, second;
   switch (activation) {
-    case Activation::kGelu: {
-      float cdf, pdf;
-      normal<T>(x, cdf, pdf);
-      return fmaf(x, pdf, cdf);
-    }
-    case Activation::kGeluTanh: {
-      constexpr float kTwoSqrt2OverPi = 1.5957691216057308f;
-      const float gate = sigmoid<T>(gelu_tanh_argument(x));
-      const float inner = kTwoSqrt2OverPi * (1.0f + 3.0f * 0.044715f * x * x);
-      return gate + x * gate * (1.0f - gate) * inner;
-    }
+    case Activation::kGelu:
+      normal<T>(x, first, second);
+      return fmaf(x, second, first);
+    case Activation::kGeluTanh:
+      sigmoid<T>(gelu_tanh_argument(x), first, second);
+      return first + x * first * second * kTwoSqrt2OverPi * fmaf(0.134145f, x * x, 1.0f);
     case Activation::kRelu:
       return x > 0.0f ? 1.0f : 0.0f;
-    default: {
-      const float gate = sigmoid<T>(x);
-      return gate + x * gate * (1.0f - gate);
-    }
+    default:
+      sigmoid<T>(x, first, second);
+      return first + x * first * second;
   }
 }
 

@@ -255,6 +255,13 @@ ALWAYS_INLINE vf exp(vf x) {
 // 1 / (1 + e^-x)
 ALWAYS_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
 
+// sigmoid(x), and its slope sigmoid(x) sigmoid(-x) without the cancellation of 1 - sigmoid(x).
+ALWAYS_INLINE vf sigmoid(vf x, vf& slope) {
+  vf e = exp(x < 0.0f ? x : -x), large = 1.0f / (1.0f + e), small = e * large;
+  slope = large * small;
+  return x < 0.0f ? small : large;
+}
+
 // The standard normal distribution function, (1 + erf(x / sqrt 2)) / 2. With t = |x|,
 // -log2 of the tail Q(t) = erfc(t / sqrt 2) / 2 is nearly a parabola, so one polynomial and one
 // exp2 give Q to 3e-8 absolute and 1e-6 relative up to t = 6: unlike 1 + erf nothing cancels for

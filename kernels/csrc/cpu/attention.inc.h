@@ -81,7 +81,7 @@ const T* part_of(const Attention& a, const void* qkv, int64_t part, int64_t toke
   return static_cast<const T*>(qkv) + ((token * 3 + part) * a.heads + h) * a.width;
 }
 
-// scores[j, i] += bias[first query + i, first key + j]; W x W blocks are transposed.
+// scores[j, i] = scale scores[j, i] + bias[query + i, key + j]; W x W blocks are transposed.
 template <class B>
 void add_bias(
     const Attention& a, const Head& head, int64_t query, int64_t queries, int64_t key, int64_t keys,
@@ -98,7 +98,7 @@ void add_bias(
       transpose(block);
       for (int64_t r = 0; r < smaller<int64_t>(W, keys - j); ++r) {
         float* at = scores + (j + r) * kQueries + i;
-        store(at, load(at) + block[r]);
+        store(at, fma(load(at), set1(a.scale), block[r]));
       }
     }
 }
@@ -122,30 +122,33 @@ inline void fill_factors(
   }
 }
 
-// Scores of a block, transposed: scores[j, i] = scale q_i k_j + bias_ij.
-inline void block_scores(
+// Scores of a block, transposed, before the factor that is returned: rounding scale q_i k_j once, in
+// the exponent, is more accurate than rounding scale q_i first.
+inline float block_scores(
     const Attention& a, const Head& head, int64_t query, int64_t queries, int64_t key, int64_t keys,
     const float* keys_t, int64_t keys_ld, const float* queries_t, float* scores) {
   multiply<Layout::k_major, false>(
       keys, round_up(queries, W), a.width, keys_t + key, keys_ld, queries_t, kQueries, scores,
       kQueries);
-  if (a.bias == nullptr) return;
+  if (a.bias == nullptr) return a.scale;
   with_dtype(a.bias_dtype, [&]<class B>() {
     add_bias<B>(a, head, query, queries, key, keys, scores);
   });
+  return 1.0f;
 }
 
-// Turns scores into exp(score - running maximum); updates maximum and sum of W queries. Returns
-// the factor that rescales what earlier blocks summed.
-ALWAYS_INLINE vf softmax_columns(float* scores, int64_t keys, float* maximum, float* sum) {
+// Turns scores into exp(scale score - running maximum); updates maximum and sum of W queries.
+// Returns the factor that rescales what earlier blocks summed.
+ALWAYS_INLINE vf softmax_columns(
+    float* scores, int64_t keys, float scale, float* maximum, float* sum) {
   const vf none = set1(-__builtin_inff()), before = load(maximum);
   vf top = before;
-  for (int64_t j = 0; j < keys; ++j) top = vmax(top, load(scores + j * kQueries));
+  for (int64_t j = 0; j < keys; ++j) top = vmax(top, load(scores + j * kQueries) * scale);
   // A query that saw no key yet: any finite base gives exp(-inf) = 0 instead of NaN.
   const vf base = top > none ? top : vf{};
   vf total{};
   for (int64_t j = 0; j < keys; ++j) {
-    vf p = exp(load(scores + j * kQueries) - base);
+    vf p = exp(fma(load(scores + j * kQueries), set1(scale), -base));
     store(scores + j * kQueries, p);
     total += p;
   }
@@ -177,8 +180,7 @@ void attention_block(const Attention& a, const Head& head, int64_t query, Forwar
   const Strides& s = m.strides;
   const int64_t queries = smaller(kQueries, head.queries - query), token = head.first + query;
   pack_transposed(
-      part_of<T>(a, a.qkv, 0, token, head.h), s.row, queries, a.width, a.scale,
-      m.queries_t, kQueries);
+      part_of<T>(a, a.qkv, 0, token, head.h), s.row, queries, a.width, m.queries_t, kQueries);
   for (int64_t i = 0; i < queries; i += W) {
     store(m.maximum + i, set1(-__builtin_inff()));
     store(m.total + i, vf{});
@@ -186,9 +188,12 @@ void attention_block(const Attention& a, const Head& head, int64_t query, Forwar
   memset(m.sums, 0, queries * s.padded * sizeof(float));
   for (int64_t key = 0; key < head.keys; key += kKeys) {
     const int64_t keys = smaller(kKeys, head.keys - key);
-    block_scores(a, head, query, queries, key, keys, m.keys_t, s.keys, m.queries_t, m.scores);
+    const float scale =
+        block_scores(a, head, query, queries, key, keys, m.keys_t, s.keys, m.queries_t, m.scores);
     for (int64_t i = 0; i < queries; i += W)
-      store(m.rescale + i, softmax_columns(m.scores + i, keys, m.maximum + i, m.total + i));
+      store(
+          m.rescale + i,
+          softmax_columns(m.scores + i, keys, scale, m.maximum + i, m.total + i));
     if (a.dropout.on) {
       fill_factors(a, head, query, queries, key, keys, m.factors);
       for (int64_t i = 0; i < keys * kQueries; i += W)
@@ -203,10 +208,10 @@ void attention_block(const Attention& a, const Head& head, int64_t query, Forwar
         s.padded);
   }
   for (int64_t i = 0; i < queries; ++i) {
-    const float total = m.total[i], weight = total == 0.0f ? 0.0f : 1.0f / total;
+    const float total = m.total[i], divisor = total == 0.0f ? 1.0f : total;
     T* out = static_cast<T*>(a.out) + ((token + i) * a.heads + head.h) * a.width;
     sweep(a.width, [&](int64_t d, auto lanes) {
-      store(out + d, load(m.sums + i * s.padded + d) * weight, lanes);
+      store(out + d, load(m.sums + i * s.padded + d) / divisor, lanes);
     });
     if (a.lse)
       a.lse[head.h * a.tokens + token + i] =
@@ -225,7 +230,7 @@ void attention_forward(const Attention& a) {
       for_each_block(a, kQueries, lane, lanes, [&](const Head& head, int64_t block) {
         if (head.b != packed_b || head.h != packed_h) {
           pack_transposed(
-              part_of<T>(a, a.qkv, 1, head.first_key, head.h), s.row, head.keys, a.width, 1.0f,
+              part_of<T>(a, a.qkv, 1, head.first_key, head.h), s.row, head.keys, a.width,
               m.keys_t, s.keys);
           pack_rows(
               part_of<T>(a, a.qkv, 2, head.first_key, head.h), s.row, head.keys, a.width, m.values,

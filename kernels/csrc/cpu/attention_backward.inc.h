@@ -47,10 +47,11 @@ struct BackwardBuffers {
 // For W queries: scores -> P M, dscores (dout V^T on entry) -> dS.
 template <bool DROPOUT>
 ALWAYS_INLINE void gradient_columns(
-    float* scores, float* dscores, const float* factors, int64_t keys, float scale, vf lse) {
+    float* scores, float* dscores, const float* factors, int64_t keys, float scale, float dscale,
+    vf lse) {
   vf delta{};
   for (int64_t j = 0; j < keys * kQueries; j += kQueries) {
-    vf p = exp(load(scores + j) - lse), dp = load(dscores + j);
+    vf p = exp(fma(load(scores + j), set1(scale), -lse)), dp = load(dscores + j);
     if constexpr (DROPOUT) {
       dp *= load(factors + j);
       store(dscores + j, dp);
@@ -60,7 +61,7 @@ ALWAYS_INLINE void gradient_columns(
   }
   for (int64_t j = 0; j < keys * kQueries; j += kQueries) {
     vf p = load(scores + j);
-    store(dscores + j, p * (load(dscores + j) - delta) * scale);
+    store(dscores + j, p * (load(dscores + j) - delta) * dscale);
     if constexpr (DROPOUT) store(scores + j, p * load(factors + j));
   }
 }
@@ -73,12 +74,13 @@ void attention_gradient_block(
   const T* q = part_of<T>(a, a.qkv, 0, token, head.h);
   const T* dout = static_cast<const T*>(a.dout) + (token * a.heads + head.h) * a.width;
   const int64_t dout_row = a.heads * a.width;
-  pack_transposed(q, s.row, queries, a.width, a.scale, m.queries_t, kQueries);
+  pack_transposed(q, s.row, queries, a.width, m.queries_t, kQueries);
   pack_rows(q, s.row, queries, a.width, m.queries, s.padded);
-  pack_transposed(dout, dout_row, queries, a.width, 1.0f, m.dout_t, kQueries);
+  pack_transposed(dout, dout_row, queries, a.width, m.dout_t, kQueries);
   pack_rows(dout, dout_row, queries, a.width, m.dout, s.padded);
 
-  block_scores(a, head, query, queries, 0, head.keys, m.keys_t, s.keys, m.queries_t, m.scores);
+  const float scale = block_scores(
+      a, head, query, queries, 0, head.keys, m.keys_t, s.keys, m.queries_t, m.scores);
   multiply<Layout::k_major, false>(
       head.keys, round_up(queries, W), a.width, m.values_t, s.keys, m.dout_t, kQueries, m.dscores,
       kQueries);
@@ -90,9 +92,9 @@ void attention_gradient_block(
     lse = alive ? lse : set1(__builtin_inff());
     float *scores = m.scores + i, *dscores = m.dscores + i;
     if (a.dropout.on)
-      gradient_columns<true>(scores, dscores, m.factors + i, head.keys, a.scale, lse);
+      gradient_columns<true>(scores, dscores, m.factors + i, head.keys, scale, a.scale, lse);
     else
-      gradient_columns<false>(scores, dscores, nullptr, head.keys, a.scale, lse);
+      gradient_columns<false>(scores, dscores, nullptr, head.keys, scale, a.scale, lse);
   }
   multiply<Layout::row_major, true>(
       head.keys, s.padded, queries, m.scores, kQueries, m.dout, s.padded, m.dvalues, s.padded);
@@ -111,10 +113,10 @@ template <class T>
 void attention_gradient(const Attention& a, const Head& head, BackwardBuffers& m) {
   const Strides& s = m.strides;
   const T* k = part_of<T>(a, a.qkv, 1, head.first_key, head.h);
-  pack_transposed(k, s.row, head.keys, a.width, 1.0f, m.keys_t, s.keys);
+  pack_transposed(k, s.row, head.keys, a.width, m.keys_t, s.keys);
   pack_rows(k, s.row, head.keys, a.width, m.keys, s.padded);
   pack_transposed(
-      part_of<T>(a, a.qkv, 2, head.first_key, head.h), s.row, head.keys, a.width, 1.0f, m.values_t,
+      part_of<T>(a, a.qkv, 2, head.first_key, head.h), s.row, head.keys, a.width, m.values_t,
       s.keys);
   memset(m.dkeys, 0, head.keys * s.padded * sizeof(float));
   memset(m.dvalues, 0, head.keys * s.padded * sizeof(float));

@@ -13,14 +13,16 @@
 
 namespace bert_fast::BERT_FAST_ISA {
 
-constexpr float kTanhScale = 1.5957691216f;  // 2 sqrt(2 / pi)
-constexpr float kTanhCubic = 0.044715f;
+constexpr float kTanhLinear = 1.5957691216f;  // 2 k
+constexpr float kTanhCubic = 0.0713548163f;   // 2 k * 0.044715
+
+ALWAYS_INLINE vf tanh_argument(vf u) { return u * fma(u * u, set1(kTanhCubic), kTanhLinear); }
 
 template <Activation A>
 ALWAYS_INLINE vf activate(vf u) {
   if constexpr (A == Activation::gelu) return u * normal_cdf(u);
   if constexpr (A == Activation::gelu_tanh)
-    return u * sigmoid(kTanhScale * u * fma(u * u, set1(kTanhCubic), 1.0f));
+    return u * sigmoid(tanh_argument(u));
   if constexpr (A == Activation::relu) return u < 0.0f ? vf{} : u;
   return u * sigmoid(u);
 }
@@ -29,13 +31,14 @@ template <Activation A>
 ALWAYS_INLINE vf activate_slope(vf u) {
   if constexpr (A == Activation::gelu)
     return fma(u * exp(-0.5f * u * u), set1(0.3989422804f), normal_cdf(u));
-  if constexpr (A == Activation::gelu_tanh) {
-    vf s = sigmoid(kTanhScale * u * fma(u * u, set1(kTanhCubic), 1.0f));
-    return fma(u * s * (1.0f - s) * kTanhScale, fma(u * u, set1(3 * kTanhCubic), 1.0f), s);
-  }
   if constexpr (A == Activation::relu) return u > 0.0f ? set1(1.0f) : vf{};
-  vf s = sigmoid(u);
-  return fma(u * s, 1.0f - s, s);
+  vf slope, inner = set1(1.0f), argument = u;
+  if constexpr (A == Activation::gelu_tanh) {
+    inner = fma(u * u, set1(3 * kTanhCubic), kTanhLinear);
+    argument = tanh_argument(u);
+  }
+  vf s = sigmoid(argument, slope);
+  return fma(u * slope, inner, s);
 }
 
 template <class T, class L>

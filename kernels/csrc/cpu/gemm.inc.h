@@ -129,11 +129,10 @@ ALWAYS_INLINE vf load_up_to(const T* p, int64_t n) {
   return n >= W ? load(p) : load(p, Tail{int(n)});
 }
 
-// to[d * ld + r] = factor * from[r * stride + d], zeros for the rows up to the next multiple of W.
+// to[d * ld + r] = from[r * stride + d], zeros for the rows up to the next multiple of W.
 template <class T>
 void pack_transposed(
-    const T* from, int64_t stride, int64_t rows, int64_t width, float factor, float* to,
-    int64_t ld) {
+    const T* from, int64_t stride, int64_t rows, int64_t width, float* to, int64_t ld) {
   for (int64_t r = 0; r < rows; r += W)
     for (int64_t d = 0; d < width; d += W) {
       vf block[W];
@@ -142,7 +141,7 @@ void pack_transposed(
         block[i] = r + i < rows ? load_up_to(from + (r + i) * stride + d, width - d) : vf{};
       transpose(block);
       const int64_t wide = smaller<int64_t>(W, width - d);
-      for (int64_t i = 0; i < wide; ++i) store(to + (d + i) * ld + r, block[i] * factor);
+      for (int64_t i = 0; i < wide; ++i) store(to + (d + i) * ld + r, block[i]);
     }
 }
 

@@ -20,8 +20,8 @@ constexpr int kKeyTile = 64;
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.69314718055994531f;
 
-// The tile of a block: WARPS warps of M_TILES * 16 query rows each. Whether probabilities are dropped
-// is fixed at compile time: the generator would take registers from the tensor cores' operands.
+// The tile of a block: WARPS warps of M_TILES * 16 query rows each. Dropout is decided at compile
+// time: the generator would take registers from the tensor cores' operands.
 template <typename T, int D, int WARPS, int M_TILES, bool DROP>
 struct AttentionShape {
   using Type = T;

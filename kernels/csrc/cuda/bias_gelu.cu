@@ -1,7 +1,7 @@
 // y = activation(x + bias), elementwise over [T, F], with dbias in the backward.
 //
-// Bound by memory, just: at 16-bit elements the exact GELU has about thirty instructions before
-// arithmetic would take longer than the traffic. A warp covers 32 neighbouring vectors of a row and
+// Bound by memory, just: with 16-bit elements the activation may take about thirty instructions
+// before arithmetic costs more than the traffic. A warp covers 32 neighbouring vectors of a row and
 // walks down the rows, so a thread keeps its piece of bias and sums its dbias in registers.
 #include "partials.cuh"
 
@@ -10,9 +10,9 @@ namespace {
 
 // ---- pointer kernels ----
 
-constexpr int kTileRows = 8;                       // rows a block covers at once, one per warp
-constexpr int kRowsInFlight = 4;                   // rows whose loads a thread issues together
-constexpr int64_t kBackwardBlocks = 132 * 6;       // a constant: it fixes the order of dbias' sum
+constexpr int kTileRows = 8;                  // rows a block covers at once, one per warp
+constexpr int kRowsInFlight = 4;              // rows whose loads a thread issues together
+constexpr int64_t kBackwardBlocks = 132 * 6;  // a constant: it fixes the order of dbias' sum
 constexpr int64_t kMaxGridRows = 65535;
 
 template <typename T, int N>
@@ -22,7 +22,7 @@ __device__ __forceinline__ void load_bias(const T* bias, int64_t column, float (
   if (bias != nullptr) load_floats(bias + column, out);
 }
 
-// Loads rows first, first + step, ... of one vector column; those past the end are left as they are.
+// Loads rows first, first + step, ... of one vector column; those past the end stay unset.
 template <typename T, int N>
 __device__ __forceinline__ void load_rows(const T* source, int64_t first, int64_t step,
                                           int64_t rows, int64_t columns, int64_t column,

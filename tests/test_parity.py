@@ -1,0 +1,67 @@
+"""Every op x backend x dtype x sample x {eager, compiled}: output and every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bert_fast.ops import OPS
+
+from .guard import guarded_allocations
+from .parity import DTYPES, results, sample_names, trainable, truth, violations
+
+CASES = [
+    pytest.param(op, kernel.backend, sample, id=f"{op}-{kernel.backend}-{sample}")
+    for op in OPS
+    for kernel in OPS[op].kernels
+    if kernel.backend != "reference"  # the yardstick itself
+    for sample in sample_names(op)
+]
+BACKENDS = sorted({(op, kernel.backend) for op in OPS for kernel in OPS[op].kernels})
+
+
+def skip_unless_willing(op: str, backend: str, args: tuple) -> None:
+    why = dict(OPS[op].reasons(args))[backend]
+    if why:
+        pytest.skip("; ".join(why))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "backend", "sample"), CASES)
+def test_eager(name: str, backend: str, sample: str, dtype: torch.dtype) -> None:
+    expected, op = truth(name, sample, dtype), OPS[name]
+    skip_unless_willing(name, backend, expected.args)
+    with guarded_allocations() as guard:
+        wanted = trainable(op, backend, expected.args)
+        found = results(
+            op, lambda *args: op(*args, backend=backend), expected.args, expected.dy, wanted
+        )
+        with torch.inference_mode():
+            inferred = op(*expected.args, backend=backend)
+    assert not guard.broken()
+    assert not violations(expected, found, dtype, wanted)
+    assert not violations(expected, [inferred, *found[1:]], dtype, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "backend"), BACKENDS)
+def test_compiled(name: str, backend: str, dtype: torch.dtype) -> None:
+    """The same through torch.compile: dynamo, fakes, the registered autograd, dynamic shapes."""
+    op = OPS[name]
+    run = torch.compile(
+        lambda *args: op(*args, backend=backend), backend="aot_eager", fullgraph=True
+    )
+    ran = 0
+    for sample in sample_names(name):
+        expected = truth(name, sample, dtype)
+        if dict(op.reasons(expected.args))[backend]:
+            continue
+        torch._dynamo.reset()  # every sample differs in what dynamo guards on
+        wanted = trainable(op, backend, expected.args)
+        found = results(op, run, expected.args, expected.dy, wanted)
+        assert not violations(expected, found, dtype, wanted), sample
+        ran += 1
+    if not ran:
+        skip_unless_willing(name, backend, truth(name, sample_names(name)[0], dtype).args)

@@ -1,0 +1,142 @@
+"""The op contract itself: schemas, refusals, the dropout generator, bad arguments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bert_fast import ops
+from bert_fast.ops import OPS
+from bert_fast.ops.rng import draw_seeds, keep_mask, philox, threshold
+
+from .parity import DEVICE, DTYPES, leaves_of, sample_names, trainable, truth
+
+NATIVE = [(op, k.backend) for op in OPS for k in OPS[op].kernels]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "backend"), NATIVE)
+def test_opcheck(name: str, backend: str, dtype: torch.dtype) -> None:
+    """torch.library's own checks: schema, no aliasing, autograd and fakes registered, AOT."""
+    op = OPS[name]
+    expected = truth(name, sample_names(name)[0], dtype)
+    why = dict(op.reasons(expected.args))[backend]
+    if why:
+        pytest.skip("; ".join(why))
+    leaves = leaves_of(op, expected.args, trainable(op, backend, expected.args))
+    packet = getattr(torch.ops.bert_fast, name)
+    torch.library.opcheck(packet, (*leaves, backend, True))
+    torch.library.opcheck(packet, (*expected.args, backend, False))
+
+
+def test_forced_backend_says_why_not() -> None:
+    x = torch.randn(4, 8, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"bert_fast.bias_gelu: backend 'avx512' cannot run"):
+        ops.bias_gelu(x, None, backend="avx512")
+    with pytest.raises(ValueError, match="no such backend for this op"):
+        ops.bias_gelu(x, None, backend="warp9")
+    assert OPS["bias_gelu"].choose((x, None, "gelu")).backend == "reference"
+
+
+def test_every_kernel_states_a_reason_or_runs() -> None:
+    for op in OPS.values():
+        for dtype in (torch.float32, torch.float64):
+            args = next(iter(op.samples(DEVICE, dtype))).args
+            reasons = op.reasons(args)
+            assert [name for name, _ in reasons] == [k.backend for k in op.kernels]
+            assert reasons[-1] == ("reference", [])
+
+
+def test_op_costs_are_positive() -> None:
+    for op in OPS.values():
+        flops, moved = op.cost(*next(iter(op.samples(DEVICE, torch.float32))).args)
+        assert flops >= 0 and moved > 0
+
+
+def test_philox_known_answers() -> None:
+    """Vectors of the Random123 library (Salmon et al., SC 2011): zero and all-ones counters."""
+    zero = torch.zeros(1, dtype=torch.int64)
+    words = [int(w) for w in philox(zero, zero, zero)]
+    assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+def test_keep_mask_rate_and_determinism() -> None:
+    seed = draw_seeds(1, DEVICE)
+    rows = torch.arange(300, device=DEVICE).unsqueeze(1)
+    cols = torch.arange(301, device=DEVICE)
+    kept = keep_mask(seed, rows, cols, 0.3)
+    assert torch.equal(kept, keep_mask(seed, rows, cols, 0.3))
+    assert abs(kept.float().mean().item() - 0.7) < 5 * (0.21 / kept.numel()) ** 0.5
+    assert kept.float().mean(0).std() > 0  # columns differ
+    assert not torch.equal(kept, keep_mask(seed + 1, rows, cols, 0.3))
+    assert threshold(0.5) == 2**31
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
+def test_dropout_masks_are_the_same_everywhere(backend: str) -> None:
+    """The mask is read off the output: with x = 0, residual = 0 a dropped element differs."""
+    x = torch.full((5, 37), 3.0, device=DEVICE)
+    residual = torch.randn(5, 37, device=DEVICE)
+    weight, bias = torch.ones(37, device=DEVICE), torch.zeros(37, device=DEVICE)
+    seed = torch.tensor([2**40 + 17], device=DEVICE)
+    args = (x, None, residual, weight, bias, 1e-12, 0.4, seed)
+    why = dict(OPS["add_layernorm"].reasons(args)).get(backend)
+    if why:
+        pytest.skip("; ".join(why))
+    y = ops.add_layernorm(*args, backend=backend)
+    rows, cols = torch.arange(5, device=DEVICE).unsqueeze(1), torch.arange(37, device=DEVICE)
+    z = torch.where(keep_mask(seed, rows, cols, 0.4), 5.0, 0.0) + residual
+    torch.testing.assert_close(y, torch.nn.functional.layer_norm(z, (37,)))
+
+
+BAD = {
+    "wrong hidden": (ValueError, r"add_layernorm: weight has shape \(9,\), expected \(8,\)"),
+    "mixed dtypes": (TypeError, "add_layernorm: weight is torch.float64, x is torch.float32"),
+    "bad p": (ValueError, "add_layernorm: p is 1.5, expected 0 <= p < 1"),
+    "no seed": (ValueError, "add_layernorm: p is 0.5 but seed is None"),
+    "not a tensor": (TypeError, "add_layernorm: bias is 3.0, expected a Tensor"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments(case: str) -> None:
+    weight, bias, p = torch.ones(8), torch.zeros(8), 0.0
+    if case == "wrong hidden":
+        weight = torch.ones(9)
+    elif case == "mixed dtypes":
+        weight = weight.double()
+    elif case == "bad p":
+        p = 1.5
+    elif case == "no seed":
+        p = 0.5
+    else:
+        bias = 3.0
+    error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        ops.add_layernorm(torch.randn(3, 8), None, None, weight, bias, 1e-12, p)
+
+
+def test_bad_arguments_of_other_ops() -> None:
+    x, bounds = torch.randn(3, 8), torch.tensor([0, 3], dtype=torch.int32)
+    with pytest.raises(ValueError, match="activation is 'mish', expected one of"):
+        ops.bias_gelu(x, None, "mish")
+    with pytest.raises(ValueError, match="pool: mode is 'max'"):
+        ops.pool(x, bounds, "max")
+    with pytest.raises(TypeError, match="pool: cu_seqlens is torch.int64, expected int32"):
+        ops.pool(x, bounds.long(), "cls")
+    with pytest.raises(ValueError, match=r"attention: qkv has shape \(3, 2, 1, 8\)"):
+        ops.attention(torch.randn(3, 2, 1, 8), bounds, 3, 1.0)
+    with pytest.raises(ValueError, match=r"linear: weight has shape \(4, 9\), expected \(N, 8\)"):
+        ops.linear(x, torch.randn(4, 9), None)
+    with pytest.raises(TypeError, match="indices is torch.int32, expected int64"):
+        ops.unpad(x, torch.tensor([0], dtype=torch.int32))
+
+
+def test_ids_outside_a_table_raise_on_the_cpu() -> None:
+    word, norm = torch.randn(10, 8), (torch.ones(8), torch.zeros(8), 1e-12)
+    ids, zeros = torch.tensor([3, 10]), torch.tensor([0, 0])
+    with pytest.raises((IndexError, RuntimeError), match="10"):
+        ops.embed_layernorm(ids, None, zeros, word, word, None, *norm)
+    with pytest.raises((IndexError, RuntimeError), match="-1"):
+        ops.embed_layernorm(zeros, None, zeros - 1, word, word, None, *norm)
