@@ -7,6 +7,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace bert_fast {
 
@@ -41,9 +42,29 @@ struct alignas(sizeof(T) * N) Pack {
   T item[N];
 };
 
+// The machine word of a Pack.
+template <int BYTES>
+struct Word;
+template <>
+struct Word<16> {
+  using Type = uint4;
+};
+template <>
+struct Word<4> {
+  using Type = uint32_t;
+};
+template <>
+struct Word<2> {
+  using Type = uint16_t;
+};
+
 template <typename T, int N>
 __device__ __forceinline__ Pack<T, N> load_pack(const T* source) {
-  return *reinterpret_cast<const Pack<T, N>*>(source);
+  using W = typename Word<sizeof(T) * N>::Type;
+  const W word = *reinterpret_cast<const W*>(source);
+  Pack<T, N> pack;
+  memcpy(&pack, &word, sizeof(word));
+  return pack;
 }
 
 template <typename T, int N>
@@ -62,7 +83,10 @@ __device__ __forceinline__ void store_floats(T* target, const float (&values)[N]
   Pack<T, N> pack;
 #pragma unroll
   for (int i = 0; i < N; ++i) pack.item[i] = from_float<T>(values[i]);
-  *reinterpret_cast<Pack<T, N>*>(target) = pack;
+  using W = typename Word<sizeof(T) * N>::Type;
+  W word;
+  memcpy(&word, &pack, sizeof(word));
+  __stcg(reinterpret_cast<W*>(target), word);  // a plain assignment may be split into 4-byte stores
 }
 
 // ---- reductions ----
