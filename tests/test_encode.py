@@ -1,0 +1,224 @@
+"""bert_fast.encode against transformers on padded batches, and its own promises."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertForMaskedLM,
+    DistilBertConfig,
+    DistilBertModel,
+)
+
+import bert_fast
+from bench import assets
+from bert_fast.encode import batches, embed, sentence_settings, tokenize
+
+from . import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.save(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def model(folder):
+    return AutoModel.from_pretrained(folder).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@torch.inference_mode()
+def truth(model, tokenizer, texts, pooling="mean", normalize=True):
+    """What transformers computes, one text at a time, pooled in float64."""
+    rows = []
+    for text in texts:
+        hidden = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].double()
+        row = hidden[0] if pooling == "cls" else hidden.mean(0)
+        rows.append(nn.functional.normalize(row, dim=0) if normalize else row)
+    return torch.stack(rows).numpy()
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("batch_tokens", [1, 20, 16_384])
+def test_matches_transformers(model, tokenizer, batch_tokens, pooling, normalize):
+    expected = truth(model, tokenizer, tiny.TEXTS, pooling, normalize)
+    found = embed(
+        model,
+        tokenizer,
+        tiny.TEXTS,
+        batch_tokens=batch_tokens,
+        pooling=pooling,
+        normalize=normalize,
+    )
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=5e-6)
+
+
+def test_order_is_that_of_the_texts(model, tokenizer):
+    found = embed(model, tokenizer, tiny.TEXTS, batch_tokens=9)
+    backwards = embed(model, tokenizer, tiny.TEXTS[::-1], batch_tokens=9)
+    np.testing.assert_allclose(found, backwards[::-1], atol=5e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(folder, model, tokenizer, dtype):
+    half = AutoModel.from_pretrained(folder, dtype=dtype).eval()
+    found = embed(half, tokenizer, tiny.TEXTS)
+    assert (found * truth(model, tokenizer, tiny.TEXTS)).sum(1).min() > 0.999
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, atol=1e-6)
+
+
+def test_accelerated_and_inner_models_are_taken(folder, model, tokenizer):
+    plain = embed(model, tokenizer, tiny.TEXTS)
+    head = BertForMaskedLM.from_pretrained(folder).eval()
+    np.testing.assert_array_equal(embed(head, tokenizer, tiny.TEXTS), plain)
+    accelerated = bert_fast.accelerate(model)
+    np.testing.assert_array_equal(embed(accelerated, tokenizer, tiny.TEXTS), plain)
+
+
+def test_no_texts(model, tokenizer):
+    found = embed(model, tokenizer, [])
+    assert found.shape == (0, 32) and found.dtype == np.float32
+
+
+def test_training_mode_is_left_as_it_was(model, tokenizer):
+    expected = embed(model, tokenizer, tiny.TEXTS)
+    model.train()
+    np.testing.assert_array_equal(embed(model, tokenizer, tiny.TEXTS), expected)
+    assert model.training and model.encoder.training
+
+
+def test_progress_adds_up(model, tokenizer):
+    seen = []
+    embed(model, tokenizer, tiny.TEXTS, batch_tokens=20, progress=lambda n, t: seen.append((n, t)))
+    assert len(seen) > 1
+    assert sum(n for n, _ in seen) == len(tiny.TEXTS)
+    assert sum(t for _, t in seen) == len(tokenize(tokenizer, tiny.TEXTS, 24).ids)
+
+
+def test_truncation_is_told_once_with_its_count(model, tokenizer):
+    with pytest.warns(UserWarning, match="3 of 7 texts were cut to 8 tokens") as told:
+        found = embed(model, tokenizer, tiny.TEXTS, max_length=8)
+    assert len(told) == 1
+    cut = tokenizer(tiny.TEXTS[3], truncation=True, max_length=8, return_tensors="pt")
+    with torch.inference_mode():
+        mean = model(**cut).last_hidden_state[0].mean(0)
+    np.testing.assert_allclose(found[3], nn.functional.normalize(mean, dim=0), atol=5e-6)
+
+
+def test_a_text_over_the_position_table_is_cut_to_it(model, tokenizer):
+    with pytest.warns(UserWarning, match="1 of 2 texts were cut to 24 tokens"):
+        found = embed(model, tokenizer, ["the cat " * 50, "a dog"])
+    assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pooling": "max"}, "pooling is 'max', expected one of"),
+        ({"batch_tokens": 0}, "batch_tokens is 0, expected at least 1"),
+        ({"max_length": 25}, "max_length is 25, expected 1 to 24"),
+        ({"max_length": 0}, "max_length is 0, expected 1 to 24"),
+        ({"backend": "nonesuch"}, "nonesuch"),
+    ],
+)
+def test_wrong_arguments_are_named(model, tokenizer, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        embed(model, tokenizer, tiny.TEXTS, **arguments)
+
+
+def test_models_that_cannot_run_packed_are_refused(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="Linear contains 0 transformers BertModels"):
+        embed(nn.Linear(2, 2), tokenizer, ["a"])
+    other = DistilBertModel(DistilBertConfig(vocab_size=30, dim=8, hidden_dim=8, n_heads=2))
+    with pytest.raises(ValueError, match="DistilBertModel contains 0 transformers BertModels"):
+        embed(other, tokenizer, ["a"])
+    decoder = AutoModel.from_pretrained(tiny.save(tmp_path, is_decoder=True))
+    with pytest.raises(ValueError, match="cannot run packed: it is a decoder"):
+        embed(decoder, tokenizer, ["a"])
+
+
+def test_a_slow_tokenizer_is_refused(model):
+    class Slow:
+        is_fast = False
+        model_max_length = 24
+
+    with pytest.raises(ValueError, match="Slow is not a fast tokenizer"):
+        embed(model, Slow(), ["a"])
+
+
+@given(st.lists(st.integers(0, 50), max_size=40), st.integers(1, 120))
+def test_batches_hold_every_text_once_within_the_budget(lengths, budget):
+    lengths = np.array(lengths, np.int64)
+    found = list(batches(lengths, budget))
+    assert sorted(i for rows in found for i in rows) == list(range(len(lengths)))
+    assert all(len(rows) == 1 or lengths[rows].sum() <= budget for rows in found)
+    flat = [lengths[i] for rows in found for i in rows]
+    assert flat == sorted(flat, reverse=True)
+    # No batch is cut short: the next text would not have fitted.
+    for rows, after in itertools.pairwise(found):
+        assert lengths[rows].sum() + lengths[after[0]] > budget
+
+
+def sentence_folder(folder, pooling, *kinds):
+    modules = [{"type": f"x.{kind}", "path": f"{i}_{kind}"} for i, kind in enumerate(kinds)]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("pooling", "expected"),
+    [
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean"),
+        ({"pooling_mode": "cls"}, "cls"),
+    ],
+)
+def test_sentence_settings(tmp_path, pooling, expected):
+    folder = sentence_folder(tmp_path, pooling, "Transformer", "Pooling", "Normalize")
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 17}')
+    found = sentence_settings(folder)
+    assert (found.pooling, found.normalize, found.max_length) == (expected, True, 17)
+
+
+def test_sentence_settings_of_a_plain_folder(tmp_path):
+    found = sentence_settings(tmp_path)
+    assert (found.pooling, found.normalize, found.max_length) == (None, None, None)
+
+
+def test_sentence_settings_refuse_what_is_not_served(tmp_path):
+    folder = sentence_folder(tmp_path, {"pooling_mode": "max"}, "Transformer", "Pooling")
+    with pytest.raises(ValueError, match="pools by max"):
+        sentence_settings(folder)
+    (folder / "modules.json").write_text('[{"type": "x.Dense", "path": "2_Dense"}]')
+    with pytest.raises(ValueError, match="has Dense, which is not served"):
+        sentence_settings(folder)
+
+
+@pytest.mark.slow
+def test_real_sentences_match_sentence_transformers():
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    try:
+        path, texts = assets.minilm(), assets.movie_sentences()[:200]
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    encoder = sentence_transformers.SentenceTransformer(str(path), device="cpu")
+    own = sentence_settings(path)
+    assert (own.pooling, own.normalize, own.max_length) == ("mean", True, 256)
+    found = embed(encoder, AutoTokenizer.from_pretrained(path), texts, max_length=own.max_length)
+    np.testing.assert_allclose(found, encoder.encode(texts), atol=5e-6)
