@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +32,26 @@ from .modeling import (
 )
 from .padding import Packing
 
-_OPTIONS = "_bert_fast_backend"
+_OPTIONS = "_bert_fast"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `accelerate` was told of one BertModel.
+
+    keep_padding: padded positions are computed too, because the head above reads them.
+    """
+
+    backend: Backend = "auto"
+    keep_padding: bool = False
+
+
+_DEFAULT = Options()
+
+# Modules whose forward hooks change nothing here: transformers collects hidden states by hooks
+# that rest while it does not collect, and makes the embeddings require a gradient for
+# checkpointing, which `run_layers` does by itself.
+_HARMLESS = {"transformers.utils.output_capturing", "transformers.modeling_utils"}
 
 
 class BertModel(hf.BertModel):
@@ -93,10 +113,10 @@ class BertModel(hf.BertModel):
             inputs_embeds,
             kwargs.get("cu_seq_lens_q"),
             kwargs.get("max_length_q"),
+            keep_padding=options_of(self).keep_padding,
         )
-        backend = backend_of(self)
         collect = self._asked(kwargs, "output_hidden_states")
-        output = packed_forward(self, batch, backend, collect)
+        output = packed_forward(self, batch, options_of(self).backend, collect)
         return output if self._asked(kwargs, "return_dict", True) else output.to_tuple()
 
     def _asked(self, kwargs: dict[str, Any], name: str, default: bool = False) -> Any:
@@ -144,7 +164,7 @@ def packed_forward(
     last = states[-1] if collect else packing.pad(h, chosen(backend, "pad"))
     return BaseModelOutputWithPoolingAndCrossAttentions(
         last_hidden_state=last,
-        pooler_output=None if model.pooler is None or not last.numel() else model.pooler(last),
+        pooler_output=model.pooler(last) if model.pooler is not None and last.shape[1] else None,
         hidden_states=tuple(states) if collect else None,
     )
 
@@ -169,6 +189,8 @@ def accelerate(model: nn.Module, backend: Backend = "auto", verbose: bool = Fals
         raise ValueError(
             f"bert_fast.accelerate: {type(model).__name__} contains no transformers BertModel"
         )
+    # A question-answering head takes its softmax over every position, padded ones included.
+    read_whole = {m.bert for m in model.modules() if isinstance(m, hf.BertForQuestionAnswering)}
     refused = {}
     for module in found:
         if type(module) not in (hf.BertModel, BertModel):
@@ -177,7 +199,7 @@ def accelerate(model: nn.Module, backend: Backend = "auto", verbose: bool = Fals
             refused[module] = why
         else:
             module.__class__ = BertModel
-            module.__dict__[_OPTIONS] = backend
+            module.__dict__[_OPTIONS] = Options(backend, module in read_whole)
     if len(refused) == len(found):
         told = "; ".join(sorted({reason for why in refused.values() for reason in why}))
         raise ValueError(f"bert_fast.accelerate: cannot accelerate this model: {told}")
@@ -203,9 +225,9 @@ def is_bert(module: nn.Module) -> bool:
     return isinstance(module, hf.BertModel)
 
 
-def backend_of(model: nn.Module) -> Backend:
-    """The backend an accelerated BertModel was given."""
-    return model.__dict__.get(_OPTIONS, "auto")
+def options_of(model: nn.Module) -> Options:
+    """What an accelerated BertModel was given."""
+    return model.__dict__.get(_OPTIONS, _DEFAULT)
 
 
 # -- where the packed forward does not apply ------------------------------------------------
@@ -282,10 +304,8 @@ def _activation_type(name: str) -> type:
 def _hooked(module: nn.Module) -> bool:
     if "forward" in module.__dict__ or module._forward_pre_hooks or module._backward_hooks:
         return True
-    # The hooks with which transformers collects hidden states do nothing unless it collects.
     return any(
-        getattr(hook, "__module__", "") != "transformers.utils.output_capturing"
-        for hook in module._forward_hooks.values()
+        getattr(hook, "__module__", "") not in _HARMLESS for hook in module._forward_hooks.values()
     )
 
 

@@ -37,8 +37,11 @@ def read_batch(
     inputs_embeds: Tensor | None,
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
+    keep_padding: bool = False,
 ) -> Batch:
     """Checks and packs a call's inputs [B, S]; `cu_seqlens` marks inputs that are packed already.
+
+    keep_padding: padded tokens stay as queries (never as keys), for a head that reads them.
 
     Raises: ValueError or TypeError that names the argument, its value and what is allowed.
     """
@@ -78,6 +81,10 @@ def read_batch(
         packing = pack_full(batch, length, given.device)
     elif attention_mask.dim() == 2:
         packing = _pack_2d(attention_mask, batch, length, given.device)
+        if keep_padding and packing.indices is not None:
+            packing = pack_full(batch, length, given.device)
+            keys = attention_mask.bool()[:, None, None, :]
+            bias = _additive(keys, batch, length, table.dtype, given.device)
     else:
         packing = pack_full(batch, length, given.device)
         bias = _additive(attention_mask, batch, length, table.dtype, given.device)

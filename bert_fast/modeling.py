@@ -70,6 +70,7 @@ class PackedLayer:
 
     parts: LayerParts
     heads: int
+    head_dim: int
     activation: str
     qkv: Tensor
     qkv_bias: Tensor | None
@@ -78,9 +79,11 @@ class PackedLayer:
 def pack_layer(layer: nn.Module, parts: LayerParts, activation: str) -> PackedLayer:
     projections = (parts.query, parts.key, parts.value)
     biases = [p.bias for p in projections]
+    attention = layer.attention.self
     return PackedLayer(
         parts,
-        layer.attention.self.num_attention_heads,
+        attention.num_attention_heads,
+        attention.attention_head_size,
         activation,
         torch.cat([p.weight for p in projections]),
         None if biases[0] is None else torch.cat(biases),
@@ -187,11 +190,11 @@ def layer_forward(
     use = partial(chosen, backend)
 
     qkv = ops.linear(h, layer.qkv, layer.qkv_bias, use("linear"))
-    qkv = qkv.view(tokens, 3, layer.heads, -1)  # [T, 3, N, D]
+    qkv = qkv.view(tokens, 3, layer.heads, layer.head_dim)  # [T, 3, N, D]
     context = ops.attention(
-        qkv, sequences.cu_seqlens, sequences.max_seqlen, qkv.shape[-1] ** -0.5,
+        qkv, sequences.cu_seqlens, sequences.max_seqlen, layer.head_dim**-0.5,
         sequences.key_start, sequences.bias, p0, s0 if p0 else None, use("attention"),
-    ).view(tokens, -1)  # fmt: skip
+    ).flatten(1)  # fmt: skip
     out = ops.linear(context, m.out.weight, None, use("linear"))
     h = ops.add_layernorm(
         out, m.out.bias, h, m.out_norm.weight, m.out_norm.bias, m.out_norm.eps,
@@ -228,7 +231,10 @@ def run_layers(
         goes on (how hidden states are collected).
     """
     layers = packed_layers(encoder, activation)
-    training = encoder.training and torch.is_grad_enabled()
+    recompute = encoder.training and torch.is_grad_enabled()
+    recompute = recompute and any(getattr(m, "gradient_checkpointing", False) for m in encoder.layer)
+    if recompute and not h.requires_grad:
+        h = h.detach().requires_grad_()  # reentrant checkpoints need an input with a gradient
     dropping = any(
         rate(d)
         for layer in layers
@@ -244,7 +250,7 @@ def run_layers(
             seeds=None if seeds is None else seeds[3 * i : 3 * i + 3],
             backend=backend,
         )
-        if training and getattr(module, "gradient_checkpointing", False):
+        if recompute and module.gradient_checkpointing:
             h = module._gradient_checkpointing_func(run, h)
         else:
             h = run(h)

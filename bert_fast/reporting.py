@@ -11,8 +11,8 @@ from torch import nn
 
 from .convert import (
     BertModel,
-    backend_of,
     is_bert,
+    options_of,
     packed_forward,
     reasons_against,
     reasons_against_call,
@@ -31,7 +31,7 @@ class Report:
     skipped: dict[str, list[str]]
 
     def __str__(self) -> str:
-        lines = [f"{name}: accelerated (backend {how})" for name, how in self.swapped.items()]
+        lines = [f"{name}: accelerated ({how})" for name, how in self.swapped.items()]
         lines += [f"{name}: not accelerated: {'; '.join(w)}" for name, w in self.skipped.items()]
         return "\n".join(lines) or "no transformers BertModel inside"
 
@@ -49,7 +49,9 @@ def report(model: nn.Module) -> Report:
         name = name or type(module).__name__
         why = reasons_against(module) if isinstance(module, BertModel) else []
         if isinstance(module, BertModel) and not why:
-            result.swapped[name] = str(backend_of(module))
+            options = options_of(module)
+            kept = ", padding kept: its head reads every position" * options.keep_padding
+            result.swapped[name] = f"backend {options.backend}{kept}"
         else:
             result.skipped[name] = (
                 why or reasons_against_structure(module) or ["accelerate was not called on it"]
@@ -128,11 +130,11 @@ def explain(model: nn.Module, inputs: Mapping[str, Any]) -> Explanation:
 
 
 def _watch(module: nn.Module, given: dict[str, Any], names: tuple[str, ...]) -> Explanation:
-    backend = backend_of(module)
+    options = options_of(module)
     seen: dict[tuple[str, str], Choice] = {}
 
     def watch(op: Op, args: tuple[Any, ...]) -> Kernel:
-        kernel = op.choose(args, chosen(backend, op.name))
+        kernel = op.choose(args, chosen(options.backend, op.name))
         tensors = [a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
         on = "x".join(map(str, tensors[0].shape)) + f" {tensors[0].dtype}".replace("torch.", "")
         before = seen.get((op.name, on))
@@ -151,6 +153,7 @@ def _watch(module: nn.Module, given: dict[str, Any], names: tuple[str, ...]) -> 
         *(given.get(name) for name in names),
         given.get("cu_seq_lens_q"),
         given.get("max_length_q"),
+        keep_padding=options.keep_padding,
     )
     packed_forward(module, batch, watch, collect=False)
     packing = batch.packing

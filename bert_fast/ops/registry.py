@@ -219,10 +219,10 @@ def _stash(ctx: Any, op: Op, args: Sequence[Any], outputs: Sequence[Tensor]) -> 
 
 
 def _unstash(ctx: Any) -> tuple[list[Any], Sequence[Tensor]]:
-    args = list(ctx.constants)
-    for i, tensor in zip(ctx.tensor_at, ctx.saved_tensors, strict=False):
+    args, saved = list(ctx.constants), ctx.saved_tensors  # once: checkpointing forbids twice
+    for i, tensor in zip(ctx.tensor_at, saved, strict=False):
         args[i] = tensor
-    return args, ctx.saved_tensors[len(ctx.tensor_at) :]
+    return args, saved[len(ctx.tensor_at) :]
 
 
 def _register(op: Op) -> None:

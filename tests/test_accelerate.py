@@ -1,0 +1,248 @@
+"""accelerate, restore, report, explain: what a user does around a forward pass."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForNextSentencePrediction,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    RobertaConfig,
+    RobertaModel,
+)
+from transformers.models.bert import modeling_bert as hf
+
+import bert_fast
+
+from .parity import DEVICE
+from .models import ids, masks, tiny
+
+HEADS = {
+    BertForMaskedLM: {"labels": ids(4, 9)},
+    BertForPreTraining: {"labels": ids(4, 9), "next_sentence_label": ids(4, 1, 2).flatten()},
+    BertForNextSentencePrediction: {"labels": ids(4, 1, 2).flatten()},
+    BertForSequenceClassification: {"labels": ids(4, 1, 2).flatten()},
+    BertForTokenClassification: {"labels": ids(4, 9, 2)},
+    BertForQuestionAnswering: {"start_positions": ids(4, 1, 3), "end_positions": ids(4, 1, 3)},
+    BertForMultipleChoice: {"labels": ids(2, 1, 2).flatten()},
+}
+
+
+def last(model: nn.Module, tokens: Tensor | None = None, **inputs: Any) -> Tensor:
+    with torch.inference_mode():
+        return model(ids(3, 8) if tokens is None else tokens, **inputs)[0]
+
+
+@pytest.mark.parametrize("head", HEADS, ids=lambda c: c.__name__)
+def test_every_head(head: type) -> None:
+    model = tiny(head)
+    mask = masks(4, 9)["right"]
+    labels = {
+        k: v.masked_fill(mask == 0, -100) if v.shape == mask.shape else v
+        for k, v in HEADS[head].items()
+    }
+    tokens = ids(4, 9)
+    if head is BertForMultipleChoice:
+        tokens, mask = tokens.view(2, 2, 9), mask.view(2, 2, 9)
+    expected = model(tokens, attention_mask=mask, **labels)
+    assert bert_fast.accelerate(model) is model
+    found = model(tokens, attention_mask=mask, **labels)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-5)
+    assert found.keys() == expected.keys()
+
+
+def test_restore_leaves_the_model_as_it_was() -> None:
+    model = tiny(BertForMaskedLM)
+    classes = [type(m) for m in model.modules()]
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    before = last(model)
+    bert_fast.accelerate(bert_fast.accelerate(model))  # idempotent
+    assert type(model.bert).__name__ == "BertModel" and type(model.bert) is not BertModel
+    last(model)
+    assert bert_fast.restore(model) is model
+    assert [type(m) for m in model.modules()] == classes
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert list(state) == list(model.state_dict())
+    assert torch.equal(last(model), before)
+    assert not [k for k in model.bert.__dict__ if "bert_fast" in k]
+
+
+def test_copies_pickles_and_saves(tmp_path: Any) -> None:
+    model = bert_fast.accelerate(tiny())
+    expected = last(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.encoder.layer[0].output.dense.weight.zero_()
+    assert torch.equal(last(model), expected) and not torch.equal(last(other), expected)
+    assert torch.equal(last(pickle.loads(pickle.dumps(model))), expected)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(last(BertModel.from_pretrained(tmp_path).to(DEVICE)), expected)
+    loaded = bert_fast.BertModel.from_pretrained(tmp_path).to(DEVICE)
+    torch.testing.assert_close(last(loaded), expected, rtol=0, atol=0)
+
+
+def in_place(model: nn.Module) -> None:
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1)
+
+
+def through_data(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.data.mul_(1.1)
+
+
+def new_storage(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.data = p.data * 1.1
+
+
+def state_dict(model: nn.Module) -> None:
+    model.load_state_dict({k: v * 1.1 for k, v in model.state_dict().items()})
+
+
+def new_parameters(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(module.weight.detach() * 1.1)
+
+
+@pytest.mark.parametrize(
+    "change", [in_place, through_data, new_storage, state_dict, new_parameters]
+)
+def test_changed_weights_are_seen(change: Any) -> None:
+    """Packed copies of the weights must never outlive what they were made of."""
+    plain = tiny()
+    ours = bert_fast.accelerate(copy.deepcopy(plain))
+    last(ours)
+    change(plain)
+    change(ours)
+    torch.testing.assert_close(last(ours), last(plain), rtol=1e-5, atol=1e-5)
+
+
+def test_moves_between_dtypes() -> None:
+    plain, ours = tiny(), bert_fast.accelerate(tiny())
+    last(ours)
+    for dtype in (torch.bfloat16, torch.float64, torch.float32):
+        found = last(ours.to(dtype))
+        assert found.dtype == dtype
+        if dtype == torch.float64:
+            torch.testing.assert_close(found, last(plain.to(dtype).to(torch.bfloat16).double()),
+                                       rtol=1e-9, atol=1e-9)  # fmt: skip
+            plain = tiny()
+
+
+def test_hooks_and_foreign_parts_fall_back_and_say_so() -> None:
+    plain = tiny()
+    ours = bert_fast.accelerate(copy.deepcopy(plain))
+    seen: list[Any] = []
+    handle = ours.encoder.layer[1].register_forward_hook(lambda *a: seen.append(a))
+    assert "hook" in str(bert_fast.report(ours))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.equal(last(ours), last(plain)) and len(seen) == 1
+        handle.remove()
+        assert "accelerated" in str(bert_fast.report(ours))
+        last(ours)
+        assert len(seen) == 1
+
+        class Wrapped(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x) * 2
+
+        wrapped = Wrapped(64, 64).to(DEVICE)
+        plain.encoder.layer[0].attention.self.query = wrapped
+        ours.encoder.layer[0].attention.self.query = wrapped
+        assert torch.equal(last(ours), last(plain))
+    assert "query is" in str(bert_fast.report(ours))
+    explained = bert_fast.explain(ours, {"input_ids": ids(2, 4)})
+    assert any("query is" in why for why in explained.fallback)
+
+
+def test_monte_carlo_dropout_in_eval_mode() -> None:
+    ours = bert_fast.accelerate(tiny(hidden_dropout_prob=0.5))
+    assert torch.equal(last(ours), last(ours))
+    for module in ours.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+    assert not torch.equal(last(ours), last(ours))
+
+
+def test_what_cannot_be_accelerated_is_refused() -> None:
+    roberta = RobertaModel(
+        RobertaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+                      intermediate_size=8)
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="RobertaModel contains no transformers BertModel"):
+        bert_fast.accelerate(roberta)
+    with pytest.raises(ValueError, match="decoder"):
+        bert_fast.accelerate(tiny(is_decoder=True))
+    with pytest.raises(ValueError, match="hidden_act is 'tanh'"):
+        bert_fast.accelerate(tiny(hidden_act="tanh"))
+
+    class Mine(BertModel):
+        pass
+
+    model = Mine(tiny().config)
+    with pytest.raises(ValueError, match="subclass with code of its own"):
+        bert_fast.accelerate(model)
+    assert type(model) is Mine
+
+
+def test_backend_is_checked_and_forced() -> None:
+    with pytest.raises(ValueError, match="no backend 'warp9'"):
+        bert_fast.accelerate(tiny(), backend="warp9")
+    with pytest.raises(ValueError, match="no op 'softmax'"):
+        bert_fast.accelerate(tiny(), backend={"softmax": "auto"})
+    expected = last(tiny())
+    reference = bert_fast.accelerate(tiny(), backend="reference")
+    torch.testing.assert_close(last(reference), expected, rtol=1e-5, atol=1e-5)
+    explained = bert_fast.explain(reference, {"input_ids": ids(2, 4)})
+    assert {c.kernel for c in explained.choices} == {"reference"}
+    if DEVICE.type == "cpu":
+        with pytest.raises(ValueError, match=r"backend 'cuda' cannot run"):
+            last(bert_fast.accelerate(tiny(), backend={"attention": "cuda"}))
+
+
+def test_explain_lists_every_op_and_the_padding() -> None:
+    model = bert_fast.accelerate(tiny(BertForMaskedLM))
+    explained = bert_fast.explain(
+        model, {"input_ids": ids(4, 11), "attention_mask": masks(4, 11)["right"]}
+    )
+    assert explained.tokens == 3 + 5 + 7 + 9 and explained.padded_tokens == 44
+    assert {c.op for c in explained.choices} == {
+        *("embed_layernorm", "linear", "attention", "add_layernorm", "linear_gelu", "pad"),
+    }
+    assert all(c.reasons for c in explained.choices)
+    assert "padding spared" in str(explained) and "not cuda" in str(explained)
+    plain = bert_fast.explain(tiny(), {"input_ids": ids(2, 3)})
+    assert plain.fallback == ["the model is not accelerated"]
+
+
+def test_autocast_and_compile_fall_back_to_hugging_face() -> None:
+    model = tiny()
+    ours = bert_fast.accelerate(copy.deepcopy(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            assert torch.equal(last(ours), last(model))
+        compiled = torch.compile(ours, backend="eager")
+        torch.testing.assert_close(last(compiled), last(model), rtol=1e-5, atol=1e-5)
+
+
+def test_names_that_other_code_matches_on() -> None:
+    model = bert_fast.accelerate(tiny())
+    assert isinstance(model, hf.BertModel) and type(model).__name__ == "BertModel"
+    assert set(BertModel._no_split_modules) <= set(model._no_split_modules)

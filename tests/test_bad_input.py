@@ -1,0 +1,100 @@
+"""What a user can get wrong: a clear error that names it, or the right empty result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import bert_fast
+
+from .parity import DEVICE
+from .models import ids, tiny
+
+LIMIT = 40
+MASK = torch.ones(2, 6, device=DEVICE)
+CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "too long": ({"input_ids": ids(1, LIMIT + 1)}, ValueError, "length 41 exceeds max_position_"),
+    "float ids": ({"input_ids": ids(2, 6).float()}, TypeError, "input_ids is torch.float32"),
+    "one-dimensional ids": ({"input_ids": ids(1, 6)[0]}, ValueError, r"shape \(6,\), expected"),
+    "nothing": ({}, ValueError, "exactly one of input_ids or inputs_embeds"),
+    "mask of another batch": (
+        {"input_ids": ids(2, 6), "attention_mask": torch.ones(3, 6)},
+        ValueError,
+        r"attention_mask has shape \(3, 6\), expected \(2, 6\)",
+    ),
+    "3D mask": (
+        {"input_ids": ids(2, 6), "attention_mask": torch.ones(2, 6, 6)},
+        ValueError,
+        r"attention_mask has shape \(2, 6, 6\)",
+    ),
+    "4D mask of another length": (
+        {"input_ids": ids(2, 6), "attention_mask": torch.ones(2, 1, 6, 5).bool()},
+        ValueError,
+        r"attention_mask has shape \(2, 1, 6, 5\)",
+    ),
+    "4D int mask": (
+        {"input_ids": ids(2, 6), "attention_mask": torch.ones(2, 1, 6, 6).long()},
+        TypeError,
+        "4D mask of torch.int64; use bool",
+    ),
+    "token types of another length": (
+        {"input_ids": ids(2, 6), "token_type_ids": ids(2, 5, 2)},
+        ValueError,
+        r"token_type_ids has shape \(2, 5\)",
+    ),
+    "embeddings of another dtype": (
+        {"inputs_embeds": torch.randn(2, 6, 64, device=DEVICE).double()},
+        ValueError,
+        "inputs_embeds is torch.float64 of shape",
+    ),
+    "packed batch of two": (
+        {"input_ids": ids(2, 6), "cu_seq_lens_q": torch.tensor([0, 6])},
+        ValueError,
+        "cu_seq_lens_q goes with a batch of 1, got a batch of 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_named_errors(case: str) -> None:
+    inputs, error, message = CASES[case]
+    with pytest.raises(error, match=message):
+        bert_fast.accelerate(tiny())(**inputs)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="on a GPU the kernel traps and ends the context")
+@pytest.mark.parametrize("value", [99, -1, 2**31])
+def test_ids_outside_the_vocabulary(value: int) -> None:
+    tokens = ids(2, 6)
+    tokens[1, 3] = value
+    model = bert_fast.accelerate(tiny())
+    with pytest.raises((IndexError, RuntimeError), match=str(value)), torch.inference_mode():
+        model(tokens)
+    with pytest.raises((IndexError, RuntimeError), match="7"):
+        model(ids(2, 6), token_type_ids=torch.full((2, 6), 7))
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (2, 0), (0, 0)])
+def test_empty_batches_give_empty_outputs(shape: tuple[int, int]) -> None:
+    output = bert_fast.accelerate(tiny())(ids(*shape), output_hidden_states=True)
+    assert output.last_hidden_state.shape == (*shape, 64)
+    assert len(output.hidden_states) == 3
+
+
+def test_length_over_the_limit_is_allowed_with_positions() -> None:
+    tokens = ids(1, LIMIT + 5)
+    positions = torch.arange(LIMIT + 5, device=DEVICE).unsqueeze(0) % LIMIT
+    plain = tiny()
+    expected = plain(tokens, position_ids=positions)[0]
+    found = bert_fast.accelerate(plain)(tokens, position_ids=positions)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="asking a GPU mask would stall its queue")
+def test_additive_2d_mask_warns() -> None:
+    mask = torch.zeros(2, 6)
+    mask[:, 4:] = -1e4
+    with pytest.warns(UserWarning, match="read inverted"):
+        bert_fast.accelerate(tiny())(ids(2, 6), attention_mask=mask)

@@ -1,0 +1,243 @@
+"""The packed model against Hugging Face's: outputs and every parameter's gradient.
+
+The same yardstick as for the ops: error against HF in fp64 at most 2x (gradients 3x) that of
+HF in the same dtype, plus one ulp. Errors are root mean squares over a tensor: after many layers
+the single worst element of a bias gradient is a matter of luck on both sides.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertForSequenceClassification, BertModel
+
+import bert_fast
+
+from .parity import DEVICE, ulp
+from .models import ids, masks, read_rows, tiny
+
+BATCH, LENGTH = 4, 11
+SHAPES = {
+    "awkward": {},
+    "head_dim_8": {"num_attention_heads": 8, "intermediate_size": 128, "type_vocab_size": 3},
+    "head_dim_40": {"hidden_size": 80, "num_attention_heads": 2, "hidden_act": "gelu_new"},
+    "relu": {"hidden_act": "relu", "type_vocab_size": 1},
+    "silu": {"hidden_act": "silu", "layer_norm_eps": 1e-5},
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def run(model: nn.Module, inputs: dict[str, Any], rows: Tensor) -> dict[str, Tensor]:
+    """Outputs that a user reads and the gradient of each parameter, in one dictionary."""
+    output = model(**inputs)
+    read = {"last": output.last_hidden_state[rows], "pooled": output.pooler_output}
+    generator = torch.Generator().manual_seed(11)
+    loss = 0.0
+    for value in read.values():
+        weight = torch.randn(value.shape, generator=generator).to(value)
+        loss = loss + (value * weight).sum()
+    loss.backward()
+    found = {name: value.detach() for name, value in read.items()}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            found[f"d{name}"] = parameter.grad
+            parameter.grad = None
+    return found
+
+
+def over_budget(
+    exact: dict[str, Tensor], plain: dict[str, Tensor], found: dict[str, Tensor]
+) -> list[str]:
+    told = [f"only one side has {name}" for name in exact.keys() ^ found.keys()]
+    for name in exact.keys() & found.keys():
+        truth = exact[name]
+        # Softmax ignores a constant added to all scores, so a key bias has gradient zero and both
+        # sides return rounding noise; its scale is that of the projection it is packed with.
+        scale = exact[name.replace("key.bias", "value.bias")].abs().max().item()
+        error = (found[name].double() - truth).square().mean().sqrt().item()
+        yardstick = (plain[name].double() - truth).square().mean().sqrt().item()
+        budget = (3 if name.startswith("d") else 2) * yardstick
+        budget += ulp(scale, found[name].dtype)
+        if not error <= budget:
+            told.append(f"{name}: {error:.3e} > {budget:.3e} (HF itself {yardstick:.3e})")
+    return told
+
+
+def compare(model: nn.Module, dtype: torch.dtype, inputs: dict[str, Any], rows: Tensor) -> None:
+    wide = {
+        k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v
+        for k, v in inputs.items()
+    }
+    model = model.to(dtype)
+    exact = run(copy.deepcopy(model).double(), wide, rows)
+    plain = run(copy.deepcopy(model), inputs, rows)
+    found = run(bert_fast.accelerate(copy.deepcopy(model)), inputs, rows)
+    assert not over_budget(exact, plain, found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", masks(BATCH, LENGTH))
+def test_masks(kind: str, dtype: torch.dtype) -> None:
+    mask = masks(BATCH, LENGTH)[kind]
+    if kind == "4d_additive":
+        mask = mask.to(dtype)
+    inputs = {"input_ids": ids(BATCH, LENGTH), "attention_mask": mask}
+    compare(tiny(), dtype, inputs, read_rows(mask, BATCH, LENGTH))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(shape: str, dtype: torch.dtype) -> None:
+    mask = masks(BATCH, LENGTH)["right"]
+    types = ids(BATCH, LENGTH, SHAPES[shape].get("type_vocab_size", 2))
+    inputs = {"input_ids": ids(BATCH, LENGTH), "attention_mask": mask, "token_type_ids": types}
+    compare(tiny(**SHAPES[shape]), dtype, inputs, read_rows(mask, BATCH, LENGTH))
+
+
+@pytest.mark.parametrize("given", ["position_ids", "int32", "inputs_embeds", "no_pooler"])
+def test_other_inputs(given: str) -> None:
+    mask = masks(BATCH, LENGTH)["right"]
+    inputs: dict[str, Any] = {"input_ids": ids(BATCH, LENGTH), "attention_mask": mask}
+    model = tiny()
+    if given == "position_ids":
+        inputs["position_ids"] = ids(BATCH, LENGTH, 40)
+    elif given == "int32":
+        inputs["input_ids"] = inputs["input_ids"].int()
+    elif given == "inputs_embeds":
+        inputs["inputs_embeds"] = torch.randn(BATCH, LENGTH, 64, device=DEVICE)
+        del inputs["input_ids"]
+    compare(model, torch.float32, inputs, read_rows(mask, BATCH, LENGTH))
+
+
+def test_padded_equals_unpadded_and_batch_equals_single() -> None:
+    model, tokens = bert_fast.accelerate(tiny()), ids(3, 9)
+    mask = torch.ones_like(tokens)
+    mask[0, 4:] = 0
+    with torch.inference_mode():
+        padded = model(tokens, attention_mask=mask).last_hidden_state
+        for b, length in enumerate((4, 9, 9)):
+            alone = model(tokens[b : b + 1, :length]).last_hidden_state
+            torch.testing.assert_close(padded[b : b + 1, :length], alone, rtol=0, atol=5e-6)
+    assert not padded[0, 4:].any()  # padded rows are zeros
+
+
+def test_hidden_states_match_layer_by_layer() -> None:
+    plain, tokens = tiny(), ids(BATCH, LENGTH)
+    mask = masks(BATCH, LENGTH)["right"]
+    ours = bert_fast.accelerate(copy.deepcopy(plain))
+    inputs = {"input_ids": tokens, "attention_mask": mask, "output_hidden_states": True}
+    expected, found = plain(**inputs), ours(**inputs)
+    assert len(found.hidden_states) == len(expected.hidden_states) == 3
+    for a, b in zip(expected.hidden_states, found.hidden_states, strict=True):
+        torch.testing.assert_close(b[mask.bool()], a[mask.bool()], rtol=1e-5, atol=1e-5)
+    for state in found.hidden_states:
+        state.retain_grad()
+    found.last_hidden_state[mask.bool()].sum().backward()
+    assert all(state.grad is not None for state in found.hidden_states)
+
+
+def test_return_dict_false_gives_the_same_tuple() -> None:
+    plain, tokens = tiny(), ids(2, 5)
+    expected = plain(tokens, return_dict=False)
+    found = bert_fast.accelerate(plain)(tokens, return_dict=False)
+    assert isinstance(found, tuple) and len(found) == len(expected)
+    torch.testing.assert_close(found[1], expected[1])
+
+
+def test_attentions_come_from_hugging_face() -> None:
+    model = tiny(attn_implementation="eager")
+    expected = model(ids(2, 5), output_attentions=True).attentions
+    ours = bert_fast.accelerate(model)
+    with pytest.warns(UserWarning, match="output_attentions"):
+        found = ours(ids(2, 5), output_attentions=True).attentions
+    assert len(found) == 2 and torch.equal(found[0], expected[0])
+
+
+def test_packed_inputs() -> None:
+    """[1, T] with cu_seq_lens_q: what sentence-transformers sends; samples must not mix."""
+    model, lengths = bert_fast.accelerate(tiny()), (3, 7, 1)
+    tokens = ids(1, sum(lengths))
+    bounds = torch.tensor((0, *lengths), device=DEVICE).cumsum(0).int()
+    positions = torch.cat([torch.arange(n, device=DEVICE) for n in lengths]).unsqueeze(0)
+    with torch.inference_mode():
+        packed = model(
+            tokens, position_ids=positions, cu_seq_lens_q=bounds, max_length_q=7
+        ).last_hidden_state
+        start = 0
+        for n in lengths:
+            alone = model(tokens[:, start : start + n]).last_hidden_state
+            torch.testing.assert_close(packed[:, start : start + n], alone, rtol=0, atol=5e-6)
+            start += n
+
+
+def test_training_follows_hugging_face() -> None:
+    """Ten steps of AdamW from the same start: the loss curve and the weights agree."""
+    tokens, labels = ids(8, 10), ids(8, 1, 2).flatten()
+    mask = masks(8, 10)["right"]
+    curves, ends = [], []
+    for ours in (False, True):
+        model = tiny(BertForSequenceClassification).train()
+        model = bert_fast.accelerate(model) if ours else model
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        curve = []
+        for _ in range(10):
+            loss = model(tokens, attention_mask=mask, labels=labels).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+        curves.append(torch.tensor(curve))
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert curves[0][-1] < curves[0][0]
+    torch.testing.assert_close(curves[1], curves[0], rtol=1e-4, atol=1e-5)
+    assert (ends[1] - ends[0]).norm() / ends[0].norm() < 1e-3
+
+
+def test_dropout_trains_and_is_seeded() -> None:
+    model = bert_fast.accelerate(
+        tiny(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
+    ).train()
+    tokens = ids(2, 6)
+
+    def once(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return model(tokens).last_hidden_state
+
+    assert torch.equal(once(1), once(1))
+    assert not torch.equal(once(1), once(2))
+    assert torch.equal(model.eval()(tokens)[0], model(tokens)[0])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_redraws_the_same_masks(reentrant: bool) -> None:
+    model = bert_fast.accelerate(
+        tiny(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
+    ).train()
+
+    def gradients() -> list[Tensor]:
+        torch.manual_seed(4)
+        model(ids(2, 6)).pooler_output.sum().backward()
+        found = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        return found
+
+    plain = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for a, b in zip(plain, gradients(), strict=True):
+        # Not bit for bit: a reentrant checkpoint's first pass has no gradient, so oneDNN runs it.
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_own_class_is_a_drop_in() -> None:
+    assert issubclass(bert_fast.BertModel, BertModel)
+    plain = tiny()
+    ours = tiny(bert_fast.BertModel)
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    ours.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(ours(ids(2, 5))[0], plain(ids(2, 5))[0], rtol=1e-5, atol=1e-5)
