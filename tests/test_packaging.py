@@ -1,0 +1,251 @@
+"""The wheel, what importing costs, the name `kernels`, and who may import whom."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import textwrap
+import venv
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*line, cwd=ROOT, **more):
+    """The stdout of a command that succeeds."""
+    done = subprocess.run([*map(str, line)], capture_output=True, text=True, cwd=cwd, **more)
+    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def python(code, **more):
+    return run(sys.executable, "-c", textwrap.dedent(code), **more)
+
+
+# -- the wheel ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy, which a cache keeps so that only changed sources are compiled again."""
+    copy = ROOT / ".cache" / "wheel"
+    for name in ("bert_fast", "kernels"):
+        shutil.rmtree(copy / name, ignore_errors=True)
+        ignored = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(ROOT / name, copy / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy2(ROOT / name, copy / name)
+    for stale in copy.glob("build/lib*"):
+        shutil.rmtree(stale)
+    out = tmp_path_factory.mktemp("dist")
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps"]
+    run(*pip, "-w", out, ".", cwd=copy)
+    (file,) = out.iterdir()
+    return file
+
+
+@pytest.mark.slow
+def test_wheel_serves_every_python_and_installs_bert_fast_only(wheel):
+    assert "-cp310-abi3-" in wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"bert_fast"}
+    for wanted in ("_C.abi3.so", "_triton/tiles.py", "ops/registry.py", "cli.py"):
+        assert f"bert_fast/{wanted}" in names
+    sources = (".cpp", ".cu", ".cuh", ".h", ".inc")
+    assert not [name for name in names if name.endswith(sources)]
+
+
+@pytest.mark.slow
+def test_wheel_works_in_an_empty_environment(wheel, tmp_path):
+    venv.create(tmp_path / "venv")
+    empty = tmp_path / "venv" / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", empty, "install", "-q", "--no-deps"]
+    run(*pip, wheel, cwd=tmp_path)
+    # A path file lends torch and transformers; path files found through it do not count, so the
+    # editable install of this checkout stays out.
+    site = Path(run(empty, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    (site / "lent.pth").write_text(sysconfig.get_path("purelib"))
+    code = """
+        import torch, bert_fast
+        from transformers import BertConfig, BertModel
+        assert bert_fast.__file__.startswith({site!r}), bert_fast.__file__
+        import bert_fast._C
+        from bert_fast.ops.backends import extension_missing
+        assert not extension_missing()
+        sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+        model = BertModel(BertConfig(vocab_size=30, intermediate_size=37, **sizes)).eval()
+        ids = torch.arange(12).reshape(2, 6)
+        mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+        with torch.inference_mode():
+            before = model(ids, mask).last_hidden_state
+            after = bert_fast.accelerate(model)(ids, mask).last_hidden_state
+        assert (before - after)[mask.bool()].abs().max() < 5e-6
+        told = bert_fast.explain(model, dict(input_ids=ids, attention_mask=mask))
+        assert not told.fallback, told
+    """
+    run(empty, "-c", textwrap.dedent(code.format(site=str(site))), cwd=tmp_path)
+    assert run(empty.parent / "bert-fast", "--version", cwd=tmp_path).strip()
+    license_text = "Apache License"
+    (found,) = site.glob("bert_fast-*.dist-info/licenses/LICENSE")
+    assert license_text in found.read_text()
+
+
+# -- what importing costs -------------------------------------------------------------------
+
+
+def test_import_is_light():
+    found = python(
+        """
+        import sys, time, torch
+        before, start = set(sys.modules), time.process_time()
+        import bert_fast
+        print(time.process_time() - start)
+        heavy = {"transformers", "triton", "rich", "typer"} & (set(sys.modules) - before)
+        assert not heavy, heavy
+        """
+    )
+    assert float(found) < 0.5
+
+
+def test_ops_import_is_light():
+    python(
+        """
+        import sys, torch
+        before = set(sys.modules)
+        import bert_fast.ops, bert_fast.modeling, bert_fast.padding
+        heavy = {"transformers", "triton"} & (set(sys.modules) - before)
+        assert not heavy, heavy
+        """
+    )
+
+
+# -- the name `kernels` ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_kernels_package(tmp_path):
+    """An environment with a package `kernels` installed, as Hugging Face's is; it says so."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text(
+        textwrap.dedent(
+            """
+            __version__ = "0.18.2"
+
+            class Anything:  # a class to instantiate, or a decorator that changes nothing
+                def __init__(self, *args, **kwargs): pass
+                def __call__(self, decorated): return decorated
+
+            def __getattr__(name): return Anything
+            """
+        )
+    )
+    (tmp_path / "kernels-0.18.2.dist-info").mkdir()
+    (tmp_path / "kernels-0.18.2.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n"
+    )
+    return {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+
+def test_our_folder_does_not_hide_the_package_kernels(with_kernels_package):
+    # `python -c` puts the repository root first on the path, before the package.
+    code = """
+        import kernels
+        assert kernels.__version__ == "0.18.2", kernels
+        from transformers import BertModel
+    """
+    python(code, env=with_kernels_package)
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_transformers_imports_where_the_package_kernels_is_absent():
+    python("from transformers import BertModel, pipeline")
+
+
+@pytest.mark.slow
+def test_tests_are_collected_beside_the_package_kernels(with_kernels_package):
+    line = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    assert "tests collected" in run(*line, env=with_kernels_package)
+
+
+# -- who may import whom --------------------------------------------------------------------
+
+# bench, tests -> bert_fast.{cli, encode, convert, ...} -> bert_fast.ops -> bert_fast._triton, _C.
+# A file may import what starts with one of these; modules outside this list are not ours.
+OURS = ("bert_fast", "bench", "tests", "kernels")
+ALLOWED = {
+    "kernels/_triton": ("bert_fast._triton",),
+    "bert_fast/ops": ("bert_fast.ops", "bert_fast._triton", "bert_fast._C"),
+    "bert_fast": ("bert_fast",),
+    "bench": ("bert_fast", "bench"),
+    "tests": ("bert_fast", "bench", "tests"),
+}
+# Files of bert_fast that may know transformers; in the CLI inside functions only.
+KNOW_TRANSFORMERS = {"bert_fast/convert.py", "bert_fast/cli.py"}
+# Files above the ops that may know the kernels themselves.
+KNOW_KERNELS = {"bert_fast/aot.py"}
+
+
+def python_files() -> Iterator[tuple[str, Path]]:
+    """Every Python file of ours with the folder whose rule it is under."""
+    for folder in ALLOWED:
+        files = (ROOT / folder).rglob("*.py")
+        for file in files:
+            relative = file.relative_to(ROOT).as_posix()
+            if folder == max((f for f in ALLOWED if relative.startswith(f + "/")), key=len):
+                yield folder, file
+
+
+def imports(file: Path) -> Iterator[tuple[str, bool]]:
+    """(module, whether at the top level) of every import, relative ones made absolute."""
+    relative = file.relative_to(ROOT).as_posix().removesuffix(".py")
+    relative = relative.replace("kernels/_triton", "bert_fast/_triton")
+    package = relative.split("/")[:-1]
+    tree = ast.parse(file.read_text())
+    top = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, id(node) in top
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*start, *filter(None, [node.module])])
+            for alias in node.names:
+                # `from package import name` may name a module; for the rules it does.
+                yield f"{module}.{alias.name}", id(node) in top
+
+
+def under(module: str, prefixes: tuple[str, ...]) -> bool:
+    return any(module == p or module.startswith(f"{p}.") for p in prefixes)
+
+
+def test_layers_import_downwards_only():
+    wrong, seen = [], 0
+    for folder, file in python_files():
+        name = file.relative_to(ROOT).as_posix()
+        for module, at_top in imports(file):
+            seen += 1
+            if under(module, OURS) and not under(module, ALLOWED[folder]):
+                wrong.append(f"{name} imports {module}")
+            skips_ops = folder == "bert_fast" and name not in KNOW_KERNELS
+            if skips_ops and under(module, ("bert_fast._triton", "bert_fast._C")):
+                wrong.append(f"{name} imports {module}, which only bert_fast.ops may")
+            if folder not in ("bench", "tests") and under(module, ("transformers",)):
+                if name not in KNOW_TRANSFORMERS:
+                    wrong.append(f"{name} imports {module}, which only convert.py may")
+                if name == "bert_fast/cli.py" and at_top:
+                    wrong.append(f"{name} imports {module} at its top")
+    assert seen > 100
+    assert not wrong, "\n".join(wrong)
+
+
+def test_import_is_lazy_at_the_top_of_bert_fast():
+    allowed = ("__future__", "typing")
+    for module, at_top in imports(ROOT / "bert_fast" / "__init__.py"):
+        assert under(module, allowed) or not at_top, module
