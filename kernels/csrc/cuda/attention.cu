@@ -386,8 +386,8 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor qkv, Tensor cu_seqlens, Mayb
 
   const OnDevice device(qkv);
   const Tensor out = torch::stable::new_empty(qkv, {tokens, heads, width});
-  const Tensor lse =
-      torch::stable::new_empty(qkv, {heads, save ? tokens : 0}, ScalarType::Float);
+  const Tensor lse = save ? torch::stable::new_empty(qkv, {heads, tokens}, ScalarType::Float)
+                          : torch::stable::new_empty(qkv, {0}, ScalarType::Float);
   if (tokens == 0 || heads == 0 || sequences == 0 || max_seqlen <= 0) return {out, lse};
   // Copies move 16 bytes: a view that starts elsewhere is copied first.
   const Tensor source = aligned(qkv.const_data_ptr()) ? qkv : torch::stable::clone(qkv);

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kWarpSize* kTileRows)
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kWarpSize* kTileRows)
+__global__ void __launch_bounds__(kWarpSize* kTileRows, 1)
     bias_gelu_backward_kernel(const T* __restrict__ dy,         // [T, F]
                               const T* __restrict__ x,          // [T, F]
                               const T* __restrict__ bias,       // [F] or null
