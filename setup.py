@@ -63,7 +63,7 @@ def extension():
         depends=sorted(str(path) for path in CSRC.rglob("*.h")),
         py_limited_api=True,
         extra_compile_args={
-            "cxx": ["-O3", "-std=c++20", "-fno-math-errno", "-fvisibility=hidden", target],
+            "cxx": ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fvisibility=hidden", target],
             "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA", target]
             + gpus * ("TORCH_CUDA_ARCH_LIST" not in os.environ),
         },

@@ -27,7 +27,7 @@
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 
-namespace bert_fast::BERT_FAST_ISA {
+namespace bert_fast::cpu::BERT_FAST_ISA {
 
 constexpr int W = BERT_FAST_VECTOR_BYTES / 4;
 
@@ -87,10 +87,24 @@ ALWAYS_INLINE vi lane_index() {
 ALWAYS_INLINE vf keep_lanes(vf a, Full) { return a; }
 ALWAYS_INLINE vf keep_lanes(vf a, Tail t) { return lane_index() < t.n ? a : vf{}; }
 
-// Unlike max/min instructions these keep a NaN in `a`.
-ALWAYS_INLINE vf at_least(vf a, float low) { return a < low ? set1(low) : a; }
-ALWAYS_INLINE vf at_most(vf a, float high) { return a > high ? set1(high) : a; }
-ALWAYS_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+// One max or min instruction each, which gives b where either is NaN: at_least and at_most keep a
+// NaN in `a`.
+ALWAYS_INLINE vf vmax(vf a, vf b) {
+#if defined(BERT_FAST_AVX512)
+  return _mm512_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+ALWAYS_INLINE vf vmin(vf a, vf b) {
+#if defined(BERT_FAST_AVX512)
+  return _mm512_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+ALWAYS_INLINE vf at_least(vf a, float low) { return vmax(set1(low), a); }
+ALWAYS_INLINE vf at_most(vf a, float high) { return vmin(set1(high), a); }
 
 ALWAYS_INLINE vf fma(vf a, vf b, vf c) {
 #if defined(BERT_FAST_AVX512)
@@ -124,10 +138,31 @@ ALWAYS_INLINE vf load(const float* p, Full = {}) {
 }
 ALWAYS_INLINE void store(float* p, vf a, Full = {}) { memcpy(p, &a, sizeof a); }
 
+// GCC makes several shuffles of a generic conversion between 16 and 32 bits, hence the intrinsics.
+ALWAYS_INLINE vu widen(vh half) {
+#if defined(BERT_FAST_AVX512)
+  return (vu)_mm512_cvtepu16_epi32((__m256i)half);
+#elif defined(BERT_FAST_AVX2)
+  return (vu)_mm256_cvtepu16_epi32((__m128i)half);
+#else
+  return __builtin_convertvector(half, vu);
+#endif
+}
+ALWAYS_INLINE vh narrow(vu whole) {  // every lane below 2^16
+#if defined(BERT_FAST_AVX512)
+  return (vh)_mm512_cvtepi32_epi16((__m512i)whole);
+#elif defined(BERT_FAST_AVX2)
+  __m256i pairs = _mm256_packus_epi32((__m256i)whole, (__m256i)whole);
+  return (vh)_mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08));
+#else
+  return __builtin_convertvector(whole, vh);
+#endif
+}
+
 ALWAYS_INLINE vf load(const bf16* p, Full = {}) {
   vh half;
   memcpy(&half, p, sizeof half);
-  return bits_as<vf>(__builtin_convertvector(half, vu) << 16);
+  return bits_as<vf>(widen(half) << 16);
 }
 
 // Round to nearest even; a NaN stays one (its rounding could carry into infinity).
@@ -135,7 +170,7 @@ ALWAYS_INLINE vh bf16_bits(vf a) {
   vu bits = bits_as<vu>(a);
   vu rounded = bits + 0x7fff + (bits >> 16 & 1);
   vu nan = bits | 0x400000;
-  return __builtin_convertvector((a == a ? rounded : nan) >> 16, vh);
+  return narrow((a == a ? rounded : nan) >> 16);
 }
 ALWAYS_INLINE void store(bf16* p, vf a, Full = {}) {
   vh half = bf16_bits(a);
@@ -239,9 +274,10 @@ ALWAYS_INLINE vf exp2(vf x) {
   return scale_by_power(fma(p, r, 1.0f), n);
 }
 
-// e^x: as exp2, with ln 2 split in two so that the reduced argument is exact (Cody-Waite).
-ALWAYS_INLINE vf exp(vf x) {
-  x = at_most(at_least(x, -104.0f), 89.0f);
+// e^x for x <= 89: as exp2, with ln 2 split in two so that the reduced argument is exact
+// (Cody-Waite).
+ALWAYS_INLINE vf exp_below_89(vf x) {
+  x = at_least(x, -104.0f);
   vf n = nearest(x * 1.44269504f);
   vf r = fma(n, set1(-1.428606765e-6f), fma(n, set1(-0.693145751953125f), x));
   vf p = fma(set1(1.3843652559e-3f), r, 8.3741554990e-3f);
@@ -252,12 +288,14 @@ ALWAYS_INLINE vf exp(vf x) {
   return scale_by_power(fma(p, r, 1.0f), n);
 }
 
+ALWAYS_INLINE vf exp(vf x) { return exp_below_89(at_most(x, 89.0f)); }
+
 // 1 / (1 + e^-x)
 ALWAYS_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
 
 // sigmoid(x), and its slope sigmoid(x) sigmoid(-x) without the cancellation of 1 - sigmoid(x).
 ALWAYS_INLINE vf sigmoid(vf x, vf& slope) {
-  vf e = exp(x < 0.0f ? x : -x), large = 1.0f / (1.0f + e), small = e * large;
+  vf e = exp_below_89(x < 0.0f ? x : -x), large = 1.0f / (1.0f + e), small = e * large;
   slope = large * small;
   return x < 0.0f ? small : large;
 }
@@ -284,4 +322,4 @@ ALWAYS_INLINE vf normal_cdf(vf x) {
   return x < 0.0f ? q : 1.0f - q;
 }
 
-}  // namespace bert_fast::BERT_FAST_ISA
+}  // namespace bert_fast::cpu::BERT_FAST_ISA

@@ -1,7 +1,7 @@
 // Checking wrapper and registration of attention.
 #include "cpu/dispatch.h"
 
-namespace bert_fast {
+namespace bert_fast::cpu {
 
 static Attention attention_arguments(
     const char* op, const Tensor& qkv, const Tensor& cu_seqlens, const OptionalTensor& key_start,
@@ -48,10 +48,10 @@ static std::tuple<Tensor, Tensor> attention_forward(
     const OptionalTensor& seed, bool save, int64_t isa) {
   const char* op = "attention";
   Attention a = attention_arguments(op, qkv, cu_seqlens, key_start, bias, scale, p, seed);
-  Tensor out = torch::stable::new_empty(qkv, {a.tokens, a.heads, a.width});
+  Tensor out = uninitialised({a.tokens, a.heads, a.width}, qkv.scalar_type());
   Tensor lse = save
-      ? torch::stable::new_empty(qkv, {a.heads, a.tokens}, ScalarType::Float)
-      : torch::stable::new_empty(qkv, {0}, ScalarType::Float);
+      ? uninitialised({a.heads, a.tokens}, ScalarType::Float)
+      : uninitialised({0}, ScalarType::Float);
   a.out = out.data_ptr();
   a.lse = save ? static_cast<float*>(lse.data_ptr()) : nullptr;
   kernels_for(op, isa).attention_forward(a);
@@ -71,13 +71,13 @@ static Tensor attention_backward(
   const ScalarType dtype = qkv.scalar_type();
   a.dout = checked(op, "dout", dout, dtype, {a.tokens, a.heads, a.width});
   a.lse = static_cast<float*>(checked(op, "lse", lse, ScalarType::Float, {a.heads, a.tokens}));
-  Tensor dqkv = fresh_like(qkv);
+  Tensor dqkv = uninitialised_like(qkv);
   a.dqkv = dqkv.data_ptr();
   kernels_for(op, isa).attention_backward(a);
   return dqkv;
 }
 
-}  // namespace bert_fast
+}  // namespace bert_fast::cpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bert_fast_cpu, m) {
   m.def(
@@ -91,6 +91,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bert_fast_cpu, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bert_fast_cpu, CPU, m) {
-  m.impl("attention_forward", TORCH_BOX(&bert_fast::attention_forward));
-  m.impl("attention_backward", TORCH_BOX(&bert_fast::attention_backward));
+  m.impl("attention_forward", TORCH_BOX(&bert_fast::cpu::attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&bert_fast::cpu::attention_backward));
 }

@@ -13,7 +13,7 @@
 
 #include "cpu/gemm.inc.h"
 
-namespace bert_fast::BERT_FAST_ISA {
+namespace bert_fast::cpu::BERT_FAST_ISA {
 
 constexpr int64_t kQueries = 48;  // 3 vectors of AVX-512; all tile heights divide it
 constexpr int64_t kKeys = 256;    // a block of scores is 48 KiB: half of it in L1, all of it in L2
@@ -148,11 +148,11 @@ ALWAYS_INLINE vf softmax_columns(
   const vf base = top > none ? top : vf{};
   vf total{};
   for (int64_t j = 0; j < keys; ++j) {
-    vf p = exp(fma(load(scores + j * kQueries), set1(scale), -base));
+    vf p = exp_below_89(fma(load(scores + j * kQueries), set1(scale), -base));
     store(scores + j * kQueries, p);
     total += p;
   }
-  const vf rescale = exp(before - base);
+  const vf rescale = exp_below_89(before - base);
   store(maximum, top);
   store(sum, fma(load(sum), rescale, total));
   return rescale;
@@ -247,4 +247,4 @@ inline void attention_forward(const Attention& a) {
   with_dtype(a.dtype, [&]<class T>() { attention_forward<T>(a); });
 }
 
-}  // namespace bert_fast::BERT_FAST_ISA
+}  // namespace bert_fast::cpu::BERT_FAST_ISA

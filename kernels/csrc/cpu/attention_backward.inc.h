@@ -13,7 +13,7 @@
 
 #include "cpu/attention.inc.h"
 
-namespace bert_fast::BERT_FAST_ISA {
+namespace bert_fast::cpu::BERT_FAST_ISA {
 
 struct BackwardBuffers {
   Strides strides;
@@ -51,7 +51,7 @@ ALWAYS_INLINE void gradient_columns(
     vf lse) {
   vf delta{};
   for (int64_t j = 0; j < keys * kQueries; j += kQueries) {
-    vf p = exp(fma(load(scores + j), set1(scale), -lse)), dp = load(dscores + j);
+    vf p = exp_below_89(fma(load(scores + j), set1(scale), -lse)), dp = load(dscores + j);
     if constexpr (DROPOUT) {
       dp *= load(factors + j);
       store(dscores + j, dp);
@@ -148,4 +148,4 @@ inline void attention_backward(const Attention& a) {
   });
 }
 
-}  // namespace bert_fast::BERT_FAST_ISA
+}  // namespace bert_fast::cpu::BERT_FAST_ISA

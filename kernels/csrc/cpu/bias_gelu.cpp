@@ -1,7 +1,7 @@
 // Checking wrapper and registration of bias_gelu.
 #include "cpu/dispatch.h"
 
-namespace bert_fast {
+namespace bert_fast::cpu {
 
 static BiasGelu bias_gelu_arguments(
     const char* op, const Tensor& x, const OptionalTensor& bias, String activation) {
@@ -20,7 +20,7 @@ static Tensor bias_gelu_forward(
     const Tensor& x, const OptionalTensor& bias, String activation, bool /*save*/, int64_t isa) {
   const char* op = "bias_gelu";
   BiasGelu a = bias_gelu_arguments(op, x, bias, activation);
-  Tensor y = fresh_like(x);
+  Tensor y = uninitialised_like(x);
   a.y = y.data_ptr();
   kernels_for(op, isa).bias_gelu_forward(a);
   return y;
@@ -33,17 +33,17 @@ static std::tuple<Tensor, Tensor> bias_gelu_backward(
   BiasGelu a = bias_gelu_arguments(op, x, bias, activation);
   require_needs(op, needs, 2);
   a.dy = checked(op, "dy", dy, x.scalar_type(), {a.rows, a.cols});
-  Tensor partials = chunk_sums(x, a.rows, a.cols);
+  Tensor partials = chunk_sums(a.rows, a.cols);
   a.partials = static_cast<float*>(partials.data_ptr());
-  Tensor dx = needs[0] ? fresh_like(x) : absent(x);
-  Tensor dbias = needs[1] && bias ? fresh_like(*bias) : absent(x);
+  Tensor dx = needs[0] ? uninitialised_like(x) : absent(x);
+  Tensor dbias = needs[1] && bias ? uninitialised_like(*bias) : absent(x);
   a.dx = needs[0] ? dx.data_ptr() : nullptr;
   a.dbias = needs[1] && bias ? dbias.data_ptr() : nullptr;
   kernels_for(op, isa).bias_gelu_backward(a);
   return {dx, dbias};
 }
 
-}  // namespace bert_fast
+}  // namespace bert_fast::cpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bert_fast_cpu, m) {
   m.def("bias_gelu_forward(Tensor x, Tensor? bias, str activation, bool save, int isa) -> Tensor");
@@ -53,6 +53,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bert_fast_cpu, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bert_fast_cpu, CPU, m) {
-  m.impl("bias_gelu_forward", TORCH_BOX(&bert_fast::bias_gelu_forward));
-  m.impl("bias_gelu_backward", TORCH_BOX(&bert_fast::bias_gelu_backward));
+  m.impl("bias_gelu_forward", TORCH_BOX(&bert_fast::cpu::bias_gelu_forward));
+  m.impl("bias_gelu_backward", TORCH_BOX(&bert_fast::cpu::bias_gelu_backward));
 }

@@ -11,7 +11,7 @@
 
 #include "cpu/rows.inc.h"
 
-namespace bert_fast::BERT_FAST_ISA {
+namespace bert_fast::cpu::BERT_FAST_ISA {
 
 constexpr float kTanhLinear = 1.5957691216f;  // 2 k
 constexpr float kTanhCubic = 0.0713548163f;   // 2 k * 0.044715
@@ -106,4 +106,4 @@ inline void bias_gelu_backward(const BiasGelu& a) {
   });
 }
 
-}  // namespace bert_fast::BERT_FAST_ISA
+}  // namespace bert_fast::cpu::BERT_FAST_ISA

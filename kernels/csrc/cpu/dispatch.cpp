@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <new>
 
-namespace bert_fast {
+namespace bert_fast::cpu {
 
 void run_parallel(int64_t n, int64_t grain, void (*call)(int64_t, int64_t, void*), void* context) {
   // One thread's worth of work (every call of a small model) skips the round trip through torch.
@@ -121,15 +121,15 @@ Indices indices_below(
   return {data, is_64};
 }
 
-Tensor chunk_sums(const Tensor& like, int64_t rows, int64_t floats_per_chunk) {
+Tensor chunk_sums(int64_t rows, int64_t floats_per_chunk) {
   const int64_t chunks = (rows + kChunkRows - 1) / kChunkRows;
-  return torch::stable::new_empty(like, {chunks * floats_per_chunk}, ScalarType::Float);
+  return uninitialised({chunks * floats_per_chunk}, ScalarType::Float);
 }
 
-}  // namespace bert_fast
+}  // namespace bert_fast::cpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bert_fast_cpu, m) { m.def("best_isa() -> int"); }
 
 STABLE_TORCH_LIBRARY_IMPL(bert_fast_cpu, CompositeExplicitAutograd, m) {
-  m.impl("best_isa", TORCH_BOX(&bert_fast::best_isa));
+  m.impl("best_isa", TORCH_BOX(&bert_fast::cpu::best_isa));
 }

@@ -1,10 +1,10 @@
 // Between the checking wrappers and the kernel tables: which table, which dtype, which mask.
 #pragma once
 
-#include "common.h"
+#include "cpu/tensors.h"
 #include "cpu/kernels.h"
 
-namespace bert_fast {
+namespace bert_fast::cpu {
 
 // The kernels for instruction set `isa` (0 generic, 1 AVX2, 2 AVX-512); refuses what this machine
 // cannot run.
@@ -24,6 +24,6 @@ Indices indices_below(
     const char* op, const char* name, const Tensor& t, int64_t rows, int64_t limit);
 
 // Scratch for column sums over `rows` rows: one set of sums per chunk.
-Tensor chunk_sums(const Tensor& like, int64_t rows, int64_t floats_per_chunk);
+Tensor chunk_sums(int64_t rows, int64_t floats_per_chunk);
 
-}  // namespace bert_fast
+}  // namespace bert_fast::cpu

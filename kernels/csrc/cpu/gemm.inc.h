@@ -10,7 +10,7 @@
 
 #include "cpu/rows.inc.h"
 
-namespace bert_fast::BERT_FAST_ISA {
+namespace bert_fast::cpu::BERT_FAST_ISA {
 
 #if defined(BERT_FAST_AVX512) || defined(__aarch64__)
 constexpr int kMaxVectors = 4, kAccumulators = 24, kMaxRows = 12;  // of 32 registers
@@ -155,4 +155,4 @@ void pack_rows(
     });
 }
 
-}  // namespace bert_fast::BERT_FAST_ISA
+}  // namespace bert_fast::cpu::BERT_FAST_ISA

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-namespace bert_fast {
+namespace bert_fast::cpu {
 
 enum class Dtype { f32, bf16, f16 };
 enum class Activation { gelu, gelu_tanh, relu, silu };
@@ -126,4 +126,4 @@ int64_t thread_count();
 float* allocate_floats(int64_t count);
 void free_floats(float* memory);
 
-}  // namespace bert_fast
+}  // namespace bert_fast::cpu

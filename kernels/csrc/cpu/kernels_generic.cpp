@@ -1,5 +1,5 @@
 #include "cpu/table.inc.h"
 
-namespace bert_fast {
+namespace bert_fast::cpu {
 const Kernels kernels_generic = generic::kernels;
 }

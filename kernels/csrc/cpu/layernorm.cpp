@@ -1,7 +1,7 @@
 // Checking wrappers and registration of embed_layernorm and add_layernorm.
 #include "cpu/dispatch.h"
 
-namespace bert_fast {
+namespace bert_fast::cpu {
 
 // The parts both ops share: everything about the normalised rows but where they come from.
 static void fill_layernorm(
@@ -25,14 +25,19 @@ static void fill_gradient(
   a.partials = static_cast<float*>(partials.data_ptr());
 }
 
-// A statistic per row, or an absent tensor in a forward that saves nothing.
-static Tensor statistics(const Tensor& like, int64_t rows, bool save) {
-  return torch::stable::new_empty(like, {save ? rows : 0}, ScalarType::Float);
+// Where a forward saves (mean, rstd); one absent tensor for both where it saves nothing.
+static std::pair<Tensor, Tensor> statistics(LayerNorm& a, bool save) {
+  Tensor mean = uninitialised({save ? a.rows : 0}, ScalarType::Float);
+  if (!save) return {mean, mean};
+  Tensor rstd = uninitialised({a.rows}, ScalarType::Float);
+  a.mean = static_cast<float*>(mean.data_ptr());
+  a.rstd = static_cast<float*>(rstd.data_ptr());
+  return {mean, rstd};
 }
 
 // A gradient like `like` if it is wanted, else an absent one; `address` gets its memory or null.
 static Tensor wanted(const Tensor& like, bool want, void*& address) {
-  Tensor t = want ? fresh_like(like) : absent(like);
+  Tensor t = want ? uninitialised_like(like) : absent(like);
   address = want ? t.data_ptr() : nullptr;
   return t;
 }
@@ -73,11 +78,9 @@ static std::tuple<Tensor, Tensor, Tensor> embed_layernorm_forward(
   EmbedLayerNorm a = embed_arguments(
       op, input_ids, token_type_ids, position_ids, word, position, token_type, weight, bias, eps, p,
       seed);
-  Tensor y = torch::stable::new_empty(word, {a.rows, a.cols});
-  Tensor mean = statistics(word, a.rows, save), rstd = statistics(word, a.rows, save);
+  Tensor y = uninitialised({a.rows, a.cols}, word.scalar_type());
+  auto [mean, rstd] = statistics(a, save);
   a.y = y.data_ptr();
-  a.mean = save ? static_cast<float*>(mean.data_ptr()) : nullptr;
-  a.rstd = save ? static_cast<float*>(rstd.data_ptr()) : nullptr;
   kernels_for(op, isa).embed_layernorm_forward(a);
   return {y, mean, rstd};
 }
@@ -95,7 +98,7 @@ static std::tuple<Tensor, Tensor, Tensor> embed_layernorm_backward(
   EmbedLayerNorm a = embed_arguments(
       op, input_ids, token_type_ids, position_ids, word, position, token_type, weight, bias, eps, p,
       seed);
-  Tensor partials = chunk_sums(word, a.rows, 3 * a.cols);
+  Tensor partials = chunk_sums(a.rows, 3 * a.cols);
   fill_gradient(a, op, word.scalar_type(), dy, mean, rstd, partials);
   Tensor dz = wanted(dy, needs[0] || needs[1] || needs[2], a.dz);
   Tensor dweight = wanted(weight, needs[3], a.dweight);
@@ -126,11 +129,9 @@ static std::tuple<Tensor, Tensor, Tensor> add_layernorm_forward(
     bool save, int64_t isa) {
   const char* op = "add_layernorm";
   AddLayerNorm a = add_arguments(op, x, linear_bias, residual, weight, bias, eps, p, seed);
-  Tensor y = fresh_like(x);
-  Tensor mean = statistics(x, a.rows, save), rstd = statistics(x, a.rows, save);
+  Tensor y = uninitialised_like(x);
+  auto [mean, rstd] = statistics(a, save);
   a.y = y.data_ptr();
-  a.mean = save ? static_cast<float*>(mean.data_ptr()) : nullptr;
-  a.rstd = save ? static_cast<float*>(rstd.data_ptr()) : nullptr;
   kernels_for(op, isa).add_layernorm_forward(a);
   return {y, mean, rstd};
 }
@@ -145,7 +146,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layernorm_backward
   const char* op = "add_layernorm";
   require_needs(op, needs, 5);
   AddLayerNorm a = add_arguments(op, x, linear_bias, residual, weight, bias, eps, p, seed);
-  Tensor partials = chunk_sums(x, a.rows, 3 * a.cols);
+  Tensor partials = chunk_sums(a.rows, 3 * a.cols);
   fill_gradient(a, op, x.scalar_type(), dy, mean, rstd, partials);
   const bool need_residual = needs[2] && residual.has_value(), shared = !a.dropout.on;
   Tensor dz = wanted(x, need_residual || (shared && needs[0]), a.dz);
@@ -159,7 +160,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layernorm_backward
       shared && needs[0] ? dz : dx, dlinear_bias, need_residual ? dz : absent(x), dweight, dbias};
 }
 
-}  // namespace bert_fast
+}  // namespace bert_fast::cpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bert_fast_cpu, m) {
   m.def(
@@ -182,8 +183,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bert_fast_cpu, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bert_fast_cpu, CPU, m) {
-  m.impl("embed_layernorm_forward", TORCH_BOX(&bert_fast::embed_layernorm_forward));
-  m.impl("embed_layernorm_backward", TORCH_BOX(&bert_fast::embed_layernorm_backward));
-  m.impl("add_layernorm_forward", TORCH_BOX(&bert_fast::add_layernorm_forward));
-  m.impl("add_layernorm_backward", TORCH_BOX(&bert_fast::add_layernorm_backward));
+  m.impl("embed_layernorm_forward", TORCH_BOX(&bert_fast::cpu::embed_layernorm_forward));
+  m.impl("embed_layernorm_backward", TORCH_BOX(&bert_fast::cpu::embed_layernorm_backward));
+  m.impl("add_layernorm_forward", TORCH_BOX(&bert_fast::cpu::add_layernorm_forward));
+  m.impl("add_layernorm_backward", TORCH_BOX(&bert_fast::cpu::add_layernorm_backward));
 }

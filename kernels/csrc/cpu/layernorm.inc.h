@@ -14,7 +14,7 @@
 
 #include "cpu/rows.inc.h"
 
-namespace bert_fast::BERT_FAST_ISA {
+namespace bert_fast::cpu::BERT_FAST_ISA {
 
 template <class T>
 struct EmbeddedRow {
@@ -184,4 +184,4 @@ inline void add_layernorm_backward(const AddLayerNorm& a) {
   });
 }
 
-}  // namespace bert_fast::BERT_FAST_ISA
+}  // namespace bert_fast::cpu::BERT_FAST_ISA

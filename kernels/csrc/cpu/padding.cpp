@@ -7,7 +7,7 @@
 
 #include "cpu/dispatch.h"
 
-namespace bert_fast {
+namespace bert_fast::cpu {
 
 static void for_each_row(
     int64_t rows, int64_t row_bytes, const std::function<void(int64_t, int64_t)>& body) {
@@ -32,7 +32,7 @@ static Tensor gather(
   checked(op, "indices", indices, ScalarType::Long, {rows});
   const auto* at =
       static_cast<const int64_t*>(indices_below(op, "indices", indices, rows, x.size(0)).data);
-  Tensor y = torch::stable::new_empty(x, {rows, x.size(1)});
+  Tensor y = uninitialised({rows, x.size(1)}, x.scalar_type());
   auto* to = static_cast<char*>(y.data_ptr());
   for_each_row(rows, bytes, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) std::memcpy(to + i * bytes, from + at[i] * bytes, bytes);
@@ -52,7 +52,7 @@ static Tensor scatter(
   checked(op, "indices", indices, ScalarType::Long, {count});
   const auto* at =
       static_cast<const int64_t*>(indices_below(op, "indices", indices, count, rows).data);
-  Tensor y = torch::stable::new_empty(x, {rows, x.size(1)});
+  Tensor y = uninitialised({rows, x.size(1)}, x.scalar_type());
   auto* to = static_cast<char*>(y.data_ptr());
   for_each_row(rows, bytes, [&](int64_t begin, int64_t end) {
     std::memset(to + begin * bytes, 0, (end - begin) * bytes);
@@ -83,7 +83,7 @@ static Tensor pad_backward(
   return needs[0] ? gather("pad", "dy", dy, indices, isa) : absent(x);
 }
 
-}  // namespace bert_fast
+}  // namespace bert_fast::cpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bert_fast_cpu, m) {
   m.def("unpad_forward(Tensor x, Tensor indices, bool save, int isa) -> Tensor");
@@ -95,8 +95,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bert_fast_cpu, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bert_fast_cpu, CPU, m) {
-  m.impl("unpad_forward", TORCH_BOX(&bert_fast::unpad_forward));
-  m.impl("unpad_backward", TORCH_BOX(&bert_fast::unpad_backward));
-  m.impl("pad_forward", TORCH_BOX(&bert_fast::pad_forward));
-  m.impl("pad_backward", TORCH_BOX(&bert_fast::pad_backward));
+  m.impl("unpad_forward", TORCH_BOX(&bert_fast::cpu::unpad_forward));
+  m.impl("unpad_backward", TORCH_BOX(&bert_fast::cpu::unpad_backward));
+  m.impl("pad_forward", TORCH_BOX(&bert_fast::cpu::pad_forward));
+  m.impl("pad_backward", TORCH_BOX(&bert_fast::cpu::pad_backward));
 }

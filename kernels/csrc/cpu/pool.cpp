@@ -1,7 +1,7 @@
 // Checking wrapper and registration of pool.
 #include "cpu/dispatch.h"
 
-namespace bert_fast {
+namespace bert_fast::cpu {
 
 static Pool pool_arguments(
     const char* op, const Tensor& x, const Tensor& cu_seqlens, String mode, bool normalize) {
@@ -26,7 +26,7 @@ static Tensor pool_forward(
     int64_t isa) {
   const char* op = "pool";
   Pool a = pool_arguments(op, x, cu_seqlens, mode, normalize);
-  Tensor y = torch::stable::new_empty(x, {a.batch, a.cols});
+  Tensor y = uninitialised({a.batch, a.cols}, x.scalar_type());
   a.y = y.data_ptr();
   kernels_for(op, isa).pool_forward(a);
   return y;
@@ -40,13 +40,13 @@ static Tensor pool_backward(
   require_needs(op, needs, 1);
   if (!needs[0]) return absent(x);
   a.dy = checked(op, "dy", dy, x.scalar_type(), {a.batch, a.cols});
-  Tensor dx = fresh_like(x);
+  Tensor dx = uninitialised_like(x);
   a.dx = dx.data_ptr();
   kernels_for(op, isa).pool_backward(a);
   return dx;
 }
 
-}  // namespace bert_fast
+}  // namespace bert_fast::cpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bert_fast_cpu, m) {
   m.def(
@@ -58,6 +58,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bert_fast_cpu, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bert_fast_cpu, CPU, m) {
-  m.impl("pool_forward", TORCH_BOX(&bert_fast::pool_forward));
-  m.impl("pool_backward", TORCH_BOX(&bert_fast::pool_backward));
+  m.impl("pool_forward", TORCH_BOX(&bert_fast::cpu::pool_forward));
+  m.impl("pool_backward", TORCH_BOX(&bert_fast::cpu::pool_backward));
 }

@@ -8,7 +8,7 @@
 
 #include "cpu/rows.inc.h"
 
-namespace bert_fast::BERT_FAST_ISA {
+namespace bert_fast::cpu::BERT_FAST_ISA {
 
 constexpr float kNormFloor = 1e-12f;
 
@@ -94,4 +94,4 @@ inline void pool_backward(const Pool& a) {
   with_dtype(a.dtype, [&]<class T>() { pool_backward<T>(a); });
 }
 
-}  // namespace bert_fast::BERT_FAST_ISA
+}  // namespace bert_fast::cpu::BERT_FAST_ISA

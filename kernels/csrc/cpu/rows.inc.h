@@ -4,7 +4,7 @@
 #include "cpu/kernels.h"
 #include "vec.h"
 
-namespace bert_fast::BERT_FAST_ISA {
+namespace bert_fast::cpu::BERT_FAST_ISA {
 
 // Elements a thread should get before a second one is worth waking (about 5 microseconds of work).
 constexpr int64_t kGrain = 16384;
@@ -125,4 +125,4 @@ void sum_partials(const float* partials, int64_t n, int64_t stride, int64_t cols
   });
 }
 
-}  // namespace bert_fast::BERT_FAST_ISA
+}  // namespace bert_fast::cpu::BERT_FAST_ISA

@@ -6,7 +6,7 @@
 #include "cpu/layernorm.inc.h"
 #include "cpu/pool.inc.h"
 
-namespace bert_fast::BERT_FAST_ISA {
+namespace bert_fast::cpu::BERT_FAST_ISA {
 
 constexpr Kernels kernels = {
     embed_layernorm_forward, embed_layernorm_backward, add_layernorm_forward,
@@ -15,4 +15,4 @@ constexpr Kernels kernels = {
     attention_backward,
 };
 
-}  // namespace bert_fast::BERT_FAST_ISA
+}  // namespace bert_fast::cpu::BERT_FAST_ISA
