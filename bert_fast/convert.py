@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -310,12 +311,14 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def _check_backend(backend: Backend) -> None:
-    chosen = {name: backend for name in ops.OPS} if isinstance(backend, str) else dict(backend)
-    for name, value in chosen.items():
+    if not isinstance(backend, str | Mapping):
+        return  # a chooser decides per call
+    values = [backend] if isinstance(backend, str) else list(backend.values())
+    for name in () if isinstance(backend, str) else backend:
         if name not in ops.OPS:
             raise ValueError(f"bert_fast.accelerate: no op {name!r}; ops are {sorted(ops.OPS)}")
     known = {kernel.backend for op in ops.OPS.values() for kernel in op.kernels} | {"auto"}
-    for value in chosen.values():
+    for value in values:
         if value not in known:
             raise ValueError(
                 f"bert_fast.accelerate: no backend {value!r}; backends are {sorted(known)}"

@@ -48,6 +48,7 @@ def read_batch(
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
     given = inputs_embeds if input_ids is None else input_ids
+    assert given is not None
     table = embeddings.word_embeddings.weight
     if input_ids is not None:
         _check_ids("input_ids", input_ids)
@@ -105,15 +106,21 @@ def read_batch(
 def _pack_2d(mask: Tensor, batch: int, length: int, device: torch.device) -> Packing:
     if tuple(mask.shape) != (batch, length):
         raise ValueError(f"attention_mask has shape {_shape(mask)}, expected ({batch}, {length})")
-    if mask.is_floating_point() and mask.device.type == "cpu" and mask.numel():
-        if not bool((mask > 0).any()):
-            warnings.warn(
-                "attention_mask is a float mask without positive entries. A 2D mask keeps every "
-                "non-zero entry, so an additive mask (0 keeps, -inf drops) is read inverted, as "
-                "transformers reads it; pass 1 for tokens to keep and 0 for padding",
-                stacklevel=4,
-            )
+    if _looks_additive(mask):
+        warnings.warn(
+            "attention_mask is a float mask without positive entries. A 2D mask keeps every "
+            "non-zero entry, so an additive mask (0 keeps, -inf drops) is read inverted, as "
+            "transformers reads it; pass 1 for tokens to keep and 0 for padding",
+            stacklevel=4,
+        )
     return pack_mask(mask.to(device))
+
+
+def _looks_additive(mask: Tensor) -> bool:
+    # Asking about values would stall a GPU's queue, so only a mask on the host is looked at.
+    if not mask.is_floating_point() or mask.device.type != "cpu" or not mask.numel():
+        return False
+    return not bool((mask > 0).any())
 
 
 def _additive(

@@ -232,7 +232,9 @@ def run_layers(
     """
     layers = packed_layers(encoder, activation)
     recompute = encoder.training and torch.is_grad_enabled()
-    recompute = recompute and any(getattr(m, "gradient_checkpointing", False) for m in encoder.layer)
+    recompute = recompute and any(
+        getattr(m, "gradient_checkpointing", False) for m in encoder.layer
+    )
     if recompute and not h.requires_grad:
         h = h.detach().requires_grad_()  # reentrant checkpoints need an input with a gradient
     dropping = any(

@@ -141,7 +141,7 @@ def _watch(module: nn.Module, given: dict[str, Any], names: tuple[str, ...]) -> 
         seen[op.name, on] = Choice(
             op.name,
             kernel.backend,
-            kernel.backend if kernel.backward else "reference",
+            kernel.backward_backend,
             on,
             {name: why for name, why in op.reasons(args) if name != kernel.backend},
             before.calls + 1 if before else 1,
@@ -150,9 +150,9 @@ def _watch(module: nn.Module, given: dict[str, Any], names: tuple[str, ...]) -> 
 
     batch = read_batch(
         module.embeddings,
-        *(given.get(name) for name in names),
-        given.get("cu_seq_lens_q"),
-        given.get("max_length_q"),
+        **{name: given.get(name) for name in names},
+        cu_seqlens=given.get("cu_seq_lens_q"),
+        max_seqlen=given.get("max_length_q"),
         keep_padding=options.keep_padding,
     )
     packed_forward(module, batch, watch, collect=False)

@@ -40,9 +40,7 @@ def sample_names(op: str) -> list[str]:
 def truth(name: str, sample: str, dtype: torch.dtype) -> Truth:
     op = OPS[name]
     args = next(s.args for s in op.samples(DEVICE, dtype) if s.name == sample)
-    wide = tuple(
-        a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
-    )
+    wide = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
     y = op.reference(*wide)
     generator = torch.Generator().manual_seed(1)
     dy = torch.randn(y.shape, generator=generator).to(DEVICE, dtype)

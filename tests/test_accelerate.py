@@ -26,8 +26,8 @@ from transformers.models.bert import modeling_bert as hf
 
 import bert_fast
 
-from .parity import DEVICE
 from .models import ids, masks, tiny
+from .parity import DEVICE
 
 HEADS = {
     BertForMaskedLM: {"labels": ids(4, 9)},

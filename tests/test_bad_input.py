@@ -9,8 +9,8 @@ import torch
 
 import bert_fast
 
-from .parity import DEVICE
 from .models import ids, tiny
+from .parity import DEVICE
 
 LIMIT = 40
 MASK = torch.ones(2, 6, device=DEVICE)

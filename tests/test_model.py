@@ -17,8 +17,8 @@ from transformers import BertForSequenceClassification, BertModel
 
 import bert_fast
 
-from .parity import DEVICE, ulp
 from .models import ids, masks, read_rows, tiny
+from .parity import DEVICE, ulp
 
 BATCH, LENGTH = 4, 11
 SHAPES = {

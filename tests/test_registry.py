@@ -123,13 +123,13 @@ def test_bad_arguments_of_other_ops() -> None:
         ops.bias_gelu(x, None, "mish")
     with pytest.raises(ValueError, match="pool: mode is 'max'"):
         ops.pool(x, bounds, "max")
-    with pytest.raises(TypeError, match="pool: cu_seqlens is torch.int64, expected int32"):
+    with pytest.raises(TypeError, match=r"pool: cu_seqlens is torch\.int64, expected int32"):
         ops.pool(x, bounds.long(), "cls")
     with pytest.raises(ValueError, match=r"attention: qkv has shape \(3, 2, 1, 8\)"):
         ops.attention(torch.randn(3, 2, 1, 8), bounds, 3, 1.0)
     with pytest.raises(ValueError, match=r"linear: weight has shape \(4, 9\), expected \(N, 8\)"):
         ops.linear(x, torch.randn(4, 9), None)
-    with pytest.raises(TypeError, match="indices is torch.int32, expected int64"):
+    with pytest.raises(TypeError, match=r"indices is torch\.int32, expected int64"):
         ops.unpad(x, torch.tensor([0], dtype=torch.int32))
 
 

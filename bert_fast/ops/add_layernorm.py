@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .backends import cpu_kernels, cuda_kernel, triton_kernel
+from .backends import cpu_kernels, cuda_kernel, row_in_one_block, triton_kernel
 from .registry import Chooser, Op, Sample
 from .rng import dropout
 
@@ -111,7 +111,7 @@ OP = Op(
     kernels=(
         *cpu_kernels("add_layernorm"),
         cuda_kernel("add_layernorm"),
-        triton_kernel("add_layernorm"),
+        triton_kernel("add_layernorm", limits=lambda x, *_: row_in_one_block(x)),
     ),
     samples=samples,
     cost=cost,

@@ -69,6 +69,11 @@ def wrong_device(lead: Tensor, device: str) -> list[str]:
     return [] if lead.device.type == device else [f"tensors are on {lead.device}, not {device}"]
 
 
+def row_in_one_block(x: Tensor) -> list[str]:
+    """The limit of the Triton kernels that hold a whole row [H] in registers."""
+    return [] if x.shape[-1] <= 8192 else [f"hidden size is {x.shape[-1]}, more than 8192"]
+
+
 def wrong_dtype(lead: Tensor) -> list[str]:
     return [] if lead.dtype in FLOATS else [f"{lead.dtype} is not fp32, bf16 or fp16"]
 

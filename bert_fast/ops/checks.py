@@ -17,7 +17,8 @@ def shape(op: str, name: str, tensor: Tensor | None, expected: tuple[int, ...]) 
 def rank(op: str, name: str, tensor: Tensor, expected: int) -> None:
     if tensor.dim() != expected:
         raise ValueError(
-            f"bert_fast.{op}: {name} has shape {tuple(tensor.shape)}, expected {expected} dimensions"
+            f"bert_fast.{op}: {name} has shape {tuple(tensor.shape)}, "
+            f"expected {expected} dimensions"
         )
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .backends import cpu_kernels, cuda_kernel, triton_kernel
+from .backends import cpu_kernels, cuda_kernel, row_in_one_block, triton_kernel
 from .registry import Chooser, Kernel, Op, Sample
 from .rng import dropout
 
@@ -43,7 +43,9 @@ def reference(
 ) -> Tensor:
     z = F.embedding(input_ids, word, padding_idx if padding_idx >= 0 else None)
     if token_type is not None:
-        z = z + (token_type[0] if token_type_ids is None else F.embedding(token_type_ids, token_type))
+        z = z + (
+            token_type[0] if token_type_ids is None else F.embedding(token_type_ids, token_type)
+        )
     z = z + F.embedding(position_ids, position)
     return dropout(F.layer_norm(z, weight.shape, weight, bias, eps), seed, p)
 
@@ -89,7 +91,7 @@ def _scattering(kernel: Kernel) -> Kernel:
     def backward(dy: Tensor, *rest: Any, needs: list[bool]) -> Sequence[Tensor | None]:
         input_ids, types, positions, word, position, token_type, *_, padding_idx, _, _ = rest[:12]
         dz, dweight, dbias = inner(dy, *rest, needs=needs)
-        tables = []
+        tables: list[Tensor | None] = []
         for need, table, ids, skip in (
             (needs[0], word, input_ids, padding_idx),
             (needs[1], position, positions, -1),
@@ -173,7 +175,7 @@ OP = Op(
         for kernel in (
             *cpu_kernels("embed_layernorm", _LEAD),
             cuda_kernel("embed_layernorm", _LEAD),
-            triton_kernel("embed_layernorm", _LEAD),
+            triton_kernel("embed_layernorm", _LEAD, lambda *args: row_in_one_block(args[_LEAD])),
         )
     ),
     samples=samples,

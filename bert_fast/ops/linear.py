@@ -99,7 +99,9 @@ OP = Op(
 )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | Chooser = "auto") -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | Chooser = "auto"
+) -> Tensor:
     """x W^T + b.
 
     Args:

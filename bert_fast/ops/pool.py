@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .backends import cpu_kernels, triton_kernel
+from .backends import cpu_kernels, row_in_one_block, triton_kernel
 from .registry import Chooser, Op, Sample
 
 MODES = ("cls", "mean")
@@ -79,7 +79,7 @@ OP = Op(
     reference=reference,
     check=check,
     fake=fake,
-    kernels=(*cpu_kernels("pool"), triton_kernel("pool")),
+    kernels=(*cpu_kernels("pool"), triton_kernel("pool", limits=lambda x, *_: row_in_one_block(x))),
     samples=samples,
     cost=cost,
     differentiable=("x",),
@@ -87,7 +87,11 @@ OP = Op(
 
 
 def pool(
-    x: Tensor, cu_seqlens: Tensor, mode: str, normalize: bool = False, backend: str | Chooser = "auto"
+    x: Tensor,
+    cu_seqlens: Tensor,
+    mode: str,
+    normalize: bool = False,
+    backend: str | Chooser = "auto",
 ) -> Tensor:
     """One vector per packed sequence: its first token or its mean; arXiv 1908.10084.
 

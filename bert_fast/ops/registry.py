@@ -31,14 +31,21 @@ class Kernel:
 
     `forward(*args, save)` returns `(y, *residuals)`; `backward(dy, *args, [y,] *residuals, needs)`
     returns one gradient per differentiable argument (None or an empty tensor where none is
-    needed). A kernel without a backward borrows the reference's. `why_not(*args)` lists the
-    reasons why it cannot run on these arguments; an empty list means it can.
+    needed). A kernel without a backward borrows the reference's, or that of `backward_by`.
+    `why_not(*args)` lists the reasons why it cannot run on these arguments; an empty list means
+    it can.
     """
 
     backend: str
     forward: Callable[..., tuple[Any, ...]]
     backward: Callable[..., Sequence[Tensor | None]] | None
     why_not: Callable[..., list[str]]
+    backward_by: str | None = None
+
+    @property
+    def backward_backend(self) -> str:
+        """Whose backward runs."""
+        return self.backward_by or (self.backend if self.backward else "reference")
 
 
 Chooser = Callable[["Op", tuple[Any, ...]], Kernel]

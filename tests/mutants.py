@@ -1,0 +1,219 @@
+"""Plants known bugs one at a time and checks that the tests see each: `make mutants`.
+
+A test that cannot fail is a defect. Every mutant replaces one piece of text in a copy of the
+checkout (the extension is rebuilt for C++), runs the tests that guard that place, and is caught
+when they fail. Exit code 0: all caught.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+PARITY = "tests/test_parity.py"
+
+
+class Mutant(NamedTuple):
+    """`old` must occur exactly once in `file`; `tests` are pytest arguments that must fail."""
+
+    bug: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def parity(which: str) -> tuple[str, ...]:
+    return (PARITY, "-k", f"test_eager and {which}")
+
+
+CPU, TRITON = "kernels/csrc/cpu/", "kernels/_triton/"
+MODEL = ("tests/test_model.py",)
+MUTANTS = [
+    # C++
+    Mutant("add_layernorm: eps lost", CPU + "layernorm.inc.h",
+           "float(a.cols) + a.eps)", "float(a.cols))",
+           parity("add_layernorm and avx512 and small_variance")),
+    Mutant("add_layernorm: residual lost", CPU + "layernorm.inc.h",
+           "if (residual) sum += load(residual + i, lanes);", "",
+           parity("add_layernorm and avx512 and bert")),
+    Mutant("add_layernorm: linear bias lost", CPU + "layernorm.inc.h",
+           "if (a.linear_bias) sum +=", "if (false) sum +=",
+           parity("add_layernorm and avx2 and bert")),
+    Mutant("layernorm backward: mean(g xhat) lost", CPU + "layernorm.inc.h",
+           "- mean_g - load(buffers.z + i) * mean_gx) * rstd", "- mean_g) * rstd",
+           parity("layernorm and avx512 and bert")),
+    Mutant("bias_gelu: tanh for erf", CPU + "bias_gelu.inc.h",
+           "if constexpr (A == Activation::gelu) return u * normal_cdf(u);",
+           "if constexpr (A == Activation::gelu) return u * sigmoid(tanh_argument(u));",
+           parity("bias_gelu and generic and tails and float32")),
+    Mutant("bias_gelu backward: u phi(u) lost", CPU + "bias_gelu.inc.h",
+           "return fma(u * exp(-0.5f * u * u), set1(0.3989422804f), normal_cdf(u));",
+           "return normal_cdf(u);",
+           parity("bias_gelu and avx512 and gelu")),
+    Mutant("attention: last key of a sequence dropped", CPU + "attention.inc.h",
+           "return {b, h, first, end - first, first_key, end - first_key};",
+           "return {b, h, first, end - first, first_key, larger<int64_t>(0, end - first_key - 1)};",
+           parity("attention and avx512 and ragged")),
+    Mutant("attention: key_start ignored", CPU + "attention.inc.h",
+           "a.key_start ? a.key_start[b] : first", "first",
+           parity("attention and avx512 and masked_first_column")),
+    Mutant("attention: earlier blocks not rescaled", CPU + "attention.inc.h",
+           "store(sum, fma(load(sum), rescale, total));", "store(sum, load(sum) + total);",
+           parity("attention and avx512 and float32")),
+    Mutant("pool: mean divides by one too many", CPU + "pool.inc.h",
+           "store(v + i, load(v + i, lanes) / float(rows), lanes);",
+           "store(v + i, load(v + i, lanes) / float(rows + 1), lanes);",
+           parity("pool and avx512 and mean")),
+    # Triton
+    Mutant("row statistics: variance over one element less", TRITON + "tiles.py",
+           "var = tl.sum(centred * centred, 1) / n_cols",
+           "var = tl.sum(centred * centred, 1) / (n_cols - 1)",
+           parity("add_layernorm and triton and bert")),
+    Mutant("row statistics: E[x^2] - E[x]^2", TRITON + "tiles.py",
+           "var = tl.sum(centred * centred, 1) / n_cols",
+           "var = tl.sum(z * z, 1) / n_cols - mean * mean",
+           parity("add_layernorm and triton and offset")),
+    Mutant("row statistics in half precision", TRITON + "tiles.py",
+           "mean = tl.sum(z, 1) / n_cols",
+           "mean = (tl.sum(z, 1) / n_cols).to(tl.float16).to(tl.float32)",
+           parity("add_layernorm and triton and bert and float32")),
+    Mutant("gelu: tanh for erf", TRITON + "tiles.py",
+           "y = 0.5 * u * (1.0 + tl.erf(u * 0.7071067811865476))",
+           "y = u * tl.sigmoid(1.5957691216057308 * (u + 0.044715 * u * u * u))",
+           parity("bias_gelu and triton and tails and float32")),
+    Mutant("dropout: mask shifted by a column group", TRITON + "tiles.py",
+           "group = (col // 4 + tl.arange(0, COLS // 4)).to(tl.uint32)",
+           "group = (1 + col // 4 + tl.arange(0, COLS // 4)).to(tl.uint32)",
+           parity("add_layernorm and triton and dropout")),
+    Mutant("attention: key past the end attended", TRITON + "attention_blocks.py",
+           "(o_n >= first) & (o_n < length)", "(o_n >= first) & (o_n <= length)",
+           parity("attention and triton and ragged")),
+    Mutant("attention: key_start ignored", TRITON + "attention_blocks.py",
+           "(o_n >= first) & (o_n < length)", "(o_n < length)",
+           parity("attention and triton and masked_first_column")),
+    Mutant("attention: sequence start off by one", TRITON + "attention_blocks.py",
+           "start = tl.load(cu_seqlens + i_seq)\n    length",
+           "start = tl.load(cu_seqlens + i_seq) + i_seq\n    length",
+           parity("attention and triton and ragged")),
+    Mutant("pool: unwritten tail", TRITON + "pool.py",
+           "tiles.store(y + i_seq.to(tl.int64) * n_cols + o_col, v, m_col)",
+           "tiles.store(y + i_seq.to(tl.int64) * n_cols + o_col, v, o_col < n_cols - 1)",
+           parity("pool and triton and mean")),
+    Mutant("pool: columns past the end written", TRITON + "pool.py",
+           "tiles.store(y + i_seq.to(tl.int64) * n_cols + o_col, v, m_col)",
+           "tiles.store(y + i_seq.to(tl.int64) * n_cols + o_col, v, o_col < n_cols + 3)",
+           parity("pool and triton and empty_sequences")),
+    # The model
+    Mutant("model: no attention scale", "bert_fast/modeling.py",
+           "layer.head_dim**-0.5", "1.0", (*MODEL, "-k", "test_shapes")),
+    Mutant("model: bias of the output projection lost", "bert_fast/modeling.py",
+           "out, m.out.bias, h,", "out, None, h,", (*MODEL, "-k", "test_shapes")),
+    Mutant("model: position ids packed as if without padding", "bert_fast/inputs.py",
+           "packing.unpad_ids(position_ids),",
+           "torch.arange(len(packing.unpad_ids(position_ids)), device=given.device) % length,",
+           (*MODEL, "-k", "test_masks")),
+    Mutant("model: hidden column 0 attended", "bert_fast/padding.py",
+           "key_start = (bounds[:-1] + hidden_first.int()) if any_hidden_first else None",
+           "key_start = None", (*MODEL, "-k", "first_hidden")),
+    Mutant("model: hidden column 0 dropped", "bert_fast/padding.py",
+           "        keep[:, 0] = True\n", "", (*MODEL, "-k", "first_hidden or nothing_left")),
+    Mutant("model: 4D mask inverted", "bert_fast/inputs.py",
+           "zero.where(mask, -torch.inf)", "zero.where(~mask, -torch.inf)",
+           (*MODEL, "-k", "4d_bool")),
+    Mutant("model: query and key swapped in the packed projection", "bert_fast/modeling.py",
+           "projections = (parts.query, parts.key, parts.value)",
+           "projections = (parts.query, parts.value, parts.key)", (*MODEL, "-k", "test_shapes")),
+    Mutant("model: stale packed weights", "bert_fast/modeling.py",
+           "return self.stamp == stamp and _read(self.probes) == self.probed", "return True",
+           ("tests/test_accelerate.py", "-k", "changed_weights")),
+    Mutant("model: writes through .data unseen", "bert_fast/modeling.py",
+           "return self.stamp == stamp and _read(self.probes) == self.probed",
+           "return self.stamp == stamp",
+           ("tests/test_accelerate.py", "-k", "through_data")),
+    Mutant("model: dropout off in training", "bert_fast/modeling.py",
+           "return dropout.p if dropout.training else 0.0", "return 0.0",
+           (*MODEL, "-k", "dropout_trains")),
+    Mutant("autograd: gradient of the wrong argument", "bert_fast/ops/registry.py",
+           "grads[2 + i] = grad\n", "grads[1 + i] = grad\n", parity("bias_gelu and avx512")),
+]  # fmt: skip
+
+
+def copy_checkout(into: Path) -> None:
+    files = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    ).stdout.splitlines()  # fmt: skip
+    for name in files:
+        if (ROOT / name).is_file():
+            (into / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, into / name)
+    # An editable install would resolve this package to the original checkout.
+    (into / "bert_fast" / "_triton").symlink_to(into / "kernels" / "_triton")
+
+
+def build(where: Path) -> None:
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=where, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stdout + done.stderr)
+
+
+def caught(where: Path, tests: tuple[str, ...]) -> bool:
+    """Whether the tests fail; anything but a plain failure (no tests, an error) is a defect."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, cwd=where, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"pytest exited {done.returncode}: {done.stdout[-2000:]}")
+    return done.returncode == 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, add_help=True)
+    parser.add_argument("--only", default="", help="mutants whose bug or file contains this text")
+    only = parser.parse_args().only
+    chosen = [m for m in MUTANTS if only in m.bug or only in m.file]
+    console, table = Console(), Table("bug", "file", "seconds", "caught")
+    missed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        where = Path(folder)
+        copy_checkout(where)
+        build(where)
+        for tests in sorted({m.tests for m in chosen}):
+            if caught(where, tests):
+                console.print(f"these tests fail without any bug: {' '.join(tests)}")
+                return 2
+        for mutant in chosen:
+            start, file = time.monotonic(), where / mutant.file
+            healthy = file.read_text()
+            if healthy.count(mutant.old) != 1:
+                raise RuntimeError(f"{mutant.bug}: its text is not once in {mutant.file}")
+            file.write_text(healthy.replace(mutant.old, mutant.new))
+            native = mutant.file.startswith("kernels/csrc")
+            if native:
+                build(where)
+            seen = caught(where, mutant.tests)
+            file.write_text(healthy)
+            if native and mutant is not chosen[-1]:
+                build(where)
+            missed += not seen
+            took = f"{time.monotonic() - start:.0f}"
+            table.add_row(mutant.bug, mutant.file, took, "yes" if seen else "NO")
+            console.print(f"{'caught' if seen else 'MISSED'}: {mutant.bug}")
+    console.print(table)
+    console.print(f"{len(chosen) - missed} of {len(chosen)} planted bugs caught")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
