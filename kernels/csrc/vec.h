@@ -26,6 +26,7 @@
 #endif
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
+#define ALWAYS_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace bert_fast::cpu::BERT_FAST_ISA {
 
@@ -64,6 +65,25 @@ ALWAYS_INLINE void sweep(int64_t n, const F& f) {
   int64_t i = 0;
   for (; i + W <= n; i += W) f(i, Full{});
   if (i < n) f(i, Tail{int(n - i)});
+}
+
+// The same four at a time, for sums: f(i, lanes, slot) with slot in 0 .. 3, so that consecutive
+// additions go to different accumulators and do not wait for each other.
+struct Sums {
+  vf part[4] = {};
+  ALWAYS_INLINE vf total() const { return (part[0] + part[1]) + (part[2] + part[3]); }
+};
+template <class F>
+ALWAYS_INLINE void sweep_by_four(int64_t n, const F& f) {
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W) {
+    f(i, Full{}, 0);
+    f(i + W, Full{}, 1);
+    f(i + 2 * W, Full{}, 2);
+    f(i + 3 * W, Full{}, 3);
+  }
+  for (; i + W <= n; i += W) f(i, Full{}, 0);
+  if (i < n) f(i, Tail{int(n - i)}, 1);
 }
 
 // ---- bits and lanes ----------------------------------------------------------------------------
