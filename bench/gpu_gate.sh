@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Builds in place, runs the GPU tests and the GPU benchmark: one command on a machine with a GPU.
+#   bench/gpu_gate.sh [options of bench/gpu_gate.py]
+# The result is one JSON file in bench/results.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+mkdir -p build
+log=build/build_ext.log
+python3 setup.py build_ext --inplace >"$log" 2>&1 || { tail -n 60 "$log"; exit 1; }
+exec python3 -m bench.gpu_gate "$@"
