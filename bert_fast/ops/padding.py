@@ -44,7 +44,8 @@ def fake_pad(x, indices, rows, *, save) -> tuple[Tensor, ...]:
     return (x.new_empty(rows, x.shape[1]),)
 
 
-def _cases(device: torch.device) -> Iterable[tuple[str, int, int, Tensor]]:
+def _cases(device: torch.device) -> Iterable[tuple[str, Tensor, Tensor]]:
+    """Per case a padded batch and the rows of it that are kept."""
     generator = torch.Generator().manual_seed(0)
     for name, rows, hidden, keep in (
         ("ragged", 48, 64, 0.5),
@@ -53,18 +54,18 @@ def _cases(device: torch.device) -> Iterable[tuple[str, int, int, Tensor]]:
         ("none", 12, 32, 0.0),
     ):
         mask = torch.rand(rows, generator=generator) < keep
-        yield name, rows, hidden, mask.nonzero().flatten().to(device)
+        x = torch.randn(rows, hidden, generator=generator)
+        yield name, x, mask.nonzero().flatten().to(device)
 
 
 def samples_unpad(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
-    for name, rows, hidden, indices in _cases(device):
-        yield Sample(name, (torch.randn(rows, hidden).to(device, dtype), indices))
+    for name, x, indices in _cases(device):
+        yield Sample(name, (x.to(device, dtype), indices))
 
 
 def samples_pad(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
-    for name, rows, hidden, indices in _cases(device):
-        x = torch.randn(indices.numel(), hidden).to(device, dtype)
-        yield Sample(name, (x, indices, rows))
+    for name, x, indices in _cases(device):
+        yield Sample(name, (x.to(device, dtype)[indices], indices, x.shape[0]))
 
 
 def cost_unpad(x, indices) -> tuple[int, int]:
