@@ -2,10 +2,11 @@
 
     python -m bert_fast.aot [--quick] [--targets sm90,gfx942] [--dtypes bf16] [--json OUT]
 
-Each op's own launch code is run on meta tensors (its `samples`, one per shipped config) under a
-stand-in driver that names the target, so what is compiled here is what a launch there would
-compile. The table tells registers, spilled bytes and shared memory; the exit status is 1 if a
-kernel spills or wants more shared memory than the target has.
+Each op's own launch code is run on meta tensors (the `samples` of its kernels reach every shipped
+config) under a stand-in driver that names the target, so what is compiled here is what a launch
+there would compile. The table tells registers, spilled bytes (registers on AMD) and shared memory;
+the exit status is 1 if a kernel spills or wants more shared memory than the target has. `--quick`
+is for CI: everything in bf16 for sm90, and the main shapes in fp32 there and in bf16 elsewhere.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+# tf32 is float32 with torch's own permission to round the factors of a product
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "tf32": "float32"}
 # name: (backend, arch, threads of a warp, shared memory of a block in bytes)
 TARGETS = {
     "sm80": ("cuda", 80, 32, 166912),
@@ -35,19 +37,30 @@ TARGETS = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
+class Unit:
+    """What one process compiles at a time."""
+
+    module: str
+    target: str
+    dtype: str
+    full: bool  # every sample, or the main ones
+
+
+@dataclass(frozen=True)
 class Row:
     """One compiled kernel."""
 
+    target: str
+    dtype: str
     kernel: str  # module.function
     config: str
     sample: str
-    dtype: str
-    target: str
     registers: int
     spills: int
     shared: int
     milliseconds: int
+    binary: str  # hash of source, signature and options
 
     def faults(self) -> list[str]:
         limit = TARGETS[self.target][3]
@@ -85,14 +98,14 @@ def modules() -> list[str]:
     return sorted(found.name for found in pkgutil.iter_modules(package.__path__))
 
 
-def _record(module_name: str, target: str, dtype: str) -> list[tuple[str, Any, dict[str, Any]]]:
-    """(sample, kernel, compile arguments) of all launches of a module's samples, without repeats."""
+def _record(unit: Unit) -> list[tuple[str, Any, dict[str, Any]]]:
+    """(sample, kernel, compile arguments) of every launch of a module's samples, once each."""
     import torch
     import triton
 
     from bert_fast._triton import tiles
 
-    module = importlib.import_module(f"bert_fast._triton.{module_name}")
+    module = importlib.import_module(f"bert_fast._triton.{unit.module}")
     if not hasattr(module, "forward"):
         return []
     jobs: dict[Any, tuple[str, Any, dict[str, Any]]] = {}
@@ -101,44 +114,53 @@ def _record(module_name: str, target: str, dtype: str) -> list[tuple[str, Any, d
     def hook(*, key: Any, fn: Any, compile: dict[str, Any], **rest: Any) -> bool:
         kernel = fn.jit_function
         jobs.setdefault((kernel.__name__, str(key)), (label, kernel, compile))
-        return True  # recorded; do not compile and launch
+        return True  # recorded: neither compile nor launch
 
-    triton.runtime.driver.set_active(_Driver(target))
+    dtype, device = getattr(torch, DTYPES[unit.dtype]), torch.device("meta")
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if unit.dtype == "tf32" else "ieee"
+    triton.runtime.driver.set_active(_Driver(unit.target))
     triton.knobs.runtime.jit_cache_hook = hook
     tiles.family.cache_clear()
-    try:
-        for label, args in module.samples(getattr(torch, DTYPES[dtype]), torch.device("meta")):
-            y, *residuals = module.forward(*args, save=True)
-            if module_name == "attention":
-                residuals = [y, *residuals]  # its backward takes the output too
-            module.backward(torch.empty_like(y), *args, *residuals, needs=[True] * len(args))
-    finally:
-        triton.knobs.runtime.jit_cache_hook = None
+    for label, args in module.samples(dtype, device, unit.full):
+        y, *residuals = module.forward(*args, save=True)
+        if unit.module == "attention":
+            residuals = [y, *residuals]  # its backward takes the output too
+        module.backward(torch.empty_like(y), *args, *residuals, needs=[True] * len(args))
+    triton.knobs.runtime.jit_cache_hook = None
     return list(jobs.values())
 
 
-def _compile(module: str, target: str, dtype: str) -> list[Row]:
+def _compile(unit: Unit) -> list[Row]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.compiler import compile as triton_compile
 
+    target = GPUTarget(*TARGETS[unit.target][:3])
     rows = []
-    for sample, kernel, found in _record(module, target, dtype):
+    for sample, kernel, found in _record(unit):
         options = {name: found[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
         source = ASTSource(kernel, found["signature"], found["constants"], found["configs"][0])
         begin = time.perf_counter()
-        compiled = triton_compile(source, target=GPUTarget(*TARGETS[target][:3]), options=options)
-        spent = int(1e3 * (time.perf_counter() - begin))
+        compiled = triton_compile(source, target=target, options=options)
+        milliseconds = int(1e3 * (time.perf_counter() - begin))
         registers, spills = _resources(compiled.asm)
         names = [kernel.arg_names[path[0]] for path in found["constants"]]
-        constants = dict(zip(names, found["constants"].values(), strict=True))
-        config = " ".join(
-            [f"{k}={v}" for k, v in constants.items() if k.isupper()]
-            + [f"{k}={options[k]}" for k in ("num_warps", "num_stages")]
+        constants = zip(names, found["constants"].values(), strict=True)
+        config = [f"{name}={value}" for name, value in constants if name.isupper()]
+        config += [f"{name}={options[name]}" for name in ("num_warps", "num_stages")]
+        row = Row(
+            target=unit.target,
+            dtype=unit.dtype,
+            kernel=f"{kernel.__module__.rsplit('.', 1)[-1]}.{kernel.__name__}",
+            config=" ".join(config),
+            sample=sample,
+            registers=registers,
+            spills=spills,
+            shared=compiled.metadata.shared,
+            milliseconds=milliseconds,
+            binary=compiled.hash,
         )
-        name = f"{kernel.__module__.rsplit('.', 1)[-1]}.{kernel.__name__}"
-        shared = compiled.metadata.shared
-        rows.append(Row(name, config, sample, dtype, target, registers, spills, shared, spent))
+        rows.append(row)
     return rows
 
 
@@ -162,52 +184,55 @@ def _resources(asm: Any) -> tuple[int, int]:
     return numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
 
 
-def _work(unit: tuple[str, str, str]) -> list[Row]:
-    return _compile(*unit)
-
-
-def table(units: list[tuple[str, str, str]], processes: int) -> list[Row]:
-    """Compiles (module, target, dtype) units; one row for each kernel and config."""
+def table(units: list[Unit], processes: int) -> list[Row]:
+    """Compiles the units; one row for each binary."""
+    # the longest first, so that no process is left alone with one at the end
+    units = sorted(units, key=lambda unit: (unit.module != "attention", not unit.full))
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        context = multiprocessing.get_context("spawn")
-        with context.Pool(processes) as pool:
-            found = [row for rows in pool.imap_unordered(_work, units) for row in rows]
-    rows: dict[tuple[str, ...], Row] = {}
-    for row in found:
-        rows.setdefault((row.target, row.dtype, row.kernel, row.config, row.sample), row)
-    return [rows[key] for key in sorted(rows)]
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            rows = [row for found in pool.imap_unordered(_compile, units) for row in found]
+    unique = {(row.target, row.binary): row for row in reversed(rows)}
+    return sorted(unique.values(), key=lambda row: (row.target, row.kernel, row.dtype, row.config))
+
+
+def quick(targets: list[str]) -> list[tuple[str, str, bool]]:
+    """(target, dtype, full) of a CI run."""
+    chosen = [(target, "bf16", target == "sm90") for target in targets]
+    return chosen + [("sm90", "fp32", False)] * ("sm90" in targets)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bert_fast.aot", description=__doc__)
-    parser.add_argument("--targets", default=",".join(TARGETS))
-    parser.add_argument("--dtypes", default=",".join(DTYPES))
-    parser.add_argument("--modules", default="")
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="the part of the matrix CI compiles")
+    parser.add_argument("--targets", default=",".join(TARGETS), help="default: %(default)s")
+    parser.add_argument("--dtypes", default=",".join(DTYPES), help="default: %(default)s")
+    parser.add_argument("--modules", help="default: all")
     parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1))
-    parser.add_argument("--json", metavar="OUT")
+    parser.add_argument("--json", metavar="OUT", help="also write the table there")
     options = parser.parse_args(argv)
     import triton
 
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: nothing can be compiled in this process")
     begin = time.perf_counter()
-    units = [
-        (module, target, dtype)
-        for target in options.targets.split(",")
-        for dtype in options.dtypes.split(",")
-        for module in (options.modules.split(",") if options.modules else modules())
-    ]
-    rows = table(units, options.processes)
+    targets, dtypes = options.targets.split(","), options.dtypes.split(",")
+    names = options.modules.split(",") if options.modules else modules()
+    matrix = [(target, dtype, True) for target in targets for dtype in dtypes]
+    if options.quick:
+        matrix = quick(targets)
+    rows = table([Unit(name, *cell) for cell in matrix for name in names], options.processes)
     for row in rows:
         print(
-            f"{row.target:7}{row.dtype:5}{row.kernel:36}{row.registers:4} regs {row.spills:4} spill"
-            f"{row.shared:7} B {row.milliseconds:6} ms  {row.config}  ({row.sample})"
-            + "".join(f"  <-- {fault}" for fault in row.faults())
+            f"{row.target:7}{row.dtype:5}{row.kernel:33}{row.registers:4} regs {row.spills:4} spill"
+            f"{row.shared:7} B {row.milliseconds:6} ms  {row.config}  ({row.sample})",
+            *(f"<-- {fault}" for fault in row.faults()),
         )
     bad = sum(bool(row.faults()) for row in rows)
-    print(f"{len(rows)} kernels in {time.perf_counter() - begin:.0f} s, {bad} at fault")
+    print(
+        f"{len(rows)} kernels, {bad} at fault, triton {triton.__version__}, "
+        f"{time.perf_counter() - begin:.0f} s"
+    )
     if options.json:
         with open(options.json, "w") as file:
             json.dump([asdict(row) for row in rows], file, indent=1)

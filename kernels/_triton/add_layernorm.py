@@ -13,14 +13,17 @@ import triton.language as tl
 
 from . import tiles
 
-def samples(dtype: torch.dtype, device: torch.device):
-    """One call per shipped config, as (label, arguments of `forward`)."""
+def samples(dtype: torch.dtype, device: torch.device, full: bool):
+    """Calls that reach the shipped configs, as (label, arguments of `forward`)."""
 
     def new(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
     seed = torch.empty(1, dtype=torch.int64, device=device)
-    for n_rows, n_cols in ((64, 37), (8192, 384), (64, 768), (8192, 768), (8192, 2048), (8192, 8192)):
+    shapes = [(64, 37), (8192, 768), (8192, 8192)]
+    if full:
+        shapes += [(8192, 384), (64, 768), (8192, 2048), (8192, 4096)]
+    for n_rows, n_cols in shapes:
         x, bias, weight = new(n_rows, n_cols), new(n_cols), new(n_cols)
         yield f"{n_rows}x{n_cols}", (x, bias, x, weight, bias, 1e-12, 0.1, seed)
     x, bias, weight = new(8192, 768), new(768), new(768)
@@ -95,6 +98,20 @@ def _forward_kernel(
     tl.store(rstd + o_row, z_rstd, mask=m_row)
 
 
+@triton.jit
+def _add_part(
+    p_part,  # [COLS] pointers, this program's own
+    value,  # [COLS]
+    o_col,
+    n_cols,
+    is_first,
+):
+    """Adds to a sum kept in memory, which nobody has cleared."""
+    so_far = tl.where(is_first, 0, n_cols)
+    total = value + tl.load(p_part, mask=o_col < so_far, other=0.0)
+    tl.store(p_part, total, mask=o_col < n_cols)
+
+
 @triton.jit(do_not_specialize=["n_rows", "threshold"])
 def _backward_kernel(
     dy,  # [n_rows, n_cols]
@@ -116,15 +133,21 @@ def _backward_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    # the widest rows leave no registers for the weight and for the sums: those stay in memory
+    WIDE: tl.constexpr = COLS > 4096
     i_part = tl.program_id(0)
+    n_progs = tl.num_programs(0)
     o_col = tl.arange(0, COLS)
     m_col = o_col < n_cols
-    if COLS <= 4096:
+    if not WIDE:
         w = tiles.load(weight + o_col, m_col)
+    p_parts = parts
+    if parts is not None:
+        p_parts = parts + i_part.to(tl.int64) * 3 * n_cols + o_col
     b_dlinear = tl.zeros((COLS,), tl.float32)
     b_dweight = tl.zeros((COLS,), tl.float32)
     b_dbias = tl.zeros((COLS,), tl.float32)
-    for i_row in range(i_part * ROWS, n_rows, tl.num_programs(0) * ROWS):
+    for i_row in range(i_part * ROWS, n_rows, n_progs * ROWS):
         o_row = (i_row + tl.arange(0, ROWS)).to(tl.int64)
         m_row = o_row < n_rows
         mask = m_row[:, None] & m_col[None, :]
@@ -137,7 +160,14 @@ def _backward_kernel(
         z_mean = tl.load(mean + o_row, mask=m_row, other=0.0)
         z_rstd = tl.load(rstd + o_row, mask=m_row, other=0.0)
         xhat = tl.where(mask, (z - z_mean[:, None]) * z_rstd[:, None], 0.0)
-        if COLS > 4096:  # the widest rows have no registers to keep the weight in
+        if parts is not None and not WIDE:
+            b_dweight += tl.sum(b_dy * xhat, 0)
+            b_dbias += tl.sum(b_dy, 0)
+        if parts is not None and WIDE:
+            is_first = i_row < n_progs * ROWS
+            _add_part(p_parts + n_cols, tl.sum(b_dy * xhat, 0), o_col, n_cols, is_first)
+            _add_part(p_parts + 2 * n_cols, tl.sum(b_dy, 0), o_col, n_cols, is_first)
+        if WIDE:
             w = tiles.load(weight + o_col, m_col)
         dz = tiles.norm_grad(b_dy, xhat, w, z_rstd, n_cols)
         if dresidual is not None:
@@ -146,13 +176,15 @@ def _backward_kernel(
             dz = tl.where(keep, dz * keep_scale, 0.0)
         if dx is not None:
             tiles.store(dx + p_row, dz, mask)
-        if parts is not None:
-            if linear_bias is not None:
-                b_dlinear += tl.sum(tl.where(mask, dz, 0.0), 0)
-            b_dweight += tl.sum(b_dy * xhat, 0)
-            b_dbias += tl.sum(b_dy, 0)
-    if parts is not None:
-        p_parts = parts + i_part.to(tl.int64) * 3 * n_cols + o_col
+        if parts is not None and linear_bias is not None:
+            b_dz = tl.sum(tl.where(m_row[:, None], dz, 0.0), 0)
+            if WIDE:
+                _add_part(p_parts, b_dz, o_col, n_cols, i_row < n_progs * ROWS)
+            else:
+                b_dlinear += b_dz
+        if WIDE:
+            tl.debug_barrier()  # the next round reads the sums back
+    if parts is not None and not WIDE:
         if linear_bias is not None:
             tl.store(p_parts, b_dlinear, mask=m_col)
         tl.store(p_parts + n_cols, b_dweight, mask=m_col)
@@ -186,7 +218,7 @@ def backward(dy, x, linear_bias, residual, weight, bias, eps, p, seed, mean, rst
     dbias = new(bias) if needs[4] else None
     if n_rows:
         cfg = tiles.row_config(n_rows >= tiles.MANY_ROWS, n_cols, True)
-        programs = tiles.row_programs(n_rows, cfg["ROWS"], x.device)
+        programs = tiles.row_programs(n_rows, cfg, x.device)
         parts = None
         if needs[3] or needs[4] or dlinear_bias is not None:
             parts = x.new_empty((programs, 3, n_cols), dtype=torch.float32)

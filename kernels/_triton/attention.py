@@ -138,14 +138,11 @@ def forward(qkv, cu_seqlens, key_start, bias, max_seqlen, scale, p, seed, save):
     out = qkv.new_empty((n_tokens, n_heads, head_dim))
     lse = qkv.new_empty((n_heads, n_tokens), dtype=torch.float32)
     if n_tokens:
-        cfg = blocks.config(
-            "forward", tiles.family(qkv.device), qkv.dtype, head_dim, max_seqlen > 64,
-            tiles.precision(qkv.dtype),
-        )  # fmt: skip
+        cfg = blocks.config("forward", *blocks.choice(qkv, bias, max_seqlen, p))
         n_blocks = triton.cdiv(max_seqlen, cfg["BM"])
         threshold, keep_scale = tiles.dropout_args(p)
         _forward_kernel[(n_blocks * n_heads * (cu_seqlens.shape[0] - 1),)](
             qkv, cu_seqlens, key_start, bias, out, lse, seed, n_tokens, n_heads, n_blocks,
-            *blocks.bias_strides(bias), scale * tiles.LOG2E.value, threshold, keep_scale, p > 0.0, **cfg,
+            *blocks.bias_strides(bias), scale * tiles.LOG2E.value, threshold, keep_scale, **cfg,
         )  # fmt: skip
     return out, lse

@@ -227,20 +227,17 @@ def backward(
         threshold, keep_scale = tiles.dropout_args(p)
         scale = scale * tiles.LOG2E.value
         strides = blocks.bias_strides(bias)
-        choice = (
-            tiles.family(qkv.device), qkv.dtype, head_dim, max_seqlen > 64,
-            tiles.precision(qkv.dtype),
-        )  # fmt: skip
+        choice = blocks.choice(qkv, bias, max_seqlen, p)
         cfg = blocks.config("dq", *choice)
         n_blocks = triton.cdiv(max_seqlen, cfg["BM"])
         _dq_kernel[(n_blocks * n_pairs,)](
             dout, qkv, cu_seqlens, key_start, bias, out, lse, delta, dqkv, seed, n_tokens, n_heads,
-            n_blocks, *strides, scale, threshold, keep_scale, p > 0.0, **cfg,
+            n_blocks, *strides, scale, threshold, keep_scale, **cfg,
         )  # fmt: skip
         cfg = blocks.config("dkv", *choice)
         n_blocks = triton.cdiv(max_seqlen, cfg["BN"])
         _dkv_kernel[(n_blocks * n_pairs,)](
             dout, qkv, cu_seqlens, key_start, bias, lse, delta, dqkv, seed, n_tokens, n_heads,
-            n_blocks, *strides, scale, threshold, keep_scale, p > 0.0, **cfg,
+            n_blocks, *strides, scale, threshold, keep_scale, **cfg,
         )  # fmt: skip
     return (dqkv,)

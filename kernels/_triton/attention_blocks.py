@@ -8,73 +8,146 @@ import triton.language as tl
 
 from . import tiles
 
-# Block sizes (BM queries, BN keys, warps, stages). "long" is for sequences past 64 tokens, "short"
-# for the rest, where one block of keys is the whole sequence and a wide block of queries would be
-# mostly empty. No block of 64 rows has four warps: some Triton releases miscompile those on Hopper
-# (warp-group instructions start at four warps and 64 rows); 128 rows have eight warps, 32 have two.
-SHORT = {"forward": (32, 64, 2, 1), "dq": (32, 64, 2, 1), "dkv": (32, 32, 2, 1)}
-LONG = {
+# Block sizes (BM queries, BN keys, warps, stages), for plain scores, with dropout, with a bias: both
+# features cost registers, and no entry may spill. LONG is for sequences past 64 tokens; in a SHORT
+# one 128 rows would be mostly empty. No block of 64 rows has four warps: some Triton releases
+# miscompile those on Hopper, where warp-group instructions start at 64 rows and four warps. Blocks
+# of 128 or 64 rows have eight warps, and four warps have blocks of 32 rows (the older instructions).
+Blocks = tuple[int, int, int, int]
+LONG: dict[str, dict[int, dict[str, tuple[Blocks, Blocks, Blocks]]]] = {
     "sm80": {
-        64: {"forward": (128, 64, 8, 3), "dq": (128, 64, 8, 2), "dkv": (64, 128, 8, 2)},
-        128: {"forward": (128, 64, 8, 2), "dq": (128, 64, 8, 1), "dkv": (64, 128, 8, 1)},
+        64: {
+            "forward": ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3)),
+            "dq": ((128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
+            "dkv": ((32, 128, 8, 2), (32, 64, 8, 2), (32, 32, 4, 1)),
+        },
+        128: {
+            "forward": ((128, 32, 8, 3), (128, 32, 8, 3), (128, 32, 8, 3)),
+            "dq": ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+            "dkv": ((32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2)),
+        },
     },
     "sm90": {
-        64: {"forward": (128, 128, 8, 2), "dq": (128, 64, 8, 2), "dkv": (64, 128, 8, 2)},
-        128: {"forward": (128, 128, 8, 2), "dq": (128, 64, 8, 2), "dkv": (64, 128, 8, 2)},
+        64: {
+            "forward": ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 3)),
+            "dq": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
+            "dkv": ((64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 2)),
+        },
+        128: {
+            "forward": ((128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 2)),
+            "dq": ((128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
+            "dkv": ((64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+        },
+    },
+    # accumulators live in tensor memory here, so registers do not limit
+    "sm100": {
+        width: {
+            "forward": ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
+            "dq": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
+            "dkv": ((64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2)),
+        }
+        for width in (64, 128)
     },
     "sm120": {
-        64: {"forward": (128, 64, 8, 2), "dq": (128, 64, 8, 2), "dkv": (64, 128, 8, 1)},
-        128: {"forward": (128, 64, 8, 1), "dq": (128, 32, 8, 1), "dkv": (32, 128, 8, 1)},
+        64: {
+            "forward": ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3)),
+            "dq": ((128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
+            "dkv": ((32, 128, 8, 2), (32, 32, 4, 1), (32, 32, 4, 1)),
+        },
+        128: {
+            "forward": ((128, 32, 8, 3), (128, 32, 8, 3), (128, 32, 8, 3)),
+            "dq": ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+            "dkv": ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 4, 1)),
+        },
     },
     "gfx9": {
-        64: {"forward": (128, 64, 4, 1), "dq": (128, 64, 4, 1), "dkv": (64, 64, 4, 1)},
-        128: {"forward": (128, 32, 4, 1), "dq": (64, 32, 4, 1), "dkv": (32, 64, 4, 1)},
+        64: {
+            "forward": ((128, 64, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
+            "dq": ((64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
+            "dkv": ((32, 64, 4, 1), (32, 64, 4, 1), (32, 32, 4, 1)),
+        },
+        128: {
+            "forward": ((64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
+            "dq": ((64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
+            "dkv": ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+        },
     },
 }
-LONG["sm100"] = LONG["sm90"]
-FLOAT = {
-    64: {"forward": (32, 32, 4, 1), "dq": (32, 32, 4, 1), "dkv": (32, 32, 4, 1)},
-    128: {"forward": (32, 32, 4, 1), "dq": (32, 32, 4, 1), "dkv": (32, 32, 4, 1)},
+SHORT: dict[int, dict[str, Blocks]] = {
+    64: {"forward": (32, 64, 4, 1), "dq": (32, 32, 4, 1), "dkv": (32, 32, 4, 1)},
+    128: {"forward": (32, 32, 4, 1), "dq": (32, 32, 4, 1), "dkv": (16, 32, 4, 1)},
 }
-INTERPRETER = {"forward": (16, 32, 4, 1), "dq": (16, 32, 4, 1), "dkv": (32, 16, 4, 1)}
+# float32 multiplies on the ordinary cores hold whole rows of an operand in registers
+FLOAT: dict[int, dict[str, Blocks]] = {
+    64: {"forward": (32, 32, 4, 1), "dq": (32, 32, 8, 1), "dkv": (16, 32, 4, 1)},
+    128: {"forward": (16, 32, 4, 1), "dq": (16, 16, 4, 1), "dkv": (32, 32, 8, 1)},
+}
+# several blocks even for the short sequences of a test
+INTERPRETER: dict[str, Blocks] = {
+    "forward": (16, 32, 4, 1),
+    "dq": (16, 32, 4, 1),
+    "dkv": (32, 16, 4, 1),
+}
 
 
 @functools.lru_cache
 def config(
-    kind: str, family: str, dtype: torch.dtype, head_dim: int, long: bool, precision: str
-) -> dict[str, int | str]:
-    """Launch arguments of kernel `kind`: "forward", "dq" or "dkv"."""
+    kind: str,  # "forward", "dq" or "dkv"
+    family: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    long: bool,
+    dropout: bool,
+    bias: bool,
+    precision: str,
+) -> dict[str, int | str | bool]:
+    """Launch arguments of a kernel: block sizes and what else is fixed when it is compiled."""
     width = 64 if head_dim <= 64 else 128
     if family == "interpreter":
-        sizes = INTERPRETER
+        sizes = INTERPRETER[kind]
     elif dtype == torch.float32:
-        sizes = FLOAT[width]
+        sizes = FLOAT[width][kind]
+    elif long:
+        sizes = LONG[family][width][kind][2 if bias else int(dropout)]
     else:
-        sizes = LONG[family][width] if long else SHORT
-    bm, bn, warps, stages = sizes[kind]
+        sizes = SHORT[width][kind]
+    bm, bn, warps, stages = sizes
     return {
-        "D": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)), "BM": bm, "BN": bn,
-        "PRECISION": precision, "num_warps": warps, "num_stages": stages,
-        "enable_fp_fusion": True,
+        "DROPOUT": dropout, "PRECISION": precision, "D": head_dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)), "BM": bm, "BN": bn,
+        "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True,
     }  # fmt: skip
 
 
-def samples(dtype: torch.dtype, device: torch.device):
-    """One call per shipped config, as (label, arguments of `forward`)."""
+def choice(
+    qkv: torch.Tensor, bias: torch.Tensor | None, max_seqlen: int, p: float
+) -> tuple[str, torch.dtype, int, bool, bool, bool, str]:
+    """The arguments of `config` after `kind`, for a call."""
+    return (
+        tiles.family(qkv.device), qkv.dtype, qkv.shape[3], max_seqlen > 64, p > 0.0,
+        bias is not None, tiles.precision(qkv.dtype),
+    )  # fmt: skip
+
+
+def samples(dtype: torch.dtype, device: torch.device, full: bool):
+    """Calls that reach the shipped configs, as (label, arguments of `forward`)."""
     cu_seqlens = torch.empty(9, dtype=torch.int32, device=device)
     seed = torch.empty(1, dtype=torch.int64, device=device)
-    for head_dim in (16, 32, 40, 64, 80, 128):
+    picked = [(64, 64, "kbd"), (64, 512, ""), (64, 512, "d"), (64, 512, "kbd"), (128, 512, "kbd")]
+    if full:
+        picked += [(d, 512, what) for d in (32, 128) for what in ("", "d")]
+        picked += [(d, 64, "kbd") for d in (32, 128)] + [(64, 64, ""), (64, 512, "k")]
+        picked += [(d, 512, "kbd") for d in (16, 32, 40, 80)]
+    for head_dim, longest, what in picked:
         qkv = torch.empty((2048, 3, 12, head_dim), dtype=dtype, device=device)
-        for longest in (64, 512):
-            label = f"D={head_dim} S={longest}"
-            bias = qkv.new_empty((8, 12, longest, longest))
-            yield label, (qkv, cu_seqlens, None, None, longest, 0.125, 0.0, None)
-            yield f"{label} dropout", (qkv, cu_seqlens, None, None, longest, 0.125, 0.1, seed)
-            yield f"{label} key_start", (qkv, cu_seqlens, cu_seqlens, None, longest, 0.125, 0.0, None)
-            yield (
-                f"{label} key_start, bias, dropout",
-                (qkv, cu_seqlens, cu_seqlens, bias, longest, 0.125, 0.1, seed),
-            )
+        key_start = cu_seqlens[1:] if "k" in what else None
+        bias = qkv.new_empty((8, 12, longest, longest)) if "b" in what else None
+        p = 0.1 if "d" in what else 0.0
+        label = " ".join(
+            [f"D={head_dim} S={longest}"]
+            + [name for name in ("key_start", "bias", "dropout") if name[0] in what]
+        )
+        yield label, (qkv, cu_seqlens, key_start, bias, longest, 0.125, p, seed if p else None)
 
 
 def bias_strides(bias: torch.Tensor | None) -> tuple[int, int, int]:

@@ -12,25 +12,26 @@ import triton.language as tl
 from . import tiles
 
 
-def samples(dtype: torch.dtype, device: torch.device):
-    """One call per shipped config, as (label, arguments of `forward`)."""
+def samples(dtype: torch.dtype, device: torch.device, full: bool):
+    """Calls that reach the shipped configs, as (label, arguments of `forward`)."""
 
     def new(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
     seed = torch.empty(1, dtype=torch.int64, device=device)
-    for n_rows, n_cols, p, kind in (
+    shapes = [
         (64, 37, 0.1, torch.int32),
-        (8192, 384, 0.1, torch.int64),
-        (64, 768, 0.0, torch.int64),
         (8192, 768, 0.1, torch.int64),
         (8192, 8192, 0.1, torch.int64),
-    ):
+    ]
+    if full:
+        shapes += [(8192, 384, 0.1, torch.int64), (64, 768, 0.0, torch.int64)]
+    for n_rows, n_cols, p, kind in shapes:
         ids = torch.empty(n_rows, dtype=kind, device=device)
         tables = new(512, n_cols), new(512, n_cols), new(2, n_cols)
         tail = new(n_cols), new(n_cols), 1e-12, 0, p, seed if p else None
         yield f"{n_rows}x{n_cols} p={p}", (ids, ids, ids, *tables, *tail)
-        if n_cols == 768:
+        if full and n_cols == 768:
             yield f"{n_rows}x{n_cols} p={p} one type", (ids, None, ids, *tables, *tail)
             yield f"{n_rows}x{n_cols} p={p} no type", (ids, None, ids, *tables[:2], None, *tail)
 
@@ -194,7 +195,7 @@ def backward(
     dbias = new(bias) if needs[4] else None
     if n_rows:
         cfg = tiles.row_config(n_rows >= tiles.MANY_ROWS, n_cols, True)
-        programs = tiles.row_programs(n_rows, cfg["ROWS"], dy.device)
+        programs = tiles.row_programs(n_rows, cfg, dy.device)
         parts = None
         if needs[3] or needs[4]:
             parts = dy.new_empty((programs, 2, n_cols), dtype=torch.float32)

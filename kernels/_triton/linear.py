@@ -14,35 +14,35 @@ import triton.language as tl
 
 from . import bias_gelu, tiles
 
-# Tiles by what is multiplied: (M, N, K, warps, stages). "large" fills the device with 128 x 256
-# tiles, "medium" with 128 x 128, "small" leaves M or N under a tile. 64-row tiles never have four
-# warps: some Triton releases miscompile them on Hopper (warp-group instructions are chosen from
-# four warps and 64 rows up), and with two warps the older instructions, which are sound, are used.
+# Tiles by what is multiplied: (M, N, K, warps, stages). "large" fills the device with wide tiles,
+# "medium" with 128 x 128; "small" is for M or N up to 64, where many narrow tiles spread the
+# weights over the device. No tile of 64 rows has four warps: some Triton releases miscompile those
+# on Hopper, where warp-group instructions start at 64 rows and four warps.
 HALF = {
     "sm80": {
         "large": (128, 128, 64, 8, 3),
         "medium": (128, 128, 32, 8, 4),
-        "small": (32, 64, 64, 2, 4),
+        "small": (32, 32, 64, 4, 4),
     },
     "sm90": {
         "large": (128, 256, 64, 8, 3),
         "medium": (128, 128, 64, 8, 4),
-        "small": (32, 64, 128, 2, 4),
+        "small": (32, 32, 64, 4, 5),
     },
     "sm100": {
         "large": (128, 256, 64, 8, 3),
         "medium": (128, 128, 64, 8, 4),
-        "small": (32, 64, 128, 2, 4),
+        "small": (32, 32, 64, 4, 5),
     },
     "sm120": {
         "large": (128, 128, 64, 8, 3),
         "medium": (128, 128, 32, 8, 3),
-        "small": (32, 64, 64, 2, 3),
+        "small": (32, 32, 64, 4, 4),
     },
     "gfx9": {
         "large": (128, 128, 32, 4, 2),
         "medium": (128, 128, 32, 4, 2),
-        "small": (32, 64, 64, 2, 2),
+        "small": (32, 32, 64, 4, 2),
     },
     "interpreter": dict.fromkeys(("large", "medium", "small"), (32, 32, 32, 4, 1)),
 }
@@ -54,8 +54,8 @@ FLOAT = {
 }
 TF32 = {
     "large": (128, 128, 32, 8, 3),
-    "medium": (128, 64, 32, 4, 3),
-    "small": (32, 64, 32, 2, 3),
+    "medium": (128, 64, 32, 8, 3),
+    "small": (32, 32, 32, 4, 3),
 }
 
 
@@ -82,15 +82,40 @@ def config(
     }  # fmt: skip
 
 
-def samples(dtype: torch.dtype, device: torch.device):
-    """One call per shipped config, as (label, arguments of `forward`)."""
+def samples(dtype: torch.dtype, device: torch.device, full: bool):
+    """Calls that reach the shipped configs, as (label, arguments of `forward`)."""
 
     def new(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    for m, n, k in ((16384, 3072, 768), (16384, 768, 768), (16, 768, 768), (100, 37, 37)):
+    shapes = [(16384, 3072, 768), (16384, 768, 768), (16, 768, 768)]
+    if full:
+        shapes += [(256, 768, 768), (100, 37, 37)]
+    for m, n, k in shapes:
         yield f"{m}x{n}x{k}", (new(m, k), new(n, k), new(n))
-    yield "no bias", (new(256, 768), new(768, 768), None)
+
+
+@triton.jit
+def _finish(
+    acc,  # [ROWS, COLS] float32
+    bias,
+    y,
+    u,
+    o_m,
+    o_n,
+    m,
+    n,
+    ACT: tl.constexpr,
+):
+    """Bias, activation and stores of a part of a tile."""
+    m_n = o_n < n
+    mask = (o_m < m)[:, None] & m_n[None, :]
+    p_y = o_m.to(tl.int64)[:, None] * n + o_n[None, :]
+    if bias is not None:
+        acc += tiles.load(bias + o_n, m_n)[None, :]
+    if u is not None:
+        tiles.store(u + p_y, acc, mask)
+    tiles.store(y + p_y, tiles.activate(acc, ACT), mask)
 
 
 @triton.jit(do_not_specialize=["m", "k_split"])
@@ -111,7 +136,7 @@ def gemm_kernel(
     ACT: tl.constexpr,
     SPLIT: tl.constexpr,
     EVEN_K: tl.constexpr,  # k is a multiple of BK
-    WIDE_M: tl.constexpr,  # a_m is 1 and m a multiple of 16, so masks keep 16-byte accesses
+    WIDE_M: tl.constexpr,  # m counts sixteens: the masks along m then keep 16-byte accesses
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -119,7 +144,7 @@ def gemm_kernel(
 ):
     GROUP: tl.constexpr = 8
     if WIDE_M:
-        m = tl.multiple_of(m, 16)
+        m = m * 16
     i_tile = tl.program_id(0)
     n_m, n_n = tl.cdiv(m, BM), tl.cdiv(n, BN)
     first = i_tile // (GROUP * n_n) * GROUP
@@ -151,15 +176,16 @@ def gemm_kernel(
         p_a += BK * a_k
         p_b += BK * b_k
 
-    mask = m_m[:, None] & m_n[None, :]
-    p_y = o_m.to(tl.int64)[:, None] * n + o_n[None, :]
     if SPLIT:
-        p_y += tl.program_id(1).to(tl.int64) * m * n
-    if bias is not None:
-        acc += tiles.load(bias + o_n, m_n)[None, :]
-    if u is not None:
-        tiles.store(u + p_y, acc, mask)
-    tiles.store(y + p_y, tiles.activate(acc, ACT), mask)
+        y += tl.program_id(1).to(tl.int64) * m * n
+    if BN == 256:
+        # half the columns at a time: the activation of a whole tile would not fit in registers
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+        o_half = i_n * BN + tl.arange(0, BN // 2)
+        _finish(left, bias, y, u, o_m, o_half, m, n, ACT)
+        _finish(right, bias, y, u, o_m, o_half + BN // 2, m, n, ACT)
+    else:
+        _finish(acc, bias, y, u, o_m, o_n, m, n, ACT)
 
 
 def gemm(
@@ -186,14 +212,14 @@ def gemm(
         # at least eight steps of the sum stay with a program
         splits = max(1, min(2 * processors // n_tiles, k // (8 * bk), 16))
     k_split = triton.cdiv(triton.cdiv(k, bk), splits) * bk
+    wide_m = a.stride(0) == 1 and m % 16 == 0
     out = y
     if splits > 1:
         splits = triton.cdiv(k, k_split)
         out = a.new_empty((splits, 1, m * n), dtype=torch.float32)
     gemm_kernel[(n_tiles, splits)](
-        a, b, bias, out, u, m, n, k, k_split, *a.stride(), *b.stride(),
-        ACT=act, SPLIT=splits > 1, EVEN_K=k % bk == 0,
-        WIDE_M=a.stride(0) == 1 and m % 16 == 0, **cfg,
+        a, b, bias, out, u, m // 16 if wide_m else m, n, k, k_split, *a.stride(), *b.stride(),
+        ACT=act, SPLIT=splits > 1, EVEN_K=k % bk == 0, WIDE_M=wide_m, **cfg,
     )  # fmt: skip
     if splits > 1:
         tiles.sum_parts(out, y.view(-1))

@@ -10,13 +10,14 @@ import torch
 from . import bias_gelu, linear
 
 
-def samples(dtype: torch.dtype, device: torch.device):
-    """One call per shipped config, as (label, arguments of `forward`)."""
-    for label, args in linear.samples(dtype, device):
+def samples(dtype: torch.dtype, device: torch.device, full: bool):
+    """Calls that reach the shipped configs, as (label, arguments of `forward`)."""
+    for label, args in linear.samples(dtype, device, full):
         yield f"{label} gelu", (*args, "gelu")
-    for activation in ("gelu_tanh", "relu", "silu"):
-        x = torch.empty((256, 768), dtype=dtype, device=device)
-        yield activation, (x, x.new_empty((768, 768)), x[0], activation)
+    if full:
+        for activation in ("gelu_tanh", "relu", "silu"):
+            x = torch.empty((16384, 768), dtype=dtype, device=device)
+            yield activation, (x, x.new_empty((3072, 768)), x.new_empty(3072), activation)
 
 
 def forward(x, weight, bias, activation, save):

@@ -8,8 +8,8 @@ import torch
 from .unpad import gather_rows, scatter_rows
 
 
-def samples(dtype: torch.dtype, device: torch.device):
-    """One call per shipped config, as (label, arguments of `forward`)."""
+def samples(dtype: torch.dtype, device: torch.device, full: bool):
+    """Calls that reach the shipped configs, as (label, arguments of `forward`)."""
     indices = torch.empty(64, dtype=torch.int64, device=device)
     for n_cols in (37, 768):
         x = torch.empty((64, n_cols), dtype=dtype, device=device)

@@ -29,18 +29,13 @@ def config(n_cols: int, normalize: bool) -> dict[str, int]:
     return {"ROWS": rows, "COLS": cols, "num_warps": 8, "enable_fp_fusion": True}
 
 
-def samples(dtype: torch.dtype, device: torch.device):
-    """One call per shipped config, as (label, arguments of `forward`)."""
+def samples(dtype: torch.dtype, device: torch.device, full: bool):
+    """Calls that reach the shipped configs, as (label, arguments of `forward`)."""
     cu_seqlens = torch.empty(9, dtype=torch.int32, device=device)
-    for n_cols, mode, normalize in (
-        (37, "mean", True),
-        (384, "mean", True),
-        (768, "mean", False),
-        (768, "cls", False),
-        (768, "mean", True),
-        (768, "cls", True),
-        (8192, "mean", True),
-    ):
+    shapes = [(37, "mean", True), (768, "mean", True), (768, "cls", False), (8192, "mean", True)]
+    if full:
+        shapes += [(384, "mean", True), (768, "mean", False), (768, "cls", True)]
+    for n_cols, mode, normalize in shapes:
         x = torch.empty((64, n_cols), dtype=dtype, device=device)
         yield f"{n_cols} {mode} normalize={normalize}", (x, cu_seqlens, mode, normalize)
 

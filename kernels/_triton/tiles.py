@@ -196,9 +196,10 @@ def row_config(many_rows: bool, n_cols: int, backward: bool) -> dict[str, int]:
     return {"ROWS": rows, "COLS": cols, "num_warps": warps, "enable_fp_fusion": True}
 
 
-def row_programs(n_rows: int, rows: int, device: torch.device) -> int:
-    """Programs of a backward pass: at most four a processor, and a few rows for each."""
-    return min(triton.cdiv(n_rows, 4 * rows), 4 * processors(device))
+def row_programs(n_rows: int, cfg: dict[str, int], device: torch.device) -> int:
+    """Programs of a backward pass: 16 warps a processor (128 registers a thread), each some rows."""
+    some = triton.cdiv(n_rows, 4 * cfg["ROWS"])
+    return min(some, max(1, 16 // cfg["num_warps"]) * processors(device))
 
 
 # ----------------------------------------------------------------------- ordered sums
