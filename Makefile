@@ -37,7 +37,7 @@ test: setup assets
 	$(PY) -m pytest
 
 bench: setup assets
-	$(PY) -m pytest bench --benchmark-only
+	$(PY) -m bench.gpu_gate --device cpu --pytest tests/test_registry.py --out .cache/bench-cpu.json
 
 lint: setup
 	$(PY) -m ruff check .
