@@ -80,17 +80,12 @@ class BertModel(hf.BertModel):
         Raises: ValueError or TypeError, naming the argument, for ids of a wrong kind or shape, a
             length over the position table, a mask that fits neither [B, S] nor [B, N, S, S].
         """
-        why = reasons_against(self)
-        why += [
-            f"{name} is given"
-            for name, value in (
-                ("encoder_hidden_states", encoder_hidden_states),
-                ("past_key_values", past_key_values),
-                ("use_cache", use_cache or None),
-            )
-            if value is not None
-        ]
-        why += reasons_against_call(self, kwargs)
+        extra = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache or None,
+        }
+        why = reasons_against_call(self, {**kwargs, **extra}) or reasons_against(self)
         if why:
             _tell(why)
             return super().forward(
@@ -281,7 +276,13 @@ def reasons_against_structure(model: nn.Module) -> list[str]:
 
 def reasons_against_call(model: nn.Module, kwargs: dict[str, Any]) -> list[str]:
     """Why the packed forward cannot answer this call."""
-    why = []
+    if torch.compiler.is_compiling():  # first and alone: what follows is nothing to trace
+        return ["torch.compile or torch.export is tracing"]
+    why = [
+        f"{name} is given"
+        for name in ("encoder_hidden_states", "past_key_values", "use_cache")
+        if kwargs.get(name) is not None
+    ]
     if kwargs.get("output_attentions", getattr(model.config, "output_attentions", False)):
         why.append("output_attentions: the fused attention never forms the probabilities")
     hidden = kwargs.get("output_hidden_states")
@@ -290,8 +291,6 @@ def reasons_against_call(model: nn.Module, kwargs: dict[str, Any]) -> list[str]:
     device = model.embeddings.word_embeddings.weight.device
     if torch.is_autocast_enabled(device.type):
         why.append("torch.autocast is on")
-    if torch.compiler.is_compiling():
-        why.append("torch.compile or torch.export is tracing")
     if torch._C._functorch.peek_interpreter_stack() is not None:
         why.append("a torch.func transform is active")
     return why

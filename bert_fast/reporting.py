@@ -123,7 +123,7 @@ def explain(model: nn.Module, inputs: Mapping[str, Any]) -> Explanation:
         return Explanation(fallback=["the model is not accelerated"])
     names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    why = reasons_against(module) + reasons_against_call(module, given)
+    why = reasons_against_call(module, given) or reasons_against(module)
     if why:
         return Explanation(fallback=why)
     return _watch(module, given, names)

@@ -238,7 +238,7 @@ def test_autocast_and_compile_fall_back_to_hugging_face() -> None:
         warnings.simplefilter("ignore")
         with torch.autocast(DEVICE.type, torch.bfloat16):
             assert torch.equal(last(ours), last(model))
-        compiled = torch.compile(ours, backend="eager")
+        compiled = torch.compile(ours, backend="eager", fullgraph=True)
         torch.testing.assert_close(last(compiled), last(model), rtol=1e-5, atol=1e-5)
 
 
