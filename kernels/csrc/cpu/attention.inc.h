@@ -3,9 +3,8 @@
 // Flash style (Dao, arXiv 2307.08691): blocks of kQueries queries against blocks of kKeys keys with
 // a running maximum and sum, in fp32 throughout. The scores are kept transposed, [keys, queries],
 // so that a vector holds one key for W queries: maximum and sum over keys are plain vertical
-// operations, four keys of one Philox call are four vectors, and both products read their left
-// operand k-major, which needs one pointer. K^T and V of a head are packed to fp32 once and serve
-// all its query blocks.
+// operations, and four keys of one Philox call are four vectors. K and V of a head are packed to
+// fp32 rows once and serve all its query blocks; only Q has to be transposed.
 //
 // Work is dealt to threads by cost (queries x keys), in query blocks: sequences of very different
 // lengths balance, and a block's result does not depend on who computes it.
@@ -63,22 +62,30 @@ inline int64_t lanes_for(const Attention& a) {
   return larger<int64_t>(1, most);
 }
 
-// An odd number of cache lines: the rows of a k-major panel then fall into different cache sets.
-inline int64_t odd_lines(int64_t floats) {
-  const int64_t lines = ceil_div(floats, 16);
-  return (lines | 1) * 16;
-}
-
+// Row lengths in elements: of qkv, of `out`, and D padded to whole vectors.
 struct Strides {
-  int64_t row, padded, keys;  // of qkv in elements; D and the longest key count, padded
+  int64_t qkv, out, padded;
   explicit Strides(const Attention& a)
-      : row(3 * a.heads * a.width), padded(round_up(a.width, W)), keys(odd_lines(a.longest)) {}
+      : qkv(3 * a.heads * a.width), out(a.heads * a.width), padded(round_up(a.width, W)) {}
 };
 
 // The rows of one head of Q (part 0), K (1) or V (2).
 template <class T>
 const T* part_of(const Attention& a, const void* qkv, int64_t part, int64_t token, int64_t h) {
   return static_cast<const T*>(qkv) + ((token * 3 + part) * a.heads + h) * a.width;
+}
+
+// K (part 1) or V (part 2) of a head as fp32 rows. The same rows of the next head are asked for on
+// the way: they are too short and too far apart for the hardware to see a stream.
+template <class T>
+void pack_part(const Attention& a, const Head& head, int64_t part, float* to) {
+  const Strides s(a);
+  const T* from = part_of<T>(a, a.qkv, part, head.first_key, head.h);
+  if (head.h + 1 < a.heads)
+    for (int64_t i = 0; i < head.keys; ++i)
+      for (int64_t d = 0; d < a.width; d += 64 / int64_t(sizeof(T)))
+        __builtin_prefetch(from + i * s.qkv + a.width + d);
+  pack_rows(from, s.qkv, head.keys, a.width, to, s.padded);
 }
 
 // scores[j, i] = scale scores[j, i] + bias[query + i, key + j]; W x W blocks are transposed.
@@ -126,9 +133,10 @@ inline void fill_factors(
 // the exponent, is more accurate than rounding scale q_i first.
 inline float block_scores(
     const Attention& a, const Head& head, int64_t query, int64_t queries, int64_t key, int64_t keys,
-    const float* keys_t, int64_t keys_ld, const float* queries_t, float* scores) {
-  multiply<Layout::k_major, false>(
-      keys, round_up(queries, W), a.width, keys_t + key, keys_ld, queries_t, kQueries, scores,
+    const float* k, const float* queries_t, float* scores) {
+  const int64_t padded = round_up(a.width, W);
+  multiply<Layout::row_major, false>(
+      keys, round_up(queries, W), a.width, k + key * padded, padded, queries_t, kQueries, scores,
       kQueries);
   if (a.bias == nullptr) return a.scale;
   with_dtype(a.bias_dtype, [&]<class B>() {
@@ -161,14 +169,14 @@ ALWAYS_INLINE vf softmax_columns(
 struct ForwardBuffers {
   Strides strides;
   Scratch memory;
-  float *keys_t, *values, *queries_t, *scores, *factors, *sums, *maximum, *total, *rescale;
+  float *keys, *values, *queries_t, *scores, *factors, *sums, *maximum, *total, *rescale;
 
   explicit ForwardBuffers(const Attention& a)
       : strides(a),
         memory(
-            a.width * strides.keys + a.longest * strides.padded + a.width * kQueries +
-            2 * kKeys * kQueries + kQueries * strides.padded + 3 * kQueries),
-        keys_t(memory.data), values(keys_t + a.width * strides.keys),
+            2 * a.longest * strides.padded + a.width * kQueries + 2 * kKeys * kQueries +
+            kQueries * strides.padded + 3 * kQueries),
+        keys(memory.data), values(keys + a.longest * strides.padded),
         queries_t(values + a.longest * strides.padded), scores(queries_t + a.width * kQueries),
         factors(scores + kKeys * kQueries), sums(factors + kKeys * kQueries),
         maximum(sums + kQueries * strides.padded), total(maximum + kQueries),
@@ -180,7 +188,7 @@ void attention_block(const Attention& a, const Head& head, int64_t query, Forwar
   const Strides& s = m.strides;
   const int64_t queries = smaller(kQueries, head.queries - query), token = head.first + query;
   pack_transposed(
-      part_of<T>(a, a.qkv, 0, token, head.h), s.row, queries, a.width, m.queries_t, kQueries);
+      part_of<T>(a, a.qkv, 0, token, head.h), s.qkv, queries, a.width, m.queries_t, kQueries);
   for (int64_t i = 0; i < queries; i += W) {
     store(m.maximum + i, set1(-__builtin_inff()));
     store(m.total + i, vf{});
@@ -189,7 +197,7 @@ void attention_block(const Attention& a, const Head& head, int64_t query, Forwar
   for (int64_t key = 0; key < head.keys; key += kKeys) {
     const int64_t keys = smaller(kKeys, head.keys - key);
     const float scale =
-        block_scores(a, head, query, queries, key, keys, m.keys_t, s.keys, m.queries_t, m.scores);
+        block_scores(a, head, query, queries, key, keys, m.keys, m.queries_t, m.scores);
     for (int64_t i = 0; i < queries; i += W)
       store(
           m.rescale + i,
@@ -224,17 +232,12 @@ void attention_forward(const Attention& a) {
   const int64_t lanes = lanes_for(a);
   parallel(lanes, 1, [&](int64_t begin, int64_t end) {
     ForwardBuffers m(a);
-    const Strides& s = m.strides;
     for (int64_t lane = begin; lane < end; ++lane) {
       int64_t packed_b = -1, packed_h = -1;
       for_each_block(a, kQueries, lane, lanes, [&](const Head& head, int64_t block) {
         if (head.b != packed_b || head.h != packed_h) {
-          pack_transposed(
-              part_of<T>(a, a.qkv, 1, head.first_key, head.h), s.row, head.keys, a.width,
-              m.keys_t, s.keys);
-          pack_rows(
-              part_of<T>(a, a.qkv, 2, head.first_key, head.h), s.row, head.keys, a.width, m.values,
-              s.padded);
+          pack_part<T>(a, head, 1, m.keys);
+          pack_part<T>(a, head, 2, m.values);
           packed_b = head.b, packed_h = head.h;
         }
         attention_block<T>(a, head, block * kQueries, m);

@@ -18,20 +18,19 @@ namespace bert_fast::cpu::BERT_FAST_ISA {
 struct BackwardBuffers {
   Strides strides;
   Scratch memory;
-  float *keys_t, *values_t, *keys, *dkeys, *dvalues;      // one head
+  float *keys, *values, *dkeys, *dvalues;                 // one head
   float *queries_t, *dout_t, *queries, *dout, *dqueries;  // one block of queries
   float *scores, *dscores, *factors;                      // all keys of that block
 
   explicit BackwardBuffers(const Attention& a)
       : strides(a),
         memory(
-            2 * a.width * strides.keys + 3 * a.longest * strides.padded + 2 * a.width * kQueries +
+            4 * a.longest * strides.padded + 2 * a.width * kQueries +
             3 * kQueries * strides.padded + (a.dropout.on ? 3 : 2) * a.longest * kQueries) {
     const int64_t rows = a.longest * strides.padded, block = kQueries * strides.padded;
-    keys_t = memory.data;
-    values_t = keys_t + a.width * strides.keys;
-    keys = values_t + a.width * strides.keys;
-    dkeys = keys + rows;
+    keys = memory.data;
+    values = keys + rows;
+    dkeys = values + rows;
     dvalues = dkeys + rows;
     queries_t = dvalues + rows;
     dout_t = queries_t + a.width * kQueries;
@@ -73,16 +72,15 @@ void attention_gradient_block(
   const int64_t queries = smaller(kQueries, head.queries - query), token = head.first + query;
   const T* q = part_of<T>(a, a.qkv, 0, token, head.h);
   const T* dout = static_cast<const T*>(a.dout) + (token * a.heads + head.h) * a.width;
-  const int64_t dout_row = a.heads * a.width;
-  pack_transposed(q, s.row, queries, a.width, m.queries_t, kQueries);
-  pack_rows(q, s.row, queries, a.width, m.queries, s.padded);
-  pack_transposed(dout, dout_row, queries, a.width, m.dout_t, kQueries);
-  pack_rows(dout, dout_row, queries, a.width, m.dout, s.padded);
+  pack_transposed(q, s.qkv, queries, a.width, m.queries_t, kQueries);
+  pack_rows(q, s.qkv, queries, a.width, m.queries, s.padded);
+  pack_transposed(dout, s.out, queries, a.width, m.dout_t, kQueries);
+  pack_rows(dout, s.out, queries, a.width, m.dout, s.padded);
 
   const float scale = block_scores(
-      a, head, query, queries, 0, head.keys, m.keys_t, s.keys, m.queries_t, m.scores);
-  multiply<Layout::k_major, false>(
-      head.keys, round_up(queries, W), a.width, m.values_t, s.keys, m.dout_t, kQueries, m.dscores,
+      a, head, query, queries, 0, head.keys, m.keys, m.queries_t, m.scores);
+  multiply<Layout::row_major, false>(
+      head.keys, round_up(queries, W), a.width, m.values, s.padded, m.dout_t, kQueries, m.dscores,
       kQueries);
   if (a.dropout.on) fill_factors(a, head, query, queries, 0, head.keys, m.factors);
   for (int64_t i = 0; i < queries; i += W) {
@@ -105,19 +103,15 @@ void attention_gradient_block(
   T* dq = const_cast<T*>(part_of<T>(a, a.dqkv, 0, token, head.h));
   for (int64_t i = 0; i < queries; ++i)
     sweep(a.width, [&](int64_t d, auto lanes) {
-      store(dq + i * s.row + d, load(m.dqueries + i * s.padded + d), lanes);
+      store(dq + i * s.qkv + d, load(m.dqueries + i * s.padded + d), lanes);
     });
 }
 
 template <class T>
 void attention_gradient(const Attention& a, const Head& head, BackwardBuffers& m) {
   const Strides& s = m.strides;
-  const T* k = part_of<T>(a, a.qkv, 1, head.first_key, head.h);
-  pack_transposed(k, s.row, head.keys, a.width, m.keys_t, s.keys);
-  pack_rows(k, s.row, head.keys, a.width, m.keys, s.padded);
-  pack_transposed(
-      part_of<T>(a, a.qkv, 2, head.first_key, head.h), s.row, head.keys, a.width, m.values_t,
-      s.keys);
+  pack_part<T>(a, head, 1, m.keys);
+  pack_part<T>(a, head, 2, m.values);
   memset(m.dkeys, 0, head.keys * s.padded * sizeof(float));
   memset(m.dvalues, 0, head.keys * s.padded * sizeof(float));
   for (int64_t query = 0; query < head.queries; query += kQueries)
