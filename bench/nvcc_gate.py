@@ -3,7 +3,7 @@
     python bench/nvcc_gate.py [--json OUT]
 
 It needs nvcc but no GPU and no CUDA build of torch: the sources use torch's stable headers only.
-Where nvcc is missing it says so and exits with 0. The flags are those of setup.py.
+Where nvcc is missing it says so and exits with 0. The flags are those of setup.py and of torch.
 """
 
 from __future__ import annotations
@@ -100,11 +100,14 @@ def demangle(names: Sequence[str]) -> dict[str, str]:
     return short
 
 
-def compile_file(nvcc: str, source: Path, includes: Sequence[str]) -> tuple[list[KernelUse], str]:
+def compile_file(nvcc: str, source: Path) -> tuple[list[KernelUse], str]:
     """Compiles one file for all architectures; returns its kernels, and the errors if it fails."""
+    from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
+
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, *FLAGS, *targets, *(f"-I{path}" for path in includes), "-Xptxas", "-v"]
+        command = [nvcc, *FLAGS, *COMMON_NVCC_FLAGS, *targets, "-Xptxas", "-v"]
+        command += [f"-I{path}" for path in include_paths()]
         command += ["-c", str(source), "-o", str(Path(folder) / "out.o")]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
@@ -114,12 +117,9 @@ def compile_file(nvcc: str, source: Path, includes: Sequence[str]) -> tuple[list
 
 def compile_all(nvcc: str) -> tuple[list[KernelUse], dict[str, str]]:
     """Compiles all files, two at a time or more; returns kernels and errors by file."""
-    from torch.utils.cpp_extension import include_paths
-
-    includes = include_paths()
     sources = sorted(SOURCES.glob("*.cu"), key=lambda path: -path.stat().st_size)
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        results = list(pool.map(lambda path: compile_file(nvcc, path, includes), sources))
+        results = list(pool.map(lambda path: compile_file(nvcc, path), sources))
     kernels = [kernel for found, _ in results for kernel in found]
     names = demangle([kernel.kernel for kernel in kernels])
     kernels = [KernelUse(**(asdict(k) | {"kernel": names[k.kernel]})) for k in kernels]
