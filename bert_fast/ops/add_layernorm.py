@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .backends import cpu_kernels, cuda_kernel, row_in_one_block, triton_kernel
+from .backends import cpu_kernels, cuda_kernel, triton_kernel, widest_row
 from .registry import Chooser, Op, Sample
 from .rng import dropout
 
@@ -66,7 +66,9 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
     for name, tokens, hidden, p, parts in (
         ("bert", 67, 128, 0.0, (True, True)),
         ("odd_hidden", 9, 37, 0.0, (True, True)),
-        ("wide", 5, 1031, 0.0, (True, True)),
+        ("base_hidden", 5, 768, 0.0, (True, True)),
+        ("odd_wide_hidden", 5, 1031, 0.0, (True, True)),
+        ("widest_hidden", 2, 4096, 0.0, (True, True)),
         ("no_bias", 6, 64, 0.0, (False, True)),
         ("plain_layernorm", 6, 64, 0.0, (False, False)),
         ("dropout", 33, 96, 0.3, (True, True)),
@@ -110,8 +112,8 @@ OP = Op(
     fake=fake,
     kernels=(
         *cpu_kernels("add_layernorm"),
-        cuda_kernel("add_layernorm"),
-        triton_kernel("add_layernorm", limits=lambda x, *_: row_in_one_block(x)),
+        cuda_kernel("add_layernorm", limits=widest_row(4096)),
+        triton_kernel("add_layernorm", limits=widest_row(8192)),
     ),
     samples=samples,
     cost=cost,

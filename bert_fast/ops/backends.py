@@ -69,9 +69,14 @@ def wrong_device(lead: Tensor, device: str) -> list[str]:
     return [] if lead.device.type == device else [f"tensors are on {lead.device}, not {device}"]
 
 
-def row_in_one_block(x: Tensor) -> list[str]:
-    """The limit of the Triton kernels that hold a whole row [H] in registers."""
-    return [] if x.shape[-1] <= 8192 else [f"hidden size is {x.shape[-1]}, more than 8192"]
+def widest_row(hidden: int, lead: int = 0) -> Limits:
+    """The limit of kernels that hold a whole row [H] in registers."""
+
+    def limit(*args: Any) -> list[str]:
+        width = args[lead].shape[-1]
+        return [] if 1 <= width <= hidden else [f"hidden size is {width}, not 1 to {hidden}"]
+
+    return limit
 
 
 def wrong_dtype(lead: Tensor) -> list[str]:

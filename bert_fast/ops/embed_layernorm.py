@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .backends import cpu_kernels, cuda_kernel, row_in_one_block, triton_kernel
+from .backends import cpu_kernels, cuda_kernel, triton_kernel, widest_row
 from .registry import Chooser, Kernel, Op, Sample
 from .rng import dropout
 
@@ -123,6 +123,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
         ("bert", 41, 128, "given", 0.0, 0),
         ("types_default", 9, 64, "default", 0.0, -1),
         ("no_types", 9, 64, "none", 0.0, -1),
+        ("base_hidden", 6, 768, "given", 0.0, 0),
         ("odd_hidden", 13, 37, "given", 0.0, 0),
         ("dropout", 24, 96, "given", 0.2, 0),
         ("empty", 0, 64, "given", 0.0, 0),
@@ -174,8 +175,8 @@ OP = Op(
         _scattering(kernel)
         for kernel in (
             *cpu_kernels("embed_layernorm", _LEAD),
-            cuda_kernel("embed_layernorm", _LEAD),
-            triton_kernel("embed_layernorm", _LEAD, lambda *args: row_in_one_block(args[_LEAD])),
+            cuda_kernel("embed_layernorm", _LEAD, widest_row(4096, _LEAD)),
+            triton_kernel("embed_layernorm", _LEAD, widest_row(8192, _LEAD)),
         )
     ),
     samples=samples,

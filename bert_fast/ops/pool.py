@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .backends import cpu_kernels, row_in_one_block, triton_kernel
+from .backends import cpu_kernels, triton_kernel, widest_row
 from .registry import Chooser, Op, Sample
 
 MODES = ("cls", "mean")
@@ -79,7 +79,7 @@ OP = Op(
     reference=reference,
     check=check,
     fake=fake,
-    kernels=(*cpu_kernels("pool"), triton_kernel("pool", limits=lambda x, *_: row_in_one_block(x))),
+    kernels=(*cpu_kernels("pool"), triton_kernel("pool", limits=widest_row(8192))),
     samples=samples,
     cost=cost,
     differentiable=("x",),
