@@ -1,9 +1,9 @@
 """Builds `bert_fast._C`: the C++ kernels, and the CUDA ones where torch has CUDA and nvcc is found.
 
-Everything else about the package is in pyproject.toml. A file whose name ends in `_avx2` or
-`_avx512` is compiled with that instruction set; which one runs is decided by CPUID at run time, so
-one binary serves every x86-64. The extension uses torch's stable ABI and Python's limited API:
-one build serves torch >= 2.11 and CPython >= 3.10.
+Everything else about the package is in pyproject.toml. A file whose name ends in `_avx2`, `_avx512`
+or `_avx512_bf16` is compiled with that instruction set; which one runs is decided by CPUID at run
+time, so one binary serves every x86-64. The extension uses torch's stable ABI and Python's limited
+API: one build serves torch >= 2.11 and CPython >= 3.10.
 """
 
 import os
@@ -16,11 +16,13 @@ from setuptools import find_packages, setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 CSRC = Path("kernels/csrc")
+# The warnings are GCC 12's about its own immintrin.h.
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 X86_FLAGS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    # The warnings are GCC 12's about its own immintrin.h.
-    "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
-    + ["-Wno-uninitialized", "-Wno-maybe-uninitialized"],
+    "_avx512": AVX512,
+    "_avx512_bf16": [*AVX512, "-mavx512bf16"],
 }
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 # The compiler must be there, not a device: a wheel is the same wherever it was built.

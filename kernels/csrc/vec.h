@@ -13,7 +13,12 @@
 #endif
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#if defined(__AVX512BF16__)
+#define BERT_FAST_ISA avx512_bf16
+#define BERT_FAST_AVX512_BF16 1
+#else
 #define BERT_FAST_ISA avx512
+#endif
 #define BERT_FAST_AVX512 1
 #define BERT_FAST_VECTOR_BYTES 64
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -96,7 +101,13 @@ ALWAYS_INLINE To bits_as(From from) {
   return to;
 }
 
-ALWAYS_INLINE vf set1(float x) { return x - vf{}; }  // x - 0 is x for every x, -0 and NaN included
+ALWAYS_INLINE vf set1(float x) {
+#if defined(BERT_FAST_AVX512)
+  return _mm512_set1_ps(x);
+#else
+  return x - vf{};  // x - 0 is x for every x, -0 and NaN included
+#endif
+}
 
 ALWAYS_INLINE vi lane_index() {
   vi lanes;
@@ -187,10 +198,14 @@ ALWAYS_INLINE vf load(const bf16* p, Full = {}) {
 
 // Round to nearest even; a NaN stays one (its rounding could carry into infinity).
 ALWAYS_INLINE vh bf16_bits(vf a) {
+#if defined(BERT_FAST_AVX512_BF16)
+  return (vh)_mm512_cvtneps_pbh(a);
+#else
   vu bits = bits_as<vu>(a);
   vu rounded = bits + 0x7fff + (bits >> 16 & 1);
   vu nan = bits | 0x400000;
   return narrow((a == a ? rounded : nan) >> 16);
+#endif
 }
 ALWAYS_INLINE void store(bf16* p, vf a, Full = {}) {
   vh half = bf16_bits(a);

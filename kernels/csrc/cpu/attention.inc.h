@@ -75,18 +75,91 @@ const T* part_of(const Attention& a, const void* qkv, int64_t part, int64_t toke
   return static_cast<const T*>(qkv) + ((token * 3 + part) * a.heads + h) * a.width;
 }
 
-// K (part 1) or V (part 2) of a head as fp32 rows. The same rows of the next head are asked for on
-// the way: they are too short and too far apart for the hardware to see a stream.
+// Asks for the rows of the next head: they are too short and too far apart for the hardware to see
+// a stream.
+template <class T>
+void prefetch_next(const Attention& a, const Head& head, int64_t part) {
+  if (head.h + 1 == a.heads) return;
+  const T* next = part_of<T>(a, a.qkv, part, head.first_key, head.h + 1);
+  for (int64_t i = 0; i < head.keys; ++i)
+    for (int64_t d = 0; d < a.width; d += 64 / int64_t(sizeof(T)))
+      __builtin_prefetch(next + i * 3 * a.heads * a.width + d);
+}
+
+// K (part 1) or V (part 2) of a head as fp32 rows.
 template <class T>
 void pack_part(const Attention& a, const Head& head, int64_t part, float* to) {
   const Strides s(a);
-  const T* from = part_of<T>(a, a.qkv, part, head.first_key, head.h);
-  if (head.h + 1 < a.heads)
-    for (int64_t i = 0; i < head.keys; ++i)
-      for (int64_t d = 0; d < a.width; d += 64 / int64_t(sizeof(T)))
-        __builtin_prefetch(from + i * s.qkv + a.width + d);
-  pack_rows(from, s.qkv, head.keys, a.width, to, s.padded);
+  prefetch_next<T>(a, head, part);
+  pack_rows(
+      part_of<T>(a, a.qkv, part, head.first_key, head.h), s.qkv, head.keys, a.width, to, s.padded);
 }
+
+// What the forward's products work on: how K, V, Q and the probabilities are laid out, and how many
+// steps along k one 32-bit element holds.
+template <class T>
+struct Fp32Operands {
+  using Product = Fp32Product;
+  static constexpr int64_t kPacked = 1;
+
+  static int64_t key_row(const Attention& a) { return round_up(a.width, W); }
+  static void pack_keys(const Attention& a, const Head& head, float* to) {
+    pack_part<T>(a, head, 1, to);
+  }
+  static void pack_values(const Attention& a, const Head& head, float* to) {
+    pack_part<T>(a, head, 2, to);
+  }
+  static void pack_queries(const Attention& a, const T* q, int64_t queries, float* to) {
+    pack_transposed(q, 3 * a.heads * a.width, queries, a.width, to, kQueries);
+  }
+  static void pack_probabilities(float*, int64_t) {}
+};
+
+#if defined(BERT_FAST_AVX512_BF16)
+// Pairs of bf16: two along d for the scores, where Q and K lie in memory as pairs already, two keys
+// for the weighted sum. Products of bf16 are exact and sums fp32, so only rounding P to bf16 costs
+// accuracy, and less than rounding the output does.
+struct Bf16PairOperands {
+  using Product = Bf16PairProduct;
+  static constexpr int64_t kPacked = 2;
+
+  static int64_t key_row(const Attention& a) { return a.width / 2; }
+  static void pack_keys(const Attention& a, const Head& head, float* to) {
+    prefetch_next<bf16>(a, head, 1);
+    const bf16* from = part_of<bf16>(a, a.qkv, 1, head.first_key, head.h);
+    for (int64_t i = 0; i < head.keys; ++i)
+      memcpy(to + i * (a.width / 2), from + i * 3 * a.heads * a.width, a.width * sizeof(bf16));
+  }
+  static void pack_values(const Attention& a, const Head& head, float* to) {
+    prefetch_next<bf16>(a, head, 2);
+    const Strides s(a);
+    const bf16* from = part_of<bf16>(a, a.qkv, 2, head.first_key, head.h);
+    for (int64_t i = 0; i < head.keys; i += 2, to += s.padded)
+      sweep(a.width, [&](int64_t d, auto lanes) {
+        vu even = bits_as<vu>(load(from + i * s.qkv + d, lanes)), odd{};
+        if (i + 1 < head.keys) odd = bits_as<vu>(load(from + (i + 1) * s.qkv + d, lanes));
+        store(to + d, bits_as<vf>(even >> 16 | odd));
+      });
+  }
+  static void pack_queries(const Attention& a, const bf16* q, int64_t queries, float* to) {
+    pack_transposed(
+        reinterpret_cast<const float*>(q), 3 * a.heads * a.width / 2, queries, a.width / 2, to,
+        kQueries);
+  }
+  // In place: row j of pairs replaces rows 2 j and 2 j + 1, which are read first.
+  static void pack_probabilities(float* columns, int64_t keys) {
+    // 16-bit lanes 0, 16, 1, 17, ...: the halves of the conversion dealt alternately.
+    const __m512i interleave = (__m512i)(lane_index() * 0x00010001 + 0x00100000);
+    for (int64_t j = 0; j < keys; j += 2) {
+      vf even = load(columns + j * kQueries);
+      vf odd = j + 1 < keys ? load(columns + (j + 1) * kQueries) : vf{};
+      __m512i pairs =
+          _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+      store(columns + j / 2 * kQueries, bits_as<vf>(pairs));
+    }
+  }
+};
+#endif
 
 // scores[j, i] = scale scores[j, i] + bias[query + i, key + j]; W x W blocks are transposed.
 template <class B>
@@ -129,15 +202,16 @@ inline void fill_factors(
   }
 }
 
-// Scores of a block, transposed, before the factor that is returned: rounding scale q_i k_j once, in
-// the exponent, is more accurate than rounding scale q_i first.
-inline float block_scores(
+// Scores of a block, transposed, before the factor that is returned: rounding scale q_i k_j once,
+// in the exponent, is more accurate than rounding scale q_i first.
+template <class OPERANDS>
+float block_scores(
     const Attention& a, const Head& head, int64_t query, int64_t queries, int64_t key, int64_t keys,
     const float* k, const float* queries_t, float* scores) {
-  const int64_t padded = round_up(a.width, W);
-  multiply<Layout::row_major, false>(
-      keys, round_up(queries, W), a.width, k + key * padded, padded, queries_t, kQueries, scores,
-      kQueries);
+  const int64_t row = OPERANDS::key_row(a);
+  multiply<Layout::row_major, false, typename OPERANDS::Product>(
+      keys, round_up(queries, W), a.width / OPERANDS::kPacked, k + key * row, row, queries_t,
+      kQueries, scores, kQueries);
   if (a.bias == nullptr) return a.scale;
   with_dtype(a.bias_dtype, [&]<class B>() {
     add_bias<B>(a, head, query, queries, key, keys, scores);
@@ -183,21 +257,19 @@ struct ForwardBuffers {
         rescale(total + kQueries) {}
 };
 
-template <class T>
+template <class T, class OPERANDS>
 void attention_block(const Attention& a, const Head& head, int64_t query, ForwardBuffers& m) {
   const Strides& s = m.strides;
   const int64_t queries = smaller(kQueries, head.queries - query), token = head.first + query;
-  pack_transposed(
-      part_of<T>(a, a.qkv, 0, token, head.h), s.qkv, queries, a.width, m.queries_t, kQueries);
+  OPERANDS::pack_queries(a, part_of<T>(a, a.qkv, 0, token, head.h), queries, m.queries_t);
   for (int64_t i = 0; i < queries; i += W) {
     store(m.maximum + i, set1(-__builtin_inff()));
     store(m.total + i, vf{});
   }
-  memset(m.sums, 0, queries * s.padded * sizeof(float));
   for (int64_t key = 0; key < head.keys; key += kKeys) {
     const int64_t keys = smaller(kKeys, head.keys - key);
-    const float scale =
-        block_scores(a, head, query, queries, key, keys, m.keys, m.queries_t, m.scores);
+    const float scale = block_scores<OPERANDS>(
+        a, head, query, queries, key, keys, m.keys, m.queries_t, m.scores);
     for (int64_t i = 0; i < queries; i += W)
       store(
           m.rescale + i,
@@ -207,19 +279,27 @@ void attention_block(const Attention& a, const Head& head, int64_t query, Forwar
       for (int64_t i = 0; i < keys * kQueries; i += W)
         store(m.scores + i, load(m.scores + i) * load(m.factors + i));
     }
-    if (key > 0)
-      for (int64_t i = 0; i < queries; ++i)
-        for (int64_t d = 0; d < s.padded; d += W)
-          store(m.sums + i * s.padded + d, load(m.sums + i * s.padded + d) * m.rescale[i]);
-    multiply<Layout::k_major, true>(
-        queries, s.padded, keys, m.scores, kQueries, m.values + key * s.padded, s.padded, m.sums,
-        s.padded);
+    for (int64_t i = 0; i < queries; i += W) OPERANDS::pack_probabilities(m.scores + i, keys);
+    auto add_values = [&]<bool ADD>() {
+      multiply<Layout::k_major, ADD, typename OPERANDS::Product>(
+          queries, s.padded, ceil_div(keys, OPERANDS::kPacked), m.scores, kQueries,
+          m.values + key / OPERANDS::kPacked * s.padded, s.padded, m.sums, s.padded);
+    };
+    if (key == 0) {
+      add_values.template operator()<false>();
+      continue;
+    }
+    for (int64_t i = 0; i < queries; ++i)
+      for (int64_t d = 0; d < s.padded; d += W)
+        store(m.sums + i * s.padded + d, load(m.sums + i * s.padded + d) * m.rescale[i]);
+    add_values.template operator()<true>();
   }
   for (int64_t i = 0; i < queries; ++i) {
     const float total = m.total[i], divisor = total == 0.0f ? 1.0f : total;
     T* out = static_cast<T*>(a.out) + ((token + i) * a.heads + head.h) * a.width;
     sweep(a.width, [&](int64_t d, auto lanes) {
-      store(out + d, load(m.sums + i * s.padded + d) / divisor, lanes);
+      // A head without keys has summed nothing: m.sums is not even initialised then.
+      store(out + d, head.keys ? load(m.sums + i * s.padded + d) / divisor : vf{}, lanes);
     });
     if (a.lse)
       a.lse[head.h * a.tokens + token + i] =
@@ -227,8 +307,8 @@ void attention_block(const Attention& a, const Head& head, int64_t query, Forwar
   }
 }
 
-template <class T>
-void attention_forward(const Attention& a) {
+template <class T, class OPERANDS>
+void attention_forward_with(const Attention& a) {
   const int64_t lanes = lanes_for(a);
   parallel(lanes, 1, [&](int64_t begin, int64_t end) {
     ForwardBuffers m(a);
@@ -236,18 +316,22 @@ void attention_forward(const Attention& a) {
       int64_t packed_b = -1, packed_h = -1;
       for_each_block(a, kQueries, lane, lanes, [&](const Head& head, int64_t block) {
         if (head.b != packed_b || head.h != packed_h) {
-          pack_part<T>(a, head, 1, m.keys);
-          pack_part<T>(a, head, 2, m.values);
+          OPERANDS::pack_keys(a, head, m.keys);
+          OPERANDS::pack_values(a, head, m.values);
           packed_b = head.b, packed_h = head.h;
         }
-        attention_block<T>(a, head, block * kQueries, m);
+        attention_block<T, OPERANDS>(a, head, block * kQueries, m);
       });
     }
   });
 }
 
 inline void attention_forward(const Attention& a) {
-  with_dtype(a.dtype, [&]<class T>() { attention_forward<T>(a); });
+#if defined(BERT_FAST_AVX512_BF16)
+  if (a.dtype == Dtype::bf16 && a.width % 2 == 0)
+    return attention_forward_with<bf16, Bf16PairOperands>(a);
+#endif
+  with_dtype(a.dtype, [&]<class T>() { attention_forward_with<T, Fp32Operands<T>>(a); });
 }
 
 }  // namespace bert_fast::cpu::BERT_FAST_ISA

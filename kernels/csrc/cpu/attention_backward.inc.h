@@ -77,7 +77,7 @@ void attention_gradient_block(
   pack_transposed(dout, s.out, queries, a.width, m.dout_t, kQueries);
   pack_rows(dout, s.out, queries, a.width, m.dout, s.padded);
 
-  const float scale = block_scores(
+  const float scale = block_scores<Fp32Operands<T>>(
       a, head, query, queries, 0, head.keys, m.keys, m.queries_t, m.scores);
   multiply<Layout::row_major, false>(
       head.keys, round_up(queries, W), a.width, m.values, s.padded, m.dout_t, kQueries, m.dscores,

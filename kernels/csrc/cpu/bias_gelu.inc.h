@@ -1,7 +1,7 @@
 // bias_gelu: y = act(x + bias) with act one of
 //
 //   gelu       u Phi(u)                            act' = Phi(u) + u phi(u)
-//   gelu_tanh  u sigmoid(2 k (u + 0.044715 u^3))   k = sqrt(2 / pi); (1 + tanh v) / 2 = sigmoid(2 v)
+//   gelu_tanh  u sigmoid(2 k (u + 0.044715 u^3)), k = sqrt(2 / pi): sigmoid(2 v) = (1 + tanh v) / 2
 //   relu       max(u, 0)
 //   silu       u sigmoid(u)
 //

@@ -6,8 +6,9 @@
 
 namespace bert_fast::cpu {
 
-// The kernels for instruction set `isa` (0 generic, 1 AVX2, 2 AVX-512); refuses what this machine
-// cannot run.
+// The kernels for instruction set `isa`: 0 generic, 1 AVX2, 2 AVX-512, using its BF16 instructions
+// where the machine has them, 3 AVX-512 without them in any case (one machine can test both).
+// Refuses what this machine cannot run.
 const Kernels& kernels_for(const char* op, int64_t isa);
 
 Dtype float_dtype(const char* op, const char* name, const Tensor& t);

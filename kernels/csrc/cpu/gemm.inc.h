@@ -21,7 +21,20 @@ constexpr int kMaxVectors = 2, kAccumulators = 12, kMaxRows = 6;  // of 16 regis
 // Where element (i, k) of A lies: k_major: a[k * lda + i], row_major: a[i * lda + k].
 enum class Layout { k_major, row_major };
 
-template <Layout LAYOUT, bool ADD, int NR, int MR>
+// What one step along k multiplies: fp32 values, or pairs of bf16 in 32 bits (two steps of k at
+// once, exact products, fp32 sums). Both kinds move through memory and broadcasts as floats.
+struct Fp32Product {
+  static ALWAYS_INLINE vf add(vf sum, vf left, vf right) { return fma(left, right, sum); }
+};
+#if defined(BERT_FAST_AVX512_BF16)
+struct Bf16PairProduct {
+  static ALWAYS_INLINE vf add(vf sum, vf left, vf right) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)left, (__m512bh)right);
+  }
+};
+#endif
+
+template <class PRODUCT, Layout LAYOUT, bool ADD, int NR, int MR>
 void multiply_tile(
     int64_t depth,
     const float* a,
@@ -49,7 +62,7 @@ void multiply_tile(
     for (int i = 0; i < MR; ++i) {
       const float left = LAYOUT == Layout::row_major ? rows[i / 3][i % 3 * lda] : rows[0][i];
 #pragma GCC unroll 16
-      for (int j = 0; j < NR; ++j) sums[i][j] = fma(set1(left), right[j], sums[i][j]);
+      for (int j = 0; j < NR; ++j) sums[i][j] = PRODUCT::add(sums[i][j], set1(left), right[j]);
     }
     b += ldb;
 #pragma GCC unroll 16
@@ -61,15 +74,15 @@ void multiply_tile(
     for (int j = 0; j < NR; ++j) store(c + i * ldc + j * W, sums[i][j]);
 }
 
-using Tile = decltype(&multiply_tile<Layout::k_major, false, 1, 1>);
+using Tile = decltype(&multiply_tile<Fp32Product, Layout::k_major, false, 1, 1>);
 
-template <Layout LAYOUT, bool ADD, int NR, int... I>
+template <class PRODUCT, Layout LAYOUT, bool ADD, int NR, int... I>
 Tile find_tile(int64_t rows, std::integer_sequence<int, I...>) {
-  static constexpr Tile tiles[] = {multiply_tile<LAYOUT, ADD, NR, I + 1>...};
+  static constexpr Tile tiles[] = {multiply_tile<PRODUCT, LAYOUT, ADD, NR, I + 1>...};
   return tiles[rows - 1];
 }
 
-template <Layout LAYOUT, bool ADD, int NR>
+template <class PRODUCT, Layout LAYOUT, bool ADD, int NR>
 void multiply_panel(
     int64_t m, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
     int64_t ldc) {
@@ -77,13 +90,13 @@ void multiply_panel(
   const int64_t tiles = ceil_div(m, most);
   for (int64_t tile = 0, i = 0; tile < tiles; ++tile) {
     const int64_t rows = m / tiles + (tile < m % tiles);
-    find_tile<LAYOUT, ADD, NR>(rows, std::make_integer_sequence<int, most>{})(
+    find_tile<PRODUCT, LAYOUT, ADD, NR>(rows, std::make_integer_sequence<int, most>{})(
         depth, a + i * (LAYOUT == Layout::row_major ? lda : 1), lda, b, ldb, c + i * ldc, ldc);
     i += rows;
   }
 }
 
-template <Layout LAYOUT, bool ADD>
+template <Layout LAYOUT, bool ADD, class PRODUCT = Fp32Product>
 void multiply(
     int64_t m, int64_t n, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
     float* c, int64_t ldc) {
@@ -92,11 +105,16 @@ void multiply(
     const int64_t wide = vectors / panels + (panel < vectors % panels);
     const float* right = b + j * W;
     float* out = c + j * W;
+    auto multiply_by = [&]<int NR>() {
+      multiply_panel<PRODUCT, LAYOUT, ADD, NR>(m, depth, a, lda, right, ldb, out, ldc);
+    };
     switch (wide) {
-      case 1: multiply_panel<LAYOUT, ADD, 1>(m, depth, a, lda, right, ldb, out, ldc); break;
-      case 2: multiply_panel<LAYOUT, ADD, 2>(m, depth, a, lda, right, ldb, out, ldc); break;
-      case 3: multiply_panel<LAYOUT, ADD, 3>(m, depth, a, lda, right, ldb, out, ldc); break;
-      case 4: multiply_panel<LAYOUT, ADD, 4>(m, depth, a, lda, right, ldb, out, ldc); break;
+      case 1: multiply_by.template operator()<1>(); break;
+      case 2: multiply_by.template operator()<2>(); break;
+    }
+    if constexpr (kMaxVectors > 2) {
+      if (wide == 3) multiply_by.template operator()<3>();
+      if (wide == 4) multiply_by.template operator()<4>();
     }
     j += wide;
   }
@@ -110,8 +128,13 @@ ALWAYS_INLINE void exchange(vf (&rows)[W], std::integer_sequence<int, L...>) {
   for (int i = 0; i < W; ++i) {
     if (i & STEP) continue;
     vf upper = rows[i], lower = rows[i | STEP];
+#if defined(__clang__)
     rows[i] = __builtin_shufflevector(upper, lower, (L & STEP ? W + L - STEP : L)...);
     rows[i | STEP] = __builtin_shufflevector(upper, lower, (L & STEP ? W + L : L + STEP)...);
+#else
+    rows[i] = __builtin_shuffle(upper, lower, vi{(L & STEP ? W + L - STEP : L)...});
+    rows[i | STEP] = __builtin_shuffle(upper, lower, vi{(L & STEP ? W + L : L + STEP)...});
+#endif
   }
 }
 

@@ -1,4 +1,4 @@
-// What the checking wrappers hand to the kernels: plain structs of pointers and sizes, and one table
+// What the checking wrappers hand to the kernels: plain structs of pointers and sizes, and a table
 // of function pointers per instruction set. Only declarations and aggregates live here: an inline
 // function shared between files compiled for different instruction sets could run on the wrong CPU.
 #pragma once
@@ -116,7 +116,7 @@ struct Kernels {
   void (*attention_backward)(const Attention&);
 };
 
-extern const Kernels kernels_generic, kernels_avx2, kernels_avx512;
+extern const Kernels kernels_generic, kernels_avx2, kernels_avx512, kernels_avx512_bf16;
 
 // Runs call(begin, end, context) over [0, n) on torch's threads, at least `grain` items each.
 void run_parallel(int64_t n, int64_t grain, void (*call)(int64_t, int64_t, void*), void* context);

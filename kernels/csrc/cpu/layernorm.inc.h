@@ -128,8 +128,8 @@ void layernorm_forward(const Args& a) {
 // One row of the backward; adds to the chunk's column sums. `dx` is null where dz serves as dx.
 template <class T, class Row>
 void layernorm_backward_row(
-    const LayerNorm& a, Row& source, int64_t row, RowBuffers& buffers, const float* weight, void* dx,
-    float* sums) {
+    const LayerNorm& a, Row& source, int64_t row, RowBuffers& buffers, const float* weight,
+    void* dx, float* sums) {
   const float* factors = row_factors(a, row, buffers);
   source.move_to(row, factors);
   const float mean = a.mean[row], rstd = a.rstd[row];

@@ -1,6 +1,6 @@
-// pool: v_b = the first row of sequence b ("cls") or the mean of its rows; y = v / max(||v||, 1e-12)
-// where asked. dv = (dy - y (y . dy)) / max(||v||, 1e-12) (the projection only where the norm is
-// above the floor), handed to the first row or spread over all.
+// pool: v_b = the first row of sequence b ("cls") or the mean of its rows; y = v or, normalised,
+// v / max(||v||, 1e-12). dv = (dy - y (y . dy)) / max(||v||, 1e-12) (the projection only where the
+// norm is above the floor), handed to the first row or spread over all.
 //
 // One sequence at a time: its sum is built in blocks of rows added to an fp32 buffer in L1, so even
 // a long mean keeps its digits. v is recomputed in the backward: cheaper than saving it.

@@ -110,7 +110,8 @@ template <class T>
 void sum_partials(const float* partials, int64_t n, int64_t stride, int64_t cols, T* to) {
   if (to == nullptr) return;
   constexpr int64_t group = 64;
-  parallel(ceil_div(cols, W), larger<int64_t>(1, kGrain / (n * W + 1)), [&](int64_t v0, int64_t v1) {
+  const int64_t grain = larger<int64_t>(1, kGrain / (n * W + 1));
+  parallel(ceil_div(cols, W), grain, [&](int64_t v0, int64_t v1) {
     sweep(smaller(v1 * W, cols) - v0 * W, [&](int64_t i, auto lanes) {
       const int64_t c = v0 * W + i;
       vf total{};

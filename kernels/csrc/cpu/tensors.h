@@ -61,9 +61,10 @@ inline void* checked(
     std::initializer_list<int64_t> shape) {
   require(t.is_cpu(), op, ": ", name, " is not on the CPU");
   require(t.is_contiguous(), op, ": ", name, " is not contiguous");
+  const ScalarType found = t.scalar_type();
   require(
-      t.scalar_type() == dtype, op, ": ", name, " is ", torch::headeronly::toString(t.scalar_type()),
-      ", expected ", torch::headeronly::toString(dtype));
+      found == dtype, op, ": ", name, " is ", torch::headeronly::toString(found), ", expected ",
+      torch::headeronly::toString(dtype));
   const auto sizes = t.sizes();
   bool same = sizes.size() == shape.size();
   for (size_t i = 0; same && i < shape.size(); ++i) same = sizes[i] == shape.begin()[i];
