@@ -26,10 +26,8 @@ X86_FLAGS = {
 }
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 # The compiler must be there, not a device: a wheel is the same wherever it was built.
-HAS_CUDA = torch.version.cuda is not None and (
-    shutil.which("nvcc") is not None
-    or (CUDA_HOME is not None and (Path(CUDA_HOME) / "bin" / "nvcc").exists())
-)
+HAS_CUDA = torch.version.cuda is not None and CUDA_HOME is not None
+HAS_CUDA = HAS_CUDA and shutil.which("nvcc", path=f"{CUDA_HOME}/bin") is not None
 
 
 class BuildByISA(BuildExtension):
@@ -38,12 +36,13 @@ class BuildByISA(BuildExtension):
     def build_extension(self, ext):
         for suffix, flags in X86_FLAGS.items() if IS_X86 else ():
             sources = [s for s in ext.sources if Path(s).stem.endswith(suffix)]
+            if not sources:
+                continue
             args = ext.extra_compile_args
             ext.extra_objects += self.compiler.compile(
                 sources,
                 output_dir=self.build_temp,
                 include_dirs=ext.include_dirs,
-                debug=self.debug,
                 extra_postargs={**args, "cxx": args["cxx"] + flags},
                 depends=ext.depends,
             )
@@ -54,11 +53,11 @@ class BuildByISA(BuildExtension):
 def extension():
     patterns = ["*.cpp", "cpu/*.cpp"] + ["cuda/*.cu"] * HAS_CUDA
     sources = sorted(str(path) for pattern in patterns for path in CSRC.glob(pattern))
-    with_cuda = any(source.endswith(".cu") for source in sources)
+    kind = CUDAExtension if any(s.endswith(".cu") for s in sources) else CppExtension
     target = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11's stable ABI
     gpus = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ("80", "90a", "100a")]
     gpus += ["-gencode=arch=compute_80,code=compute_80"]  # PTX, for what comes later
-    return (CUDAExtension if with_cuda else CppExtension)(
+    return kind(
         "bert_fast._C",
         sources,
         include_dirs=[str(CSRC.resolve())],
