@@ -34,7 +34,7 @@ demo: setup assets
 	$(PY) -m bench.demo
 
 test: setup assets
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist worksteal
 
 bench: setup assets
 	$(PY) -m bench.gpu_gate --device cpu --pytest tests/test_registry.py --out .cache/bench-cpu.json

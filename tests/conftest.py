@@ -9,6 +9,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores between them
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Fresh floating-point memory holds NaN, so that an element nobody wrote is seen."""

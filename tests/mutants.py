@@ -48,7 +48,7 @@ MUTANTS = [
            "if (residual) sum += load(residual + i, lanes);", "",
            parity("add_layernorm and avx512 and bert")),
     Mutant("add_layernorm: linear bias lost", CPU + "layernorm.inc.h",
-           "if (a.linear_bias) sum +=", "if (false) sum +=",
+           "if (linear_bias) sum += load(linear_bias + i, lanes);", "",
            parity("add_layernorm and avx2 and bert")),
     Mutant("layernorm backward: mean(g xhat) lost", CPU + "layernorm.inc.h",
            "- mean_g - load(buffers.z + i) * mean_gx) * rstd", "- mean_g) * rstd",

@@ -44,6 +44,20 @@ def test_eager(name: str, backend: str, sample: str, dtype: torch.dtype) -> None
     assert not violations(expected, [inferred, *found[1:]], dtype, wanted)
 
 
+@pytest.mark.parametrize("name", OPS)
+def test_avx512_without_bf16_instructions(name: str) -> None:
+    """A machine with them runs both kinds of AVX-512 code; level 3 asks for the older kind."""
+    op = OPS[name]
+    for sample in sample_names(name):
+        expected = truth(name, sample, torch.bfloat16)
+        if dict(op.reasons(expected.args)).get("avx512", ["no such kernel"]):
+            pytest.skip("no AVX-512 kernel runs here")
+        args = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in expected.args]
+        found = getattr(torch.ops.bert_fast_cpu, f"{name}_forward")(*args, True, 3)
+        y = found if isinstance(found, torch.Tensor) else found[0]
+        assert not violations(expected, [y, *expected.plain[1:]], torch.bfloat16, ()), sample
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("name", "backend"), BACKENDS)

@@ -9,7 +9,7 @@ from bert_fast import ops
 from bert_fast.ops import OPS
 from bert_fast.ops.rng import draw_seeds, keep_mask, philox, threshold
 
-from .parity import DEVICE, DTYPES, leaves_of, sample_names, trainable, truth
+from .parity import DEVICE, DTYPES, leaves_of, results, sample_names, trainable, truth
 
 NATIVE = [(op, k.backend) for op in OPS for k in OPS[op].kernels]
 
@@ -88,6 +88,34 @@ def test_dropout_masks_are_the_same_everywhere(backend: str) -> None:
     rows, cols = torch.arange(5, device=DEVICE).unsqueeze(1), torch.arange(37, device=DEVICE)
     z = torch.where(keep_mask(seed, rows, cols, 0.4), 5.0, 0.0) + residual
     torch.testing.assert_close(y, torch.nn.functional.layer_norm(z, (37,)))
+
+
+@pytest.mark.parametrize("name", ["add_layernorm", "bias_gelu", "attention", "embed_layernorm"])
+def test_threads_do_not_change_a_bit(name: str) -> None:
+    """The C++ kernels at sizes that are worth several threads: output and gradients."""
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    tokens = torch.randint(50, (700,), generator=generator)
+    bounds = torch.tensor([0, 300, 310, 700], dtype=torch.int32)
+    args = {
+        "add_layernorm": (draw(700, 384), draw(384), draw(700, 384), draw(384), draw(384), 1e-12,
+                          0.1, torch.tensor([5])),
+        "bias_gelu": (draw(700, 384), draw(384), "gelu"),
+        "attention": (draw(700, 3, 4, 32), bounds, None, None, 390, 0.2, 0.1, torch.tensor([5])),
+        "embed_layernorm": (tokens, None, tokens, draw(50, 384), draw(50, 384), None, draw(384),
+                            draw(384), 1e-12, -1, 0.0, None),
+    }[name]  # fmt: skip
+    op, found, before = OPS[name], [], torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        dy = torch.ones_like(op(*args))
+        found.append(results(op, op, args, dy))
+    torch.set_num_threads(before)
+    for one, several in zip(found[0] * 2, found[1] + found[2], strict=True):
+        assert (one is None and several is None) or torch.equal(one, several)
 
 
 BAD = {
