@@ -35,6 +35,9 @@ TARGETS = {
     "sm120": ("cuda", 120, 32, 101376),
     "gfx942": ("hip", "gfx942", 64, 65536),
 }
+# Spilled bytes (registers on AMD) that are no fault: ptxas parks a value or two in order to end on
+# a register count that lets one more block run, which it deems the better bargain.
+SLACK = 32
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Row:
     def faults(self) -> list[str]:
         limit = TARGETS[self.target][3]
         found = []
-        if self.spills:
+        if self.spills > SLACK:
             found.append(f"spills {self.spills}")
         if self.shared > limit:
             found.append(f"wants {self.shared} B of shared memory, {self.target} has {limit}")
@@ -109,11 +112,10 @@ def _record(unit: Unit) -> list[tuple[str, Any, dict[str, Any]]]:
     if not hasattr(module, "forward"):
         return []
     jobs: dict[Any, tuple[str, Any, dict[str, Any]]] = {}
-    label = ""
+    launches: list[tuple[Any, Any, dict[str, Any]]] = []
 
     def hook(*, key: Any, fn: Any, compile: dict[str, Any], **rest: Any) -> bool:
-        kernel = fn.jit_function
-        jobs.setdefault((kernel.__name__, str(key)), (label, kernel, compile))
+        launches.append(((fn.name, str(key)), fn.jit_function, compile))
         return True  # recorded: neither compile nor launch
 
     dtype, device = getattr(torch, DTYPES[unit.dtype]), torch.device("meta")
@@ -126,6 +128,9 @@ def _record(unit: Unit) -> list[tuple[str, Any, dict[str, Any]]]:
         if unit.module == "attention":
             residuals = [y, *residuals]  # its backward takes the output too
         module.backward(torch.empty_like(y), *args, *residuals, needs=[True] * len(args))
+        for key, kernel, found in launches:
+            jobs.setdefault(key, (label, kernel, found))
+        launches.clear()
     triton.knobs.runtime.jit_cache_hook = None
     return list(jobs.values())
 

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from . import tiles
 
+
 def samples(dtype: torch.dtype, device: torch.device, full: bool):
     """Calls that reach the shipped configs, as (label, arguments of `forward`)."""
 

@@ -93,7 +93,9 @@ def _forward_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    i_block, i_head, i_seq, start, length, first = blocks.locate(cu_seqlens, key_start, n_blocks, n_heads)
+    i_block, i_head, i_seq, start, length, first = blocks.locate(
+        cu_seqlens, key_start, n_blocks, n_heads
+    )
     if i_block * BM >= length:
         return
     stride = 3 * n_heads * D
@@ -127,7 +129,9 @@ def _forward_kernel(
     # kept probabilities are scaled once, here
     inverse = tl.where(alive, keep_scale / tl.where(alive, total, 1.0), 0.0)
     o_d = tl.arange(0, BLOCK_D)
-    p_out = blocks.rows(out + (start.to(tl.int64) * n_heads + i_head) * D, o_m, n_heads * D, BLOCK_D)
+    p_out = blocks.rows(
+        out + (start.to(tl.int64) * n_heads + i_head) * D, o_m, n_heads * D, BLOCK_D
+    )
     tiles.store(p_out, acc * inverse[:, None], m_m[:, None] & (o_d < D)[None, :])
     b_lse = tl.where(alive, top * tiles.LN2 + tl.log(tl.where(alive, total, 1.0)), float("-inf"))
     tl.store(lse + i_head.to(tl.int64) * n_tokens + start + o_m, b_lse, mask=m_m)

@@ -92,7 +92,9 @@ def _dq_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    i_block, i_head, i_seq, start, length, first = blocks.locate(cu_seqlens, key_start, n_blocks, n_heads)
+    i_block, i_head, i_seq, start, length, first = blocks.locate(
+        cu_seqlens, key_start, n_blocks, n_heads
+    )
     if i_block * BM >= length:
         return
     stride = 3 * n_heads * D
@@ -107,8 +109,12 @@ def _dq_kernel(
     o_stat = i_head.to(tl.int64) * n_tokens + start + o_m
     out_base = (start.to(tl.int64) * n_heads + i_head) * D
     q = blocks.load_rows(blocks.rows(q_base, o_m, stride, BLOCK_D), m_m, True, D, BLOCK_D)
-    do = blocks.load_rows(blocks.rows(dout + out_base, o_m, n_heads * D, BLOCK_D), m_m, True, D, BLOCK_D)
-    b_out = blocks.load_rows(blocks.rows(out + out_base, o_m, n_heads * D, BLOCK_D), m_m, True, D, BLOCK_D)
+    do = blocks.load_rows(
+        blocks.rows(dout + out_base, o_m, n_heads * D, BLOCK_D), m_m, True, D, BLOCK_D
+    )
+    b_out = blocks.load_rows(
+        blocks.rows(out + out_base, o_m, n_heads * D, BLOCK_D), m_m, True, D, BLOCK_D
+    )
     b_delta = tl.sum(do.to(tl.float32) * b_out.to(tl.float32), 1)
     tl.store(delta + o_stat, b_delta, mask=m_m)
     b_lse = tl.load(lse + o_stat, mask=m_m, other=float("-inf"))
@@ -161,7 +167,9 @@ def _dkv_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    i_block, i_head, i_seq, start, length, first = blocks.locate(cu_seqlens, key_start, n_blocks, n_heads)
+    i_block, i_head, i_seq, start, length, first = blocks.locate(
+        cu_seqlens, key_start, n_blocks, n_heads
+    )
     if i_block * BN >= length:
         return
     stride = 3 * n_heads * D
@@ -219,7 +227,7 @@ def backward(
 ):  # fmt: skip
     if not needs[0]:
         return (None,)
-    n_tokens, _, n_heads, head_dim = qkv.shape
+    n_tokens, _, n_heads, _ = qkv.shape
     dqkv = torch.empty_like(qkv)
     if n_tokens:
         n_pairs = n_heads * (cu_seqlens.shape[0] - 1)

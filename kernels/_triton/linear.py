@@ -48,14 +48,14 @@ HALF = {
 }
 # float32 without TF32 runs on the ordinary cores: what limits a tile is registers.
 FLOAT = {
-    "large": (64, 64, 16, 4, 3),
-    "medium": (64, 64, 16, 4, 3),
-    "small": (32, 32, 32, 4, 3),
+    "large": (64, 64, 16, 8, 3),
+    "medium": (64, 64, 16, 8, 3),
+    "small": (32, 32, 16, 4, 3),
 }
 TF32 = {
     "large": (128, 128, 32, 8, 3),
     "medium": (128, 64, 32, 8, 3),
-    "small": (32, 32, 32, 4, 3),
+    "small": (32, 32, 16, 4, 3),
 }
 
 

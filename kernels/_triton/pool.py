@@ -19,7 +19,7 @@ CHUNKS = 16  # programs that share the rows of a sequence when dv is spread over
 
 @functools.lru_cache
 def config(n_cols: int, normalize: bool) -> dict[str, int]:
-    """The whole row when its norm is wanted, else narrow blocks so that few sequences fill a GPU."""
+    """The whole row when its norm is wanted, else narrow blocks: few sequences fill a GPU."""
     cols = max(16, triton.next_power_of_2(n_cols))
     if cols > tiles.MAX_HIDDEN:
         raise ValueError(f"hidden size must be <= {tiles.MAX_HIDDEN}, got {n_cols}")

@@ -84,6 +84,16 @@ def activate(
 
 
 @triton.jit
+def _sigmoid_slope(
+    v,  # float32 block
+):
+    """sigmoid(v) and its derivative s (1 - s), without the cancellation in 1 - s."""
+    t = tl.exp(-tl.abs(v))
+    r = 1.0 / (1.0 + t)
+    return tl.where(v < 0.0, t * r, r), t * r * r
+
+
+@triton.jit
 def activate_grad(
     u,  # float32 block
     ACT: tl.constexpr,  # as in activate
@@ -93,13 +103,13 @@ def activate_grad(
         phi = tl.exp(-0.5 * u * u) * 0.3989422804014327
         d = 0.5 * (1.0 + tl.erf(u * 0.7071067811865476)) + u * phi
     elif ACT == "gelu_tanh":
-        s = tl.sigmoid(1.5957691216057308 * (u + 0.044715 * u * u * u))
-        d = s + u * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * u * u)
+        s, slope = _sigmoid_slope(1.5957691216057308 * (u + 0.044715 * u * u * u))
+        d = s + u * slope * 1.5957691216057308 * (1.0 + 0.134145 * u * u)
     elif ACT == "relu":
         d = tl.where(u > 0.0, 1.0, 0.0)
     elif ACT == "silu":
-        s = tl.sigmoid(u)
-        d = s * (1.0 + u * (1.0 - s))
+        s, slope = _sigmoid_slope(u)
+        d = s + u * slope
     else:
         tl.static_assert(ACT == "none")
         d = u * 0.0 + 1.0
@@ -197,7 +207,7 @@ def row_config(many_rows: bool, n_cols: int, backward: bool) -> dict[str, int]:
 
 
 def row_programs(n_rows: int, cfg: dict[str, int], device: torch.device) -> int:
-    """Programs of a backward pass: 16 warps a processor (128 registers a thread), each some rows."""
+    """Programs of a backward pass: 16 warps a processor (128 registers a thread)."""
     some = triton.cdiv(n_rows, 4 * cfg["ROWS"])
     return min(some, max(1, 16 // cfg["num_warps"]) * processors(device))
 
@@ -273,7 +283,9 @@ def family(device: torch.device) -> str:
     target = triton.runtime.driver.active.get_current_target()
     if target.backend == "hip":
         return "gfx9"
-    return {80: "sm80", 87: "sm80", 90: "sm90", 100: "sm100", 103: "sm100"}.get(target.arch, "sm120")
+    return {80: "sm80", 87: "sm80", 90: "sm90", 100: "sm100", 103: "sm100"}.get(
+        target.arch, "sm120"
+    )
 
 
 def precision(dtype: torch.dtype) -> str:
