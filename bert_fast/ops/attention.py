@@ -59,7 +59,7 @@ def reference(
             keep = keep_mask(seed, token * heads + head, cols, p)
             probabilities = torch.where(keep, probabilities / (1.0 - p), 0.0)
         outputs.append((probabilities @ v).transpose(0, 1))
-    return torch.cat(outputs) if outputs else qkv[:, 0]
+    return torch.cat(outputs) if outputs else qkv[:, 0].clone()
 
 
 def check(qkv, cu_seqlens, key_start, bias, max_seqlen, scale, p, seed) -> None:
