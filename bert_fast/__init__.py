@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .convert import BertModel, accelerate, restore
-    from .reporting import explain, report
+    from .convert import BertModel, accelerate, report, restore
+    from .explanation import explain
 
 _HOMES = {
     "BertModel": "convert",
     "accelerate": "convert",
-    "report": "reporting",
+    "report": "convert",
     "restore": "convert",
-    "explain": "reporting",
+    "explain": "explanation",
 }
 
 __all__ = ["BertModel", "accelerate", "explain", "report", "restore"]

@@ -1,4 +1,4 @@
-"""accelerate(model), restore(model), and BertModel: where Hugging Face's classes meet the ops.
+"""accelerate, restore, report, and BertModel: where Hugging Face's classes meet the ops.
 
 The only file that imports transformers' model code. `accelerate` swaps the class of each inner
 BertModel for the one below: same parameters, same state_dict, same name, another forward.
@@ -200,8 +200,6 @@ def accelerate(model: nn.Module, backend: Backend = "auto", verbose: bool = Fals
         told = "; ".join(sorted({reason for why in refused.values() for reason in why}))
         raise ValueError(f"bert_fast.accelerate: cannot accelerate this model: {told}")
     if verbose:
-        from .reporting import report
-
         print(report(model))
     return model
 
@@ -214,6 +212,42 @@ def restore(model: nn.Module) -> nn.Module:
             del module.__dict__[_OPTIONS]
             module.__class__ = hf.BertModel
     return model
+
+
+@dataclass(frozen=True)
+class Report:
+    """Per module: accelerated, and if not, why. `str()` gives a text of one line each."""
+
+    swapped: dict[str, str]
+    skipped: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        lines = [f"{name}: accelerated ({how})" for name, how in self.swapped.items()]
+        lines += [f"{name}: not accelerated: {'; '.join(w)}" for name, w in self.skipped.items()]
+        return "\n".join(lines) or "no transformers BertModel inside"
+
+
+def report(model: nn.Module) -> Report:
+    """Which inner BertModels run packed and fused, and why the others do not.
+
+    A module that is accelerated but in a state that its packed forward cannot serve (a hook, an
+    adapter put in later) is listed as skipped with the reason; Hugging Face's forward runs there.
+    """
+    result = Report({}, {})
+    for name, module in model.named_modules():
+        if not is_bert(module):
+            continue
+        name = name or type(module).__name__
+        why = reasons_against(module) if isinstance(module, BertModel) else []
+        if isinstance(module, BertModel) and not why:
+            options = options_of(module)
+            kept = ", padding kept: its head reads every position" * options.keep_padding
+            result.swapped[name] = f"backend {options.backend}{kept}"
+        else:
+            result.skipped[name] = (
+                why or reasons_against_structure(module) or ["accelerate was not called on it"]
+            )
+    return result
 
 
 def is_bert(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""report(model) and explain(model, inputs): what was swapped, what runs, and why not the rest."""
+"""explain(model, inputs): which kernel runs for each op, and why the others do not."""
 
 from __future__ import annotations
 
@@ -16,47 +16,10 @@ from .convert import (
     packed_forward,
     reasons_against,
     reasons_against_call,
-    reasons_against_structure,
 )
 from .inputs import read_batch
 from .modeling import chosen
 from .ops.registry import Kernel, Op
-
-
-@dataclass(frozen=True)
-class Report:
-    """Per module: accelerated, and if not, why. `str()` gives a text of one line each."""
-
-    swapped: dict[str, str]
-    skipped: dict[str, list[str]]
-
-    def __str__(self) -> str:
-        lines = [f"{name}: accelerated ({how})" for name, how in self.swapped.items()]
-        lines += [f"{name}: not accelerated: {'; '.join(w)}" for name, w in self.skipped.items()]
-        return "\n".join(lines) or "no transformers BertModel inside"
-
-
-def report(model: nn.Module) -> Report:
-    """Which inner BertModels run packed and fused, and why the others do not.
-
-    A module that is accelerated but in a state that its packed forward cannot serve (a hook, an
-    adapter put in later) is listed as skipped with the reason; Hugging Face's forward runs there.
-    """
-    result = Report({}, {})
-    for name, module in model.named_modules():
-        if not is_bert(module):
-            continue
-        name = name or type(module).__name__
-        why = reasons_against(module) if isinstance(module, BertModel) else []
-        if isinstance(module, BertModel) and not why:
-            options = options_of(module)
-            kept = ", padding kept: its head reads every position" * options.keep_padding
-            result.swapped[name] = f"backend {options.backend}{kept}"
-        else:
-            result.skipped[name] = (
-                why or reasons_against_structure(module) or ["accelerate was not called on it"]
-            )
-    return result
 
 
 @dataclass(frozen=True)
