@@ -6,7 +6,7 @@ Each op's own launch code is run on meta tensors (the `samples` of its kernels r
 config) under a stand-in driver that names the target, so what is compiled here is what a launch
 there would compile. The table tells registers, spilled bytes (registers on AMD) and shared memory;
 the exit status is 1 if a kernel spills or wants more shared memory than the target has. `--quick`
-is for CI: everything in bf16 for sm90, and the main shapes in fp32 there and in bf16 elsewhere.
+is for CI: the main shapes in bf16 for every target, and in fp32 for sm90.
 """
 
 from __future__ import annotations
