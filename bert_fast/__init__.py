@@ -11,18 +11,39 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .convert import BertModel, accelerate, report, restore
+    from .convert import accelerate, report, restore
     from .explanation import explain
+    from .heads import (
+        BertForMaskedLM,
+        BertForMultipleChoice,
+        BertForNextSentencePrediction,
+        BertForPreTraining,
+        BertForQuestionAnswering,
+        BertForSequenceClassification,
+        BertForTokenClassification,
+        BertLMHeadModel,
+        BertModel,
+    )
 
-_HOMES = {
-    "BertModel": "convert",
-    "accelerate": "convert",
-    "report": "convert",
-    "restore": "convert",
-    "explain": "explanation",
-}
+__all__ = [
+    "BertForMaskedLM",
+    "BertForMultipleChoice",
+    "BertForNextSentencePrediction",
+    "BertForPreTraining",
+    "BertForQuestionAnswering",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertLMHeadModel",
+    "BertModel",
+    "accelerate",
+    "explain",
+    "report",
+    "restore",
+]
 
-__all__ = ["BertModel", "accelerate", "explain", "report", "restore"]
+_HOMES = {name: "heads" for name in __all__ if name.startswith("Bert")}
+_HOMES |= {"accelerate": "convert", "report": "convert", "restore": "convert"}
+_HOMES |= {"explain": "explanation"}
 
 
 def __getattr__(name: str) -> Any:

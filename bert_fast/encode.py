@@ -21,9 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .convert import is_bert, reasons_against
+from .convert import is_encoder
+from .families import family_of
 from .modeling import Backend, chosen, encode
 from .ops.pool import MODES
+from .packed import reasons_against
 
 TEXTS_AT_ONCE = 8_192  # bounds what the tokenizer's Python lists take, not what is kept
 Progress = Callable[[int, int], None]
@@ -60,7 +62,7 @@ def embed(
     """One vector per text, in the order given.
 
     Args:
-        model: a transformers BertModel (accelerated or not), or a module with one inside; on any
+        model: a transformers encoder (accelerated or not), or a module with one inside; on any
             device, in fp32, bf16 or fp16. It runs in evaluation mode and is left as it was.
         tokenizer: its fast tokenizer.
         texts: n strings; an empty one gives the embedding of the empty text.
@@ -72,7 +74,7 @@ def embed(
         progress: called with (texts, tokens) after each batch.
 
     Returns: float32 [n, H]. Pooling and norms are computed in fp32, whatever the model's dtype.
-    Raises: ValueError for a model without a BertModel that can run packed (with the reasons), a
+    Raises: ValueError for a model without an encoder that can run packed (with the reasons), a
         tokenizer that is not fast, an unknown pooling, a max_length over the model's positions.
     Warns: UserWarning with the number of texts cut to `max_length`, if there are any.
     """
@@ -231,13 +233,15 @@ def _json(file: Path, absent: Any) -> Any:
 
 
 def _packable(model: nn.Module) -> nn.Module:
-    """The one BertModel inside `model`, or a ValueError that says why it cannot run packed."""
-    found = [module for module in model.modules() if is_bert(module)]
+    """The one encoder inside `model`, or a ValueError that says why it cannot run packed."""
+    found = [module for module in model.modules() if is_encoder(module)]
     if len(found) != 1:
         raise ValueError(
-            f"{type(model).__name__} contains {len(found)} transformers BertModels, expected one"
+            f"{type(model).__name__} contains {len(found)} transformers encoders, expected one"
         )
-    if why := reasons_against(found[0]):
+    family = family_of(found[0])
+    assert family is not None
+    if why := reasons_against(found[0], family):
         raise ValueError(f"{type(model).__name__} cannot run packed: {'; '.join(why)}")
     return found[0]
 

@@ -9,17 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .convert import (
-    BertModel,
-    is_bert,
-    options_of,
-    packed_forward,
-    reasons_against,
-    reasons_against_call,
-)
+from .convert import is_encoder
 from .inputs import read_batch
-from .modeling import chosen
+from .modeling import chosen, packed_forward
 from .ops.registry import Kernel, Op
+from .packed import Packed, arguments, options_of, reasons_against, reasons_against_call
 
 
 @dataclass(frozen=True)
@@ -62,9 +56,9 @@ def explain(model: nn.Module, inputs: Mapping[str, Any]) -> Explanation:
     """Runs `model(**inputs)` once and tells which kernel ran for each op, and why not the others.
 
     The gradient mode and train/eval state of the moment apply. For a model with several
-    BertModels inside, the first one called is explained.
+    encoders inside, the first one called is explained.
 
-    Raises: ValueError if no BertModel inside was called.
+    Raises: ValueError if no encoder inside was called.
     """
     calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
 
@@ -72,7 +66,9 @@ def explain(model: nn.Module, inputs: Mapping[str, Any]) -> Explanation:
         calls.append((module, args, kwargs))
 
     hooks = [
-        m.register_forward_pre_hook(note, with_kwargs=True) for m in model.modules() if is_bert(m)
+        m.register_forward_pre_hook(note, with_kwargs=True)
+        for m in model.modules()
+        if is_encoder(m)
     ]
     try:
         model(**inputs)
@@ -80,19 +76,16 @@ def explain(model: nn.Module, inputs: Mapping[str, Any]) -> Explanation:
         for hook in hooks:
             hook.remove()
     if not calls:
-        raise ValueError(f"{type(model).__name__} called no transformers BertModel")
+        raise ValueError(f"{type(model).__name__} called no transformers encoder")
     module, args, kwargs = calls[0]
-    if not isinstance(module, BertModel):
+    if not isinstance(module, Packed):
         return Explanation(fallback=["the model is not accelerated"])
-    names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    why = reasons_against_call(module, given) or reasons_against(module)
-    if why:
-        return Explanation(fallback=why)
-    return _watch(module, given, names)
+    given = arguments(module, args, kwargs)
+    why = reasons_against_call(module, given) or reasons_against(module, module.bert_fast_family)
+    return Explanation(fallback=why) if why else _watch(module, given)
 
 
-def _watch(module: nn.Module, given: dict[str, Any], names: tuple[str, ...]) -> Explanation:
+def _watch(module: Any, given: dict[str, Any]) -> Explanation:
     options = options_of(module)
     seen: dict[tuple[str, str], Choice] = {}
 
@@ -111,17 +104,13 @@ def _watch(module: nn.Module, given: dict[str, Any], names: tuple[str, ...]) -> 
         )
         return kernel
 
-    batch = read_batch(
-        module.embeddings,
-        **{name: given.get(name) for name in names},
-        cu_seqlens=given.get("cu_seq_lens_q"),
-        max_seqlen=given.get("max_length_q"),
-        keep_padding=options.keep_padding,
-    )
-    packed_forward(module, batch, watch, collect=False)
+    family = module.bert_fast_family
+    batch = read_batch(module, family, given, options.keep_padding)
+    h = packed_forward(module, family, batch, watch)
+    batch.packing.pad(h, watch)
     packing = batch.packing
     return Explanation(
-        tokens=batch.position_ids.shape[0],
+        tokens=batch.tokens,
         padded_tokens=packing.batch * packing.length,
         choices=list(seen.values()),
     )

@@ -1,4 +1,4 @@
-"""What a user may hand to a BERT, read, checked, and packed.
+"""What a user may hand to an encoder, read, checked, and packed.
 
 Masks and ids are taken as Hugging Face takes them; what it would misread in silence (an additive
 2D mask, an int 4D mask, a mask of another batch) is named.
@@ -7,67 +7,85 @@ Masks and ids are taken as Hugging Face takes them; what it would misread in sil
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .modeling import Sequences
+from .families import Family
 from .padding import Packing, pack_full, pack_mask
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A call's inputs on packed tokens: ids [T] or inputs_embeds [T, H], positions, sequences."""
+    """A call's inputs, checked: ids [B, S] or inputs_embeds [B, S, E], and how they are packed.
+
+    bias: a 4D mask as an additive bias of the scores, or None.
+    extra: embedding inputs of the family beyond these.
+    """
 
     packing: Packing
-    sequences: Sequences
-    input_ids: Tensor
+    bias: Tensor | None
+    input_ids: Tensor | None
     inputs_embeds: Tensor | None
     token_type_ids: Tensor | None
     position_ids: Tensor
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """Rows that the encoder computes."""
+        packing = self.packing
+        count = packing.batch * packing.length
+        return count if packing.indices is None else packing.indices.shape[0]
+
+    def embedding_inputs(self) -> dict[str, Tensor]:
+        """The keyword arguments of Hugging Face's own embedding layer."""
+        named = {
+            "input_ids": self.input_ids,
+            "inputs_embeds": self.inputs_embeds,
+            "token_type_ids": self.token_type_ids,
+            "position_ids": self.position_ids,
+            **self.extra,
+        }
+        return {name: value for name, value in named.items() if value is not None}
 
 
 def read_batch(
-    embeddings: nn.Module,
-    input_ids: Tensor | None,
-    attention_mask: Tensor | None,
-    token_type_ids: Tensor | None,
-    position_ids: Tensor | None,
-    inputs_embeds: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
-    keep_padding: bool = False,
+    model: nn.Module, family: Family, inputs: Mapping[str, Any], keep_padding: bool = False
 ) -> Batch:
-    """Checks and packs a call's inputs [B, S]; `cu_seqlens` marks inputs that are packed already.
+    """Checks and packs a call's inputs [B, S], by the names of Hugging Face's arguments;
+    `cu_seq_lens_q` marks inputs that are packed already.
 
     keep_padding: padded tokens stay as queries (never as keys), for a head that reads them.
 
     Raises: ValueError or TypeError that names the argument, its value and what is allowed.
     """
-    if (input_ids is None) == (inputs_embeds is None):
+    embeddings = model.embeddings
+    input_ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    given = embeds if input_ids is None else input_ids
+    if given is None or (input_ids is not None and embeds is not None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-    given = inputs_embeds if input_ids is None else input_ids
-    assert given is not None
     table = embeddings.word_embeddings.weight
     if input_ids is not None:
         _check_ids("input_ids", input_ids)
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids has shape {_shape(input_ids)}, expected (batch, length)")
-    elif given.dim() != 3 or given.shape[2] != table.shape[1] or given.dtype != table.dtype:
+    elif given.dim() != 3 or given.shape[2] != table.shape[1] or not _fits(given, table):
         raise ValueError(
             f"inputs_embeds is {given.dtype} of shape {_shape(given)}, expected {table.dtype} of "
             f"(batch, length, {table.shape[1]})"
         )
     batch, length = given.shape[:2]
-    limit = embeddings.position_embeddings.weight.shape[0]
+    bounds, longest = inputs.get("cu_seq_lens_q"), inputs.get("max_length_q")
+    if bounds is not None:
+        bounds = bounds.to(given.device, torch.int32)
+    position_ids = inputs.get("position_ids")
     if position_ids is None:
-        if length > limit:
-            raise ValueError(
-                f"input length {length} exceeds max_position_embeddings = {limit}; truncate the "
-                "input or pass position_ids"
-            )
-        position_ids = torch.arange(length, device=given.device).unsqueeze(0)
+        position_ids = _positions(embeddings, input_ids, given, bounds, longest)
+    token_type_ids = inputs.get("token_type_ids")
     for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
         if ids is not None:
             _check_ids(name, ids)
@@ -75,35 +93,83 @@ def read_batch(
                 raise ValueError(
                     f"{name} has shape {_shape(ids)}, expected (1 or {batch}, {length})"
                 )
-    bias = None
-    if cu_seqlens is not None:
-        packing = _already_packed(cu_seqlens, max_seqlen, batch, length, given.device)
-    elif attention_mask is None:
-        packing = pack_full(batch, length, given.device)
-    elif attention_mask.dim() == 2:
-        packing = _pack_2d(attention_mask, batch, length, given.device)
-        if keep_padding and packing.indices is not None:
-            packing = pack_full(batch, length, given.device)
-            keys = attention_mask.bool()[:, None, None, :]
-            bias = _additive(keys, batch, length, table.dtype, given.device)
+    extra = {}
+    for name, trailing in family.extra.items():
+        value = inputs.get(name)
+        if value is None and trailing is not None:
+            value = position_ids.new_zeros(batch, length, *trailing)
+        if value is not None:
+            extra[name] = value
+    packing, bias = _pack(
+        inputs.get("attention_mask"), bounds, longest, batch, length, given.device, table.dtype,
+        whole=keep_padding, in_place=family.bias is not None,
+    )  # fmt: skip
+    return Batch(packing, bias, input_ids, embeds, token_type_ids, position_ids, extra)
+
+
+def _positions(
+    embeddings: nn.Module,
+    input_ids: Tensor | None,
+    given: Tensor,
+    bounds: Tensor | None,
+    longest: int | None,
+) -> Tensor:
+    """Columns; or, in RoBERTa's kin, the count of ids that are not padding, from padding_idx + 1.
+
+    Of packed inputs, counted within each sequence.
+    """
+    length, limit = given.shape[1], embeddings.position_embeddings.weight.shape[0]
+    first = 0
+    if hasattr(embeddings, "padding_idx"):
+        first = embeddings.padding_idx + 1
+        if input_ids is not None and bounds is None:
+            real = input_ids.ne(embeddings.padding_idx).long()
+            if length > limit - first and not torch.compiler.is_compiling():
+                _check_length(int(real.sum(1).max()), limit - first)
+            return real.cumsum(1) * real + embeddings.padding_idx
+    columns = torch.arange(length, device=given.device)
+    if bounds is not None:
+        _check_length(longest or 0, limit - first)
+        starts, lengths = bounds[:-1].long(), (bounds[1:] - bounds[:-1]).long()
+        columns = columns - torch.repeat_interleave(starts, lengths, output_size=length)
     else:
-        packing = pack_full(batch, length, given.device)
-        bias = _additive(attention_mask, batch, length, table.dtype, given.device)
-    packed_embeds = None
-    if inputs_embeds is not None:
-        packed_embeds = packing.unpad(inputs_embeds)
-        input_ids = position_ids.new_empty(batch, length)
-    return Batch(
-        packing,
-        Sequences(packing.cu_seqlens, packing.max_seqlen, packing.key_start, bias),
-        packing.unpad_ids(input_ids),
-        packed_embeds,
-        None if token_type_ids is None else packing.unpad_ids(token_type_ids),
-        packing.unpad_ids(position_ids),
-    )
+        _check_length(length, limit - first)
+    return (columns + first).unsqueeze(0)
 
 
-def _pack_2d(mask: Tensor, batch: int, length: int, device: torch.device) -> Packing:
+def _check_length(length: int, limit: int) -> None:
+    if length > limit:
+        raise ValueError(
+            f"input length {length} exceeds max_position_embeddings = {limit}; truncate the "
+            "input or pass position_ids"
+        )
+
+
+def _pack(
+    mask: Tensor | None,
+    bounds: Tensor | None,
+    longest: int | None,
+    batch: int,
+    length: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    whole: bool,
+    in_place: bool,
+) -> tuple[Packing, Tensor | None]:
+    """The packing, and a 4D mask as a bias.
+
+    whole: no row may be dropped; a 2D mask becomes a bias too.
+    in_place: a learned bias counts columns, so that no column between two kept ones may go.
+    """
+    if bounds is not None:
+        if batch != 1:
+            raise ValueError(f"cu_seq_lens_q goes with a batch of 1, got a batch of {batch}")
+        return Packing(1, length, None, bounds, None, int(longest or length)), None
+    if mask is None:
+        return pack_full(batch, length, device), None
+    if mask.dim() != 2:
+        bias = _additive(mask, batch, length, dtype, device)
+        return pack_full(batch, length, device), bias
     if tuple(mask.shape) != (batch, length):
         raise ValueError(f"attention_mask has shape {_shape(mask)}, expected ({batch}, {length})")
     if _looks_additive(mask):
@@ -113,14 +179,26 @@ def _pack_2d(mask: Tensor, batch: int, length: int, device: torch.device) -> Pac
             "transformers reads it; pass 1 for tokens to keep and 0 for padding",
             stacklevel=4,
         )
-    return pack_mask(mask.to(device))
+    mask = mask.to(device)
+    if whole or (in_place and _has_holes(mask)):
+        keys = mask.bool()[:, None, None, :]
+        return pack_full(batch, length, device), _additive(keys, batch, length, dtype, device)
+    return pack_mask(mask), None
+
+
+def _has_holes(mask: Tensor) -> bool:
+    """Whether tokens are dropped between kept ones, or before them (column 0 stays a query)."""
+    if torch.compiler.is_compiling():
+        return True
+    keep = mask.bool()
+    return bool((keep[:, 1:] & ~keep[:, :-1]).any())
 
 
 def _looks_additive(mask: Tensor) -> bool:
     # Asking about values would stall a GPU's queue, so only a mask on the host is looked at.
-    if not mask.is_floating_point() or mask.device.type != "cpu" or not mask.numel():
+    if torch.compiler.is_compiling() or not mask.is_floating_point():
         return False
-    return not bool((mask > 0).any())
+    return mask.device.type == "cpu" and mask.numel() > 0 and not bool((mask > 0).any())
 
 
 def _additive(
@@ -150,15 +228,10 @@ def _additive(
     return mask.to(dtype)
 
 
-def _already_packed(
-    cu_seqlens: Tensor, max_seqlen: int | None, batch: int, length: int, device: torch.device
-) -> Packing:
-    """Inputs [1, T] whose sequences start at `cu_seqlens` (sentence-transformers sends these)."""
-    if batch != 1:
-        raise ValueError(f"cu_seq_lens_q goes with a batch of 1, got a batch of {batch}")
-    bounds = cu_seqlens.to(device, torch.int32)
-    longest = length if max_seqlen is None else int(max_seqlen)
-    return Packing(batch, length, None, bounds, None, longest)
+def _fits(embeds: Tensor, table: Tensor) -> bool:
+    if torch.is_autocast_enabled(table.device.type):
+        return embeds.is_floating_point()
+    return embeds.dtype == table.dtype
 
 
 def _check_ids(name: str, ids: Tensor) -> None:

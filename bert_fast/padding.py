@@ -24,6 +24,7 @@ class Packing:
     cu_seqlens: [B + 1] int32, where each sequence starts, and T.
     key_start: [B] int32, the first row of each sequence that is a key; None: the sequence's first.
     max_seqlen: an upper bound of the longest sequence.
+    real: [B, S] bool, or None; tokens that are packed but not real (see `pack_traced`) are False.
     """
 
     batch: int
@@ -32,6 +33,7 @@ class Packing:
     cu_seqlens: Tensor
     key_start: Tensor | None
     max_seqlen: int
+    real: Tensor | None = None
 
     def unpad(self, x: Tensor, backend: str | Chooser = "auto") -> Tensor:
         """[B, S, H] -> [T, H]."""
@@ -47,7 +49,8 @@ class Packing:
         """[T, H] -> [B, S, H], padded rows zero."""
         if self.indices is not None:
             x = ops.pad(x, self.indices, self.batch * self.length, backend)
-        return x.reshape(self.batch, self.length, x.shape[-1])
+        x = x.reshape(self.batch, self.length, x.shape[-1])
+        return x if self.real is None else x.masked_fill(~self.real.unsqueeze(-1), 0.0)
 
 
 def pack_full(batch: int, length: int, device: torch.device) -> Packing:
@@ -64,6 +67,8 @@ def pack_mask(mask: Tensor) -> Packing:
     """
     batch, length = mask.shape
     keep = mask.bool()
+    if torch.compiler.is_compiling():
+        return pack_traced(keep)
     # On a GPU, asking about values would stall the launch queue; there every mask is taken as
     # ragged, and the only wait is the one for the number of tokens.
     on_host = mask.device.type == "cpu"
@@ -80,3 +85,20 @@ def pack_mask(mask: Tensor) -> Packing:
     key_start = (bounds[:-1] + hidden_first.int()) if any_hidden_first else None
     indices = keep.flatten().nonzero().flatten()
     return Packing(batch, length, indices, bounds, key_start, longest)
+
+
+def pack_traced(keep: Tensor) -> Packing:
+    """`pack_mask` for torch.compile and torch.export, whose graphs have no sizes that depend on
+    values: every row stays, the real ones in front.
+
+    The padding of each batch row follows as a sequence of its own that has no keys: attention
+    skips it, and only the GEMMs and norms run over it.
+    """
+    batch, length = keep.shape
+    hidden_first = (~keep[:, 0]).int()
+    real = keep | (torch.arange(length, device=keep.device) == 0)
+    lengths = real.sum(1, dtype=torch.int32)
+    bounds = F.pad(torch.cat((lengths, length - lengths)).cumsum(0, dtype=torch.int32), (1, 0))
+    key_start = torch.cat((bounds[:batch] + hidden_first, bounds[batch + 1 :]))
+    order = (~real).flatten().to(torch.int8).argsort(stable=True)
+    return Packing(batch, length, order, bounds, key_start, length, real)

@@ -13,8 +13,8 @@ from transformers import (
     AutoModel,
     AutoTokenizer,
     BertForMaskedLM,
-    DistilBertConfig,
-    DistilBertModel,
+    MegatronBertConfig,
+    MegatronBertModel,
 )
 
 import bert_fast
@@ -141,10 +141,10 @@ def test_wrong_arguments_are_named(model, tokenizer, arguments, message):
 
 
 def test_models_that_cannot_run_packed_are_refused(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match="Linear contains 0 transformers BertModels"):
+    with pytest.raises(ValueError, match="Linear contains 0 transformers encoders"):
         embed(nn.Linear(2, 2), tokenizer, ["a"])
-    other = DistilBertModel(DistilBertConfig(vocab_size=30, dim=8, hidden_dim=8, n_heads=2))
-    with pytest.raises(ValueError, match="DistilBertModel contains 0 transformers BertModels"):
+    other = MegatronBertModel(MegatronBertConfig(30, 8, 1, 2, 8))
+    with pytest.raises(ValueError, match="MegatronBertModel contains 0 transformers encoders"):
         embed(other, tokenizer, ["a"])
     decoder = AutoModel.from_pretrained(tiny.save(tmp_path, is_decoder=True))
     with pytest.raises(ValueError, match="cannot run packed: it is a decoder"):

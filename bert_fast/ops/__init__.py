@@ -8,6 +8,7 @@ from .linear import linear
 from .linear_gelu import linear_gelu
 from .padding import pad, unpad
 from .pool import pool
+from .qkv_linear import qkv_linear
 from .registry import OPS
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "linear_gelu",
     "pad",
     "pool",
+    "qkv_linear",
     "unpad",
 ]

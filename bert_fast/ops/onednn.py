@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .backends import wrong_device, wrong_dtype
 from .registry import Kernel
+from .weight_copies import copy_of
 
 _POINTWISE = {
     "none": ("none", ""),
@@ -29,8 +29,6 @@ _POINTWISE = {
 
 # oneDNN asks for a number of rows to choose its blocking for; it runs any other number as well.
 _TYPICAL_TOKENS = 256
-
-_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 @functools.cache
@@ -45,23 +43,12 @@ def has_native(dtype: torch.dtype) -> bool:
 
 def prepacked(weight: Tensor) -> Tensor:
     """weight [N, K] in oneDNN's blocked layout, in fp32 where its dtype has no hardware here."""
-    if weight.is_inference():  # has no version to tell when a copy is stale
-        return _reorder(weight)
-    stamp = (weight.data_ptr(), weight._version)
-    found = _packed.get(weight)
-    if found is None or found[0] != stamp:
-        found = _packed[weight] = (stamp, _reorder(weight))
-    return found[1]
 
+    def reorder() -> Tensor:
+        plain = weight.detach() if has_native(weight.dtype) else weight.detach().float()
+        return torch.ops.mkldnn._reorder_linear_weight(plain.contiguous(), _TYPICAL_TOKENS)
 
-def _reorder(weight: Tensor) -> Tensor:
-    plain = weight.detach() if has_native(weight.dtype) else weight.detach().float()
-    return torch.ops.mkldnn._reorder_linear_weight(plain.contiguous(), _TYPICAL_TOKENS)
-
-
-def forget(weight: Tensor) -> None:
-    """Drops the reordered copy of `weight`, if there is one."""
-    _packed.pop(weight, None)
+    return copy_of((weight,), "onednn", reorder)
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:

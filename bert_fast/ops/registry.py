@@ -116,6 +116,10 @@ class Op:
 
     def __call__(self, *args: Any, backend: str | Chooser = "auto") -> Tensor:
         """Checks the arguments, picks a kernel and runs it, differentiably where asked."""
+        if torch.is_autocast_enabled(args[self._lead].device.type):
+            # An op computes in the dtype it is given; what is cast under autocast, its caller says.
+            with torch.autocast(args[self._lead].device.type, enabled=False):
+                return self(*args, backend=backend)
         self._check_tensors(args)
         self.check(*args)
         if _tracing():  # the kernel is chosen when the traced call runs, on real tensors

@@ -1,0 +1,98 @@
+"""The attention "bert_fast" in transformers' registries, for encoders that are not packed whole.
+
+    model = AutoModel.from_pretrained(..., attn_implementation="bert_fast")
+
+Each layer unpads its queries, keys and values, attends, and pads again. Cases that the op does not
+serve (causal, cross-attention, sliding windows, a cache) go to transformers' own SDPA.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+
+from . import ops
+from .ops.rng import draw_seeds
+from .padding import pack_full, pack_mask
+
+NAME = "bert_fast"
+_BEFORE = "_bert_fast_attention_before"
+
+
+def attention_mask(
+    *, mask_function: Any, attention_mask: Tensor | None = None, **rest: Any
+) -> Tensor | None:
+    """The 2D mask [B, S] as it is, for bidirectional attention; else the mask of SDPA."""
+    if mask_function is bidirectional_mask_function and rest["q_length"] == rest["kv_length"]:
+        return attention_mask
+    return sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **rest)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """query, key, value [B, N, S, D] -> [B, S, N, D]; zeros at padded positions.
+
+    attention_mask: [B, S], non-zero keeps; or a 4D mask, which SDPA is given.
+    """
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", False) if causal is None else causal
+    if causal or query.shape != key.shape or _not_2d(attention_mask) or _has_bias(kwargs):
+        if attention_mask is not None and attention_mask.dim() == 2:
+            attention_mask = attention_mask.bool()[:, None, None, :]
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    batch, heads, length, width = query.shape
+    qkv = torch.stack([x.transpose(1, 2) for x in (query, key, value)], 2)  # [B, S, 3, N, D]
+    if attention_mask is None:
+        packing = pack_full(batch, length, query.device)
+    else:
+        packing = pack_mask(attention_mask)
+    out = ops.attention(
+        packing.unpad(qkv.flatten(2)).view(-1, 3, heads, width),
+        packing.cu_seqlens,
+        packing.max_seqlen,
+        width**-0.5 if scaling is None else scaling,
+        packing.key_start,
+        p=dropout,
+        seed=draw_seeds(1, query.device) if dropout else None,
+    )
+    return packing.pad(out.flatten(1)).view(batch, length, heads, width), None
+
+
+def _not_2d(mask: Tensor | None) -> bool:
+    return mask is not None and mask.dim() != 2
+
+
+def _has_bias(kwargs: dict[str, Any]) -> bool:
+    return any(kwargs.get(name) is not None for name in ("position_bias", "cache", "softcap"))
+
+
+def accelerate_attention(model: nn.Module) -> None:
+    """Gives `model` the attention "bert_fast"; `restore_attention` gives back the one before."""
+    if model.config._attn_implementation != NAME:
+        model.__dict__[_BEFORE] = model.config._attn_implementation
+        model.set_attn_implementation(NAME)
+
+
+def restore_attention(model: nn.Module) -> None:
+    before = model.__dict__.pop(_BEFORE, None)
+    if before is not None:
+        model.set_attn_implementation(before)
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, attention_mask)

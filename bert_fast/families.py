@@ -1,0 +1,192 @@
+"""Which Hugging Face models run packed: one row a family, one function a layout of names.
+
+Every row is the same post-LN encoder (Vaswani et al., arXiv 1706.03762; Devlin et al.,
+arXiv 1810.04805) under other names: a new family is a new row. Nothing here imports transformers;
+rows are found by the names of classes. Whether a row is true of the transformers installed, a
+small model of the class tells (`convert.probe`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+
+class LayerParts(NamedTuple):
+    """The leaf modules of one post-LN encoder layer; None for a dropout it does not have."""
+
+    heads: int
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    attention_dropout: nn.Module
+    out: nn.Module
+    out_dropout: nn.Module | None
+    out_norm: nn.Module
+    up: nn.Module
+    activation: nn.Module
+    down: nn.Module
+    down_dropout: nn.Module | None
+    down_norm: nn.Module
+
+    def linears(self) -> Iterator[tuple[str, nn.Module]]:
+        for name in ("query", "key", "value", "out", "up", "down"):
+            yield name, getattr(self, name)
+
+    def norms(self) -> Iterator[tuple[str, nn.Module]]:
+        yield "out_norm", self.out_norm
+        yield "down_norm", self.down_norm
+
+
+def bert_layer(layer: nn.Module) -> LayerParts:
+    attention, out, end = layer.attention.self, layer.attention.output, layer.output
+    return LayerParts(
+        attention.num_attention_heads,
+        *(attention.query, attention.key, attention.value, attention.dropout),
+        *(out.dense, out.dropout, out.LayerNorm),
+        *(layer.intermediate.dense, layer.intermediate.intermediate_act_fn),
+        *(end.dense, end.dropout, end.LayerNorm),
+    )
+
+
+def mpnet_layer(layer: nn.Module) -> LayerParts:
+    outer, end = layer.attention, layer.output
+    attention = outer.attn
+    return LayerParts(
+        attention.num_attention_heads,
+        *(attention.q, attention.k, attention.v, attention.dropout),
+        *(attention.o, outer.dropout, outer.LayerNorm),
+        *(layer.intermediate.dense, layer.intermediate.intermediate_act_fn),
+        *(end.dense, end.dropout, end.LayerNorm),
+    )
+
+
+def distilbert_layer(layer: nn.Module) -> LayerParts:
+    attention, ffn = layer.attention, layer.ffn
+    return LayerParts(
+        attention.n_heads,
+        *(attention.q_lin, attention.k_lin, attention.v_lin, attention.dropout),
+        *(attention.out_lin, None, layer.sa_layer_norm),
+        *(ffn.lin1, ffn.activation),
+        *(ffn.lin2, ffn.dropout, layer.output_layer_norm),
+    )
+
+
+def albert_layer(layer: nn.Module) -> LayerParts:
+    attention = layer.attention
+    return LayerParts(
+        attention.num_attention_heads,
+        *(attention.query, attention.key, attention.value, attention.attention_dropout),
+        *(attention.dense, attention.output_dropout, attention.LayerNorm),
+        *(layer.ffn, layer.activation),
+        *(layer.ffn_output, None, layer.full_layer_layer_norm),
+    )
+
+
+def albert_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers in the order they run, shared ones several times."""
+    config, groups = model.config, model.encoder.albert_layer_groups
+    per_group = config.num_hidden_layers / config.num_hidden_groups
+    return [
+        layer
+        for i in range(config.num_hidden_layers)
+        for layer in groups[int(i / per_group)].albert_layers
+    ]
+
+
+def bert_pooled(model: nn.Module, last: Tensor) -> Tensor | None:
+    return None if model.pooler is None else model.pooler(last)
+
+
+def albert_pooled(model: nn.Module, last: Tensor) -> Tensor | None:
+    return None if model.pooler is None else model.pooler_activation(model.pooler(last[:, 0]))
+
+
+def mpnet_bias(model: nn.Module, length: int, like: Tensor) -> Tensor:
+    """[1, N, length, length], learned, by relative position (Song et al., arXiv 2004.09297)."""
+    return model.encoder.compute_position_bias(like.new_empty(1, length))
+
+
+@dataclass(frozen=True, eq=False)  # one object a row
+class Family:
+    """One row: where a family's classes are, and where its parts are by name.
+
+    module: the dotted module of its model class `model` and its layer class `layer`.
+    layers, parts: a model's layers in running order, a layer's leaf modules.
+    project: the linear map between embeddings and layers, where sizes differ.
+    pooled: the pooler's output of the last hidden state [B, S, H]; None for models without one.
+    bias: a learned bias of the scores, [1, N, S, S].
+    extra: embedding inputs beyond ids, types and positions, and the trailing shape of the zeros
+        that stand for an absent one (None: it may be absent).
+    output: the class of its outputs in `transformers.modeling_outputs`.
+    """
+
+    module: str
+    model: str
+    layer: str
+    layers: Callable[[nn.Module], Any] = lambda model: model.encoder.layer
+    parts: Callable[[nn.Module], LayerParts] = bert_layer
+    project: Callable[[nn.Module], nn.Module | None] = lambda model: None
+    pooled: Callable[[nn.Module, Tensor], Tensor | None] | None = bert_pooled
+    bias: Callable[[nn.Module, int, Tensor], Tensor] | None = None
+    extra: Mapping[str, tuple[int, ...] | None] = field(default_factory=dict)
+    output: str = "BaseModelOutputWithPoolingAndCrossAttentions"
+
+
+def _row(folder: str, stem: str, file: str | None = None, **changes: Any) -> Family:
+    changes = {"model": f"{stem}Model", "layer": f"{stem}Layer", **changes}
+    return Family(f"transformers.models.{folder}.modeling_{file or folder}", **changes)
+
+
+_POOLING, _PAST = "BaseModelOutputWithPooling", "BaseModelOutputWithPastAndCrossAttentions"
+
+FAMILIES = (
+    _row("bert", "Bert"),
+    _row("roberta", "Roberta"),
+    _row("xlm_roberta", "XLMRoberta"),
+    _row("camembert", "Camembert"),
+    _row("data2vec", "Data2VecText", "data2vec_text"),
+    _row("ernie", "Ernie", extra={"task_type_ids": None}),
+    _row("roc_bert", "RoCBert", extra={"input_shape_ids": None, "input_pronunciation_ids": None}),
+    _row("bert_generation", "BertGeneration", model="BertGenerationEncoder", pooled=None,
+         output=_PAST),
+    _row("electra", "Electra", project=lambda model: getattr(model, "embeddings_project", None),
+         pooled=None, output=_PAST),
+    _row("distilbert", "DistilBert", layer="TransformerBlock", parts=distilbert_layer,
+         layers=lambda model: model.transformer.layer, pooled=None, output="BaseModelOutput"),
+    _row("albert", "Albert", layers=albert_layers, parts=albert_layer, pooled=albert_pooled,
+         project=lambda model: model.encoder.embedding_hidden_mapping_in, output=_POOLING),
+    _row("mpnet", "MPNet", parts=mpnet_layer, bias=mpnet_bias, output=_POOLING),
+    _row("layoutlm", "LayoutLM", extra={"bbox": (4,)}, output=_POOLING),
+    _row("markuplm", "MarkupLM", extra={"xpath_tags_seq": None, "xpath_subs_seq": None},
+         output=_POOLING),
+    _row("splinter", "Splinter", pooled=None, output="BaseModelOutput"),
+)  # fmt: skip
+
+BY_CLASS = {(row.module, row.model): row for row in FAMILIES}
+
+# Other encoders: not post-LN, or with rotary positions. They take the attention alone, where
+# their code asks transformers' registry for it; the reason is what `accelerate` says otherwise.
+ATTENTION_ONLY = {
+    "transformers.models.esm.modeling_esm": "EsmModel",
+    "transformers.models.roberta_prelayernorm.modeling_roberta_prelayernorm":
+        "RobertaPreLayerNormModel",
+    "transformers.models.modernbert.modeling_modernbert": "ModernBertModel",
+}  # fmt: skip
+REFUSED = {
+    "transformers.models.megatron_bert.modeling_megatron_bert": (
+        "MegatronBertModel",
+        "megatron_bert normalises before each sublayer and computes its attention by itself",
+    ),
+}
+
+
+def family_of(model: nn.Module) -> Family | None:
+    """The row of a model's class, or of the class it was before it was accelerated."""
+    for cls in type(model).__mro__:
+        if row := BY_CLASS.get((cls.__module__, cls.__name__)):
+            return row
+    return None

@@ -1,0 +1,56 @@
+"""Copies made of weights (three packed into one, reordered for oneDNN), kept while they are true.
+
+A copy lives beside the user's weight, which is never changed, for as long as that tensor lives and
+nothing writes to it: address and version tell, and on the CPU one element of each matrix, because
+a write through `.data` (as EMA code does) leaves the version as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+class _Copy(NamedTuple):
+    stamp: tuple[Any, ...]
+    probes: list[Tensor]
+    probed: list[float]
+    value: Any
+
+    def is_true(self, stamp: tuple[Any, ...]) -> bool:
+        return self.stamp == stamp and list(map(Tensor.item, self.probes)) == self.probed
+
+
+_copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def copy_of(weights: Sequence[Tensor | None], kind: str, make: Callable[[], Any]) -> Any:
+    """`make()`, or what it gave before for these weights and this kind of copy."""
+    given = [w for w in weights if w is not None]
+    if any(w.is_inference() for w in given):  # have no version to tell when a copy is stale
+        return make()
+    stamp = tuple((id(w), w.data_ptr(), w._version) for w in given)
+    kinds = _copies.get(given[0])
+    if kinds is None:
+        kinds = _copies[given[0]] = {}
+    found = kinds.get(kind)
+    if found is None or not found.is_true(stamp):
+        # Not as inference tensors: a copy may be the source of another copy.
+        with torch.inference_mode(False), torch.no_grad():
+            # Reading an element of a GPU's tensor would stall its queue.
+            probes = [
+                w.detach()[w.shape[0] // 3, w.shape[1] // 2]
+                for w in given
+                if w.dim() == 2 and w.device.type == "cpu" and w.numel()
+            ]
+            found = kinds[kind] = _Copy(stamp, probes, [p.item() for p in probes], make())
+    return found.value
+
+
+def forget(weight: Tensor) -> None:
+    """Drops the copies of which `weight` is the first source."""
+    _copies.pop(weight, None)

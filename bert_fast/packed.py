@@ -1,0 +1,263 @@
+"""The packed class of a Hugging Face model class: same name, parameters and signature, another
+forward. Where that forward does not apply, Hugging Face's own runs, and says why once.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import modeling_outputs
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from .families import BY_CLASS, FAMILIES, Family, LayerParts
+from .inputs import read_batch
+from .modeling import Backend, chosen, packed_forward
+from .ops.weight_copies import forget
+
+OPTIONS = "_bert_fast"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `accelerate` was told of one model.
+
+    keep_padding: padded positions are computed too, because the head above reads them.
+    """
+
+    backend: Backend = "auto"
+    keep_padding: bool = False
+
+
+_DEFAULT = Options()
+
+# Modules whose forward hooks change nothing here: transformers collects hidden states by hooks
+# that rest while it does not collect, and makes the embeddings require a gradient for
+# checkpointing, which `run_layers` does by itself.
+_HARMLESS = {"transformers.utils.output_capturing", "transformers.modeling_utils"}
+
+
+class Packed:
+    """What packed classes share; `last_hidden_state` and `hidden_states` are zero at padding."""
+
+    bert_fast_family: ClassVar[Family]
+    bert_fast_original: ClassVar[type]
+    bert_fast_arguments: ClassVar[tuple[str, ...]]
+
+    def train(self, mode: bool = True) -> Any:
+        forget_copies(self)
+        return super().train(mode)  # type: ignore[misc]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        forget_copies(self)
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
+
+@functools.cache
+def packed_class(original: type) -> type:
+    """The packed class of a model class of some family."""
+    family = BY_CLASS[original.__module__, original.__name__]
+
+    @functools.wraps(original.forward)  # type: ignore[attr-defined]
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _forward(self, args, kwargs)
+
+    created = type(
+        original.__name__,
+        (Packed, original),
+        {
+            "__module__": __name__,
+            "__doc__": f"transformers' {original.__name__} with a packed, fused forward.\n\n"
+            "Same constructor, parameters, state_dict keys, signature, outputs and errors;\n"
+            "`last_hidden_state` and `hidden_states` are zero at padded positions.",
+            "forward": forward,
+            "bert_fast_family": family,
+            "bert_fast_original": original,
+            "bert_fast_arguments": tuple(signature(original.forward).parameters)[1:],  # type: ignore
+        },
+    )
+    # Hugging Face finds which outputs a class can record (hidden states, attentions) by the name
+    # of the class; ours records the same, also in instances that never ran __init__.
+    recorded = getattr(original, "_can_record_outputs", None)
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(created), recorded)
+    return created
+
+
+def __getattr__(name: str) -> type:
+    """The packed class of the family whose model class is `name`; pickles find theirs here."""
+    for row in FAMILIES:
+        if row.model == name:
+            return packed_class(getattr(importlib.import_module(row.module), name))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    given, family = arguments(model, args, kwargs), model.bert_fast_family
+    why = reasons_against_call(model, given) or reasons_against(model, family)
+    if why:
+        _tell(why)
+        return model.bert_fast_original.forward(model, *args, **kwargs)
+    options = options_of(model)
+    batch = read_batch(model, family, given, options.keep_padding)
+    states: list[Tensor] = []
+
+    def keep(h: Tensor) -> Tensor:
+        # Through the padded form and back, so that a gradient asked of a hidden state exists.
+        states.append(batch.packing.pad(h, chosen(options.backend, "pad")))
+        if not h.requires_grad:
+            return h
+        return batch.packing.unpad(states[-1], chosen(options.backend, "unpad"))
+
+    collect = _asked(model, given, "output_hidden_states")
+    between = None if collect is None or collect is False else keep
+    h = packed_forward(model, family, batch, options.backend, between)
+    last = states[-1] if between else batch.packing.pad(h, chosen(options.backend, "pad"))
+    fields = {"last_hidden_state": last}
+    if family.pooled is not None:
+        fields["pooler_output"] = family.pooled(model, last) if last.shape[1] else None
+    if between:
+        fields["hidden_states"] = _selected(states, collect)
+    output = getattr(modeling_outputs, family.output)(**fields)
+    return output if _asked(model, given, "return_dict", True) else output.to_tuple()
+
+
+def arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name."""
+    return {**dict(zip(model.bert_fast_arguments, args, strict=False)), **kwargs}
+
+
+def _asked(model: Any, given: dict[str, Any], name: str, default: Any = None) -> Any:
+    value = given.get(name)
+    return getattr(model.config, name, default) if value is None else value
+
+
+def _selected(states: list[Tensor], which: Any) -> tuple[Tensor | None, ...]:
+    """All hidden states, or None where an index or a list of indices does not ask for it."""
+    if which is True:
+        return tuple(states)
+    indices = {which} if isinstance(which, int) else set(which)
+    kept = {i % len(states) for i in indices if -len(states) <= i < len(states)}
+    return tuple(state if i in kept else None for i, state in enumerate(states))
+
+
+def options_of(model: nn.Module) -> Options:
+    """What an accelerated model was given."""
+    return model.__dict__.get(OPTIONS, _DEFAULT)
+
+
+def forget_copies(model: Any) -> None:
+    """Drops every copy made of the model's weights."""
+    for parameter in model.parameters():
+        forget(parameter)
+
+
+# -- where the packed forward does not apply ------------------------------------------------
+
+
+def reasons_against(model: Any, family: Family) -> list[str]:
+    """Why the packed forward cannot run on this model as it is now (empty: it can)."""
+    why = reasons_against_structure(model, family)
+    for module in model.modules():
+        if module is not model and _hooked(module):
+            why.append(f"a hook or a replaced forward sits on an inner {type(module).__name__}")
+            break
+    rule = torch.nn.modules.module
+    if rule._global_forward_hooks or rule._global_forward_pre_hooks:
+        why.append("global module hooks are registered")
+    return why
+
+
+def reasons_against_structure(model: Any, family: Family) -> list[str]:
+    """Why the packed forward cannot run on this model: its classes, sizes, dtypes."""
+    config = model.config
+    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+        return ["it is a decoder or has cross-attention"]
+    weight = model.embeddings.word_embeddings.weight
+    if weight.device.type not in ("cpu", "cuda"):
+        return [f"parameters are on {weight.device.type}"]
+    for layer in family.layers(model):
+        cls = type(layer)
+        if cls.__name__ != family.layer or cls.__module__ != family.module:
+            return [f"a layer is {cls.__qualname__}, not transformers' {family.layer}"]
+        if why := _unfit(family.parts(layer), weight):
+            return [why]
+    return []
+
+
+def _unfit(parts: LayerParts, weight: Tensor) -> str | None:
+    for name, part in parts.linears():
+        if type(part) is nn.Linear:
+            if why := _odd(part.weight, weight) or (
+                part.bias is not None and _odd(part.bias, weight)
+            ):
+                return why
+        elif not (hasattr(part, "in_features") and hasattr(part, "out_features")):
+            return f"{name} is {type(part).__qualname__}, not a linear projection"
+    for name, part in parts.norms():
+        if type(part) is not nn.LayerNorm:
+            return f"{name} is {type(part).__qualname__}, not nn.LayerNorm"
+        if part.weight is None or part.bias is None:
+            return f"{name} has no weight or no bias"
+        if why := _odd(part.weight, weight):
+            return why
+    for dropout in (parts.attention_dropout, parts.out_dropout, parts.down_dropout):
+        if dropout is not None and type(dropout) is not nn.Dropout:
+            return f"a dropout is {type(dropout).__qualname__}, not nn.Dropout"
+    return None
+
+
+def _odd(parameter: Tensor, weight: Tensor) -> str | None:
+    if parameter.dtype != weight.dtype or parameter.device != weight.device:
+        return "parameters differ in dtype or device"
+    if type(parameter).__name__ not in ("Parameter", "FakeTensor"):  # the latter under export
+        return f"parameters are {type(parameter).__name__}"
+    return None
+
+
+def reasons_against_call(model: Any, given: dict[str, Any]) -> list[str]:
+    """Why the packed forward cannot answer this call."""
+    why = [
+        f"{name} is given"
+        for name in ("encoder_hidden_states", "past_key_values")
+        if given.get(name) is not None
+    ]
+    if _asked(model, given, "output_attentions"):
+        why.append("output_attentions: the fused attention never forms the probabilities")
+    if _asked(model, given, "is_causal"):
+        why.append("is_causal is given")
+    mask = given.get("attention_mask")
+    if mask is not None and not isinstance(mask, Tensor):
+        why.append(f"attention_mask is a {type(mask).__name__}")
+    elif mask is not None and mask.requires_grad:
+        why.append("attention_mask wants a gradient")
+    trains = torch.is_grad_enabled() and model.bert_fast_family.bias is not None
+    if trains and model.encoder.relative_attention_bias.weight.requires_grad:
+        why.append("the relative position bias is being trained")
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack():
+        why.append("a torch.func transform is active")
+    return why
+
+
+def _hooked(module: nn.Module) -> bool:
+    if "forward" in module.__dict__ or module._forward_pre_hooks or module._backward_hooks:
+        return True
+    return any(
+        getattr(hook, "__module__", "") not in _HARMLESS for hook in module._forward_hooks.values()
+    )
+
+
+def _tell(why: list[str]) -> None:
+    if not torch.compiler.is_compiling():
+        for reason in why:
+            _warn_once(reason)
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"bert_fast: Hugging Face's own forward runs: {reason}", stacklevel=5)
