@@ -110,6 +110,10 @@ def op_cases(model: Model, tokens: int, device: torch.device, dtype: torch.dtype
         weight = draw.normal(outer, hidden, scale=hidden**-0.5)
         return draw.normal(tokens, hidden), weight, draw.normal(outer)
 
+    def qkv_linear(draw: _Draw) -> tuple[Tensor, ...]:
+        x, weight, bias = linear(draw, 3 * hidden)
+        return x, *weight.chunk(3), *bias.chunk(3)
+
     def attention(draw: _Draw, lengths: list[int]) -> tuple[Any, ...]:
         width = hidden // model.heads
         qkv = draw.normal(sum(lengths), 3, model.heads, width)
@@ -128,7 +132,8 @@ def op_cases(model: Model, tokens: int, device: torch.device, dtype: torch.dtype
         return order[:tokens].sort().values
 
     yield case("embed_layernorm", "", embeddings)
-    yield case("linear", "qkv", lambda draw: linear(draw, 3 * hidden))
+    yield case("qkv_linear", "", qkv_linear)
+    yield case("linear", "out", lambda draw: linear(draw, hidden))
     yield case("linear_gelu", "", lambda draw: (*linear(draw, inner), "gelu"))
     for workload in WORKLOADS:
         make = functools.partial(attention, lengths=lengths_of(workload, tokens))

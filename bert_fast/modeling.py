@@ -220,8 +220,9 @@ def project_qkv(m: LayerParts, h: Tensor, backend: Backend) -> Tensor:
     three = (m.query, m.key, m.value)
     if all(type(part) is nn.Linear for part in three):
         q, k, v = (_cast(part.weight) for part in three)
-        biases = [_cast(part.bias) for part in three]
-        qkv = ops.qkv_linear(_cast(h), q, k, v, *biases, chosen(backend, "qkv_linear"))
+        q_bias, k_bias, v_bias = (_cast(part.bias) for part in three)
+        use = chosen(backend, "qkv_linear")
+        qkv = ops.qkv_linear(_cast(h), q, k, v, q_bias, k_bias, v_bias, use)
     else:
         qkv = torch.cat([linear(part, h, backend) for part in three], -1)
     return qkv.view(h.shape[0], 3, m.heads, qkv.shape[1] // (3 * m.heads))

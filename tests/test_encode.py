@@ -143,7 +143,7 @@ def test_wrong_arguments_are_named(model, tokenizer, arguments, message):
 def test_models_that_cannot_run_packed_are_refused(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="Linear contains 0 transformers encoders"):
         embed(nn.Linear(2, 2), tokenizer, ["a"])
-    other = MegatronBertModel(MegatronBertConfig(30, 8, 1, 2, 8))
+    other = MegatronBertModel(MegatronBertConfig(num_hidden_layers=1, hidden_size=64))
     with pytest.raises(ValueError, match="MegatronBertModel contains 0 transformers encoders"):
         embed(other, tokenizer, ["a"])
     decoder = AutoModel.from_pretrained(tiny.save(tmp_path, is_decoder=True))

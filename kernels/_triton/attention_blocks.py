@@ -80,7 +80,7 @@ SHORT: dict[int, dict[str, Blocks]] = {
 # float32 multiplies on the ordinary cores hold whole rows of an operand in registers
 FLOAT: dict[int, dict[str, Blocks]] = {
     64: {"forward": (32, 32, 4, 1), "dq": (32, 32, 8, 1), "dkv": (16, 32, 4, 1)},
-    128: {"forward": (16, 32, 8, 1), "dq": (16, 16, 8, 1), "dkv": (32, 32, 8, 1)},
+    128: {"forward": (16, 32, 8, 1), "dq": (16, 16, 8, 1), "dkv": (16, 32, 8, 1)},
 }
 # several blocks even for the short sequences of a test
 INTERPRETER: dict[str, Blocks] = {
