@@ -163,6 +163,9 @@ def forget_copies(model: Any) -> None:
 def reasons_against(model: Any, family: Family) -> list[str]:
     """Why the packed forward cannot run on this model as it is now (empty: it can)."""
     why = reasons_against_structure(model, family)
+    device = model.embeddings.word_embeddings.weight.device.type
+    if device not in ("cpu", "cuda"):
+        why.append(f"parameters are on {device}")
     for module in model.modules():
         if module is not model and _hooked(module):
             why.append(f"a hook or a replaced forward sits on an inner {type(module).__name__}")
@@ -179,8 +182,6 @@ def reasons_against_structure(model: Any, family: Family) -> list[str]:
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
         return ["it is a decoder or has cross-attention"]
     weight = model.embeddings.word_embeddings.weight
-    if weight.device.type not in ("cpu", "cuda"):
-        return [f"parameters are on {weight.device.type}"]
     for layer in family.layers(model):
         cls = type(layer)
         if cls.__name__ != family.layer or cls.__module__ != family.module:

@@ -1,9 +1,4 @@
-"""The packed model against Hugging Face's: outputs and every parameter's gradient.
-
-The same yardstick as for the ops: error against HF in fp64 at most 2x (gradients 3x) that of
-HF in the same dtype, plus one ulp. Errors are root mean squares over a tensor: after many layers
-the single worst element of a bias gradient is a matter of luck on both sides.
-"""
+"""The packed model against Hugging Face's: masks, shapes, inputs, outputs, training."""
 
 from __future__ import annotations
 
@@ -12,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import BertForSequenceClassification, BertModel
 
 import bert_fast
 
+from .against_hf import compare
 from .models import ids, masks, read_rows, tiny
-from .parity import DEVICE, ulp
+from .parity import DEVICE, DTYPES
 
 BATCH, LENGTH = 4, 11
 SHAPES = {
@@ -28,55 +24,6 @@ SHAPES = {
     "relu": {"hidden_act": "relu", "type_vocab_size": 1},
     "silu": {"hidden_act": "silu", "layer_norm_eps": 1e-5},
 }
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def run(model: nn.Module, inputs: dict[str, Any], rows: Tensor) -> dict[str, Tensor]:
-    """Outputs that a user reads and the gradient of each parameter, in one dictionary."""
-    output = model(**inputs)
-    read = {"last": output.last_hidden_state[rows], "pooled": output.pooler_output}
-    generator = torch.Generator().manual_seed(11)
-    loss = 0.0
-    for value in read.values():
-        weight = torch.randn(value.shape, generator=generator).to(value)
-        loss = loss + (value * weight).sum()
-    loss.backward()
-    found = {name: value.detach() for name, value in read.items()}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            found[f"d{name}"] = parameter.grad
-            parameter.grad = None
-    return found
-
-
-def over_budget(
-    exact: dict[str, Tensor], plain: dict[str, Tensor], found: dict[str, Tensor]
-) -> list[str]:
-    told = [f"only one side has {name}" for name in exact.keys() ^ found.keys()]
-    for name in exact.keys() & found.keys():
-        truth = exact[name]
-        # Softmax ignores a constant added to all scores, so a key bias has gradient zero and both
-        # sides return rounding noise; its scale is that of the projection it is packed with.
-        scale = exact[name.replace("key.bias", "value.bias")].abs().max().item()
-        error = (found[name].double() - truth).square().mean().sqrt().item()
-        yardstick = (plain[name].double() - truth).square().mean().sqrt().item()
-        budget = (3 if name.startswith("d") else 2) * yardstick
-        budget += ulp(scale, found[name].dtype)
-        if not error <= budget:
-            told.append(f"{name}: {error:.3e} > {budget:.3e} (HF itself {yardstick:.3e})")
-    return told
-
-
-def compare(model: nn.Module, dtype: torch.dtype, inputs: dict[str, Any], rows: Tensor) -> None:
-    wide = {
-        k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v
-        for k, v in inputs.items()
-    }
-    model = model.to(dtype)
-    exact = run(copy.deepcopy(model).double(), wide, rows)
-    plain = run(copy.deepcopy(model), inputs, rows)
-    found = run(bert_fast.accelerate(copy.deepcopy(model)), inputs, rows)
-    assert not over_budget(exact, plain, found)
 
 
 @pytest.mark.gpu
