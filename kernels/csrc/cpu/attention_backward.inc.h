@@ -7,6 +7,10 @@
 // the difference of two numbers rounded along different ways, which for rows with few keys costs
 // several ulp of dQ. P and dP of kQueries queries and all keys are small enough to keep.
 //
+// The sum of dS over the keys is zero; what rounding leaves of it, times what the keys have in
+// common, is an error of dQ that grows with their number. Hence P is normalised once more (rounding
+// lse scales a whole row), and delta is summed twice, the second time as a small correction.
+//
 // The unit of work is one head of one sequence, so dK and dV are summed by one thread in a fixed
 // order: deterministic for any number of threads. Scores are transposed, as in the forward.
 #pragma once
@@ -48,7 +52,7 @@ template <bool DROPOUT>
 ALWAYS_INLINE void gradient_columns(
     float* scores, float* dscores, const float* factors, int64_t keys, float scale, float dscale,
     vf lse) {
-  vf delta{};
+  vf delta{}, sum{};
   for (int64_t j = 0; j < keys * kQueries; j += kQueries) {
     vf p = exp_below_89(fma(load(scores + j), set1(scale), -lse)), dp = load(dscores + j);
     if constexpr (DROPOUT) {
@@ -56,11 +60,21 @@ ALWAYS_INLINE void gradient_columns(
       store(dscores + j, dp);
     }
     store(scores + j, p);
+    sum += p;
     delta = fma(p, dp, delta);
+  }
+  const vf norm = sum > 0.f ? 1.f / sum : vf{};
+  delta *= norm;
+  vf rest{};
+  for (int64_t j = 0; j < keys * kQueries; j += kQueries) {
+    vf p = load(scores + j) * norm, d = load(dscores + j) - delta;
+    store(scores + j, p);
+    store(dscores + j, d);
+    rest = fma(p, d, rest);
   }
   for (int64_t j = 0; j < keys * kQueries; j += kQueries) {
     vf p = load(scores + j);
-    store(dscores + j, p * (load(dscores + j) - delta) * dscale);
+    store(dscores + j, p * (load(dscores + j) - rest) * dscale);
     if constexpr (DROPOUT) store(scores + j, p * load(factors + j));
   }
 }
