@@ -67,7 +67,11 @@ def over_budget(
 
 
 def _projected(name: str) -> str:
-    for key, value in (("key.bias", "value.bias"), ("k_lin.bias", "v_lin.bias"), ("attn.k.bias", "attn.v.bias")):
+    for key, value in (
+        ("key.bias", "value.bias"),
+        ("k_lin.bias", "v_lin.bias"),
+        ("attn.k.bias", "attn.v.bias"),
+    ):
         name = name.replace(key, value)
     return name
 

@@ -17,7 +17,9 @@ ELEMENTS = 2**16  # of a hidden state [B, S, H]: keeps a case below a second
 MASKS = ("none", "right", "left", "holes", "float", "first", "nothing", "4d_bool", "4d_float")
 
 
-def draw_mask(kind: str, batch: int, length: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+def draw_mask(
+    kind: str, batch: int, length: int, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor]:
     """A mask, and the rows of the output that mean something."""
     lengths = torch.randint(1, length + 1, (batch, 1))
     rows = torch.arange(length) < lengths
