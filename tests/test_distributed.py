@@ -1,0 +1,57 @@
+"""Two gloo processes: data parallel and sharded training give the gradients of one process."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import BertForSequenceClassification
+
+import bert_fast
+
+from .models import ids, masks, tiny
+
+BATCH = 4
+
+
+def loss_of(model: nn.Module, rows: slice) -> Tensor:
+    mask = masks(BATCH, 11)["right"][rows]
+    labels = ids(BATCH, 1, 2).flatten()[rows]
+    return model(input_ids=ids(BATCH, 11)[rows], attention_mask=mask, labels=labels).loss
+
+
+def worker(rank: int, kind: str, rendezvous: str) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    plain = tiny(BertForSequenceClassification)
+    ours = bert_fast.accelerate(copy.deepcopy(plain))
+    if kind == "ddp":
+        wrapped: nn.Module = DistributedDataParallel(ours)
+    else:
+        mesh = init_device_mesh("cpu", (2,))
+        if kind == "fsdp2_layers":
+            for layer in ours.bert.encoder.layer:
+                fully_shard(layer, mesh=mesh)
+        wrapped = fully_shard(ours, mesh=mesh)
+    loss_of(wrapped, slice(2 * rank, 2 * rank + 2)).backward()
+    loss_of(plain, slice(0, BATCH)).backward()
+    for (name, found), expected in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        grad = found.grad
+        grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+        torch.testing.assert_close(grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp2_layers"])
+def test_one_step_on_two_processes(kind: str, tmp_path: Path) -> None:
+    mp.spawn(worker, args=(kind, f"file://{tmp_path}/rendezvous"), nprocs=2)
