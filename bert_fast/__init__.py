@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         BertLMHeadModel,
         BertModel,
     )
+    from .verification import verify
 
 __all__ = [
     "BertForMaskedLM",
@@ -39,11 +40,12 @@ __all__ = [
     "explain",
     "report",
     "restore",
+    "verify",
 ]
 
 _HOMES = {name: "heads" for name in __all__ if name.startswith("Bert")}
 _HOMES |= {"accelerate": "convert", "report": "convert", "restore": "convert"}
-_HOMES |= {"explain": "explanation"}
+_HOMES |= {"explain": "explanation", "verify": "verification"}
 
 
 def __getattr__(name: str) -> Any:

@@ -225,3 +225,35 @@ def test_help_and_version_import_nothing_heavy():
         done = subprocess.run(line, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stdout
+
+
+def test_verify_passes_and_writes_json(folder, tmp_path):
+    out = tmp_path / "out.json"
+    line = ["verify", str(folder), "--dtype", "bf16", "--json", str(out)]
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 0, result.output
+    assert "as exact as Hugging Face" in result.output and "padding spared" in result.output
+    found = json.loads(out.read_text())
+    assert found["passed"] and found["dtype"] == "bfloat16" and len(found["states"]) == 3
+    assert found["cosine"] > 0.99 and found["gradient"]["relative"] > 0
+
+
+def test_verify_fails_where_an_error_is_over(folder, monkeypatch):
+    from bert_fast import ops
+
+    kernel = ops.linear_gelu
+
+    def tanh(x, weight, bias, activation, backend="auto"):
+        return kernel(x, weight, bias, "gelu_tanh", backend)
+
+    monkeypatch.setattr(ops, "linear_gelu", tanh)
+    result = CliRunner().invoke(app, ["verify", str(folder), "--no-gradients"])
+    assert result.exit_code == 1 and "NOT as exact" in result.output and "over" in result.output
+
+
+def test_verify_refuses_bad_input(folder, tmp_path):
+    refused(CliRunner().invoke(app, ["verify", str(tmp_path / "no")]), "no model at")
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    line = ["verify", str(folder), "--texts", str(empty)]
+    refused(CliRunner().invoke(app, line), "0 texts given")

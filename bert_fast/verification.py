@@ -1,0 +1,186 @@
+"""verify(model, texts): is the accelerated model as exact as the user's own, on the user's texts?
+
+The truth is Hugging Face's forward in fp64. The yardstick is Hugging Face's forward in the model's
+own dtype: bert_fast passes where its error is at most twice that (three times for gradients), plus
+the dtype's epsilon. Errors are root mean squares over the real tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .convert import accelerate, is_encoder, restore
+from .explanation import Explanation, explain
+from .modeling import Backend
+
+MAX_TEXTS = 64
+
+
+@dataclass(frozen=True)
+class Error:
+    """Of one tensor: bert_fast's error, Hugging Face's own in this dtype, and what is allowed.
+
+    Relative errors are root mean squares divided by that of the truth.
+    """
+
+    name: str
+    max_abs: float
+    relative: float
+    hf_relative: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.relative <= self.allowed
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The result; `str()` is a report for a terminal, `to_json()` plain values."""
+
+    model: str
+    dtype: str
+    texts: int
+    states: list[Error]
+    gradient: Error | None
+    cosine: float
+    rank_agreement: float | None
+    explanation: Explanation
+
+    @property
+    def passed(self) -> bool:
+        errors = self.states + ([self.gradient] if self.gradient else [])
+        return not self.explanation.fallback and all(error.passed for error in errors)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": self.passed}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.model} in {self.dtype} on {self.texts} texts: "
+            + ("as exact as Hugging Face" if self.passed else "NOT as exact as Hugging Face"),
+            f"{'':<12}{'max |error|':>12}{'relative':>12}{'HF itself':>12}{'allowed':>12}",
+        ]
+        for e in self.states + ([self.gradient] if self.gradient else []):
+            numbers = (e.max_abs, e.relative, e.hf_relative, e.allowed)
+            row = "".join(f"{number:>12.2e}" for number in numbers)
+            lines.append(f"{e.name:<12}{row}" + ("" if e.passed else "  over"))
+        lines.append(f"smallest cosine of a text's mean embedding to the truth: {self.cosine:.8f}")
+        if self.rank_agreement is not None:
+            lines.append(f"rank agreement of the texts' similarities: {self.rank_agreement:.6f}")
+        return "\n".join([*lines, str(self.explanation)])
+
+
+@dataclass(frozen=True)
+class _Run:
+    states: list[Tensor]  # [tokens, H] each, fp64, the real tokens only
+    pooled: Tensor  # [B, H], mean over a text's tokens, unit length
+    gradient: Tensor | None
+
+
+def verify(
+    model: nn.Module,
+    texts: Sequence[str],
+    tokenizer: Any,
+    backend: Backend = "auto",
+    gradients: bool = True,
+) -> Verification:
+    """Compares `model` through bert_fast with the same model through transformers.
+
+    Args:
+        model: a transformers encoder or head, accelerated or not; it is copied (three times, once
+            in fp64) and left as it is.
+        texts: 1 to 64 texts, run as one padded batch.
+        tokenizer: its tokenizer.
+        backend: as in `bert_fast.accelerate`.
+        gradients: also compare the gradient of a random projection of the last hidden states with
+            respect to the encoder's parameters.
+
+    Returns: errors by hidden state (the embeddings, then each layer), of the gradient, the
+        smallest cosine, the Spearman correlation of all pairwise similarities, and what ran.
+    Raises: ValueError for no or too many texts, and for a model that cannot be accelerated.
+    """
+    if not 1 <= len(texts) <= MAX_TEXTS:
+        raise ValueError(f"{len(texts)} texts given, expected 1 to {MAX_TEXTS}")
+    found = [module for module in model.modules() if is_encoder(module)]
+    if len(found) != 1:
+        raise ValueError(f"{type(model).__name__} contains {len(found)} encoders, expected one")
+    encoder = restore(copy.deepcopy(found[0])).eval()
+    weight = encoder.embeddings.word_embeddings.weight
+    limit = min(encoder.config.max_position_embeddings - 2, int(tokenizer.model_max_length))
+    batch = tokenizer(
+        list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt"
+    ).to(weight.device)
+    truth = _run(copy.deepcopy(encoder).double(), batch, gradients)
+    plain = _run(encoder, batch, gradients)
+    ours = accelerate(encoder, backend)
+    with torch.set_grad_enabled(gradients):
+        explanation = explain(ours, batch)
+    run = _run(ours, batch, gradients)
+    names = ["embeddings", *(f"layer {i}" for i in range(len(truth.states) - 1))]
+    states = [
+        _error(name, *three, weight.dtype, 2)
+        for name, *three in zip(names, truth.states, plain.states, run.states, strict=True)
+    ]
+    gradient = None
+    if gradients:
+        three = (truth.gradient, plain.gradient, run.gradient)
+        gradient = _error("gradient", *three, weight.dtype, 3)  # type: ignore[arg-type]
+    return Verification(
+        type(model).__name__,
+        str(weight.dtype).removeprefix("torch."),
+        len(texts),
+        states,
+        gradient,
+        (truth.pooled * run.pooled).sum(-1).min().item(),
+        _rank_agreement(truth.pooled, run.pooled),
+        explanation,
+    )
+
+
+def _run(encoder: nn.Module, batch: Mapping[str, Tensor], gradients: bool) -> _Run:
+    kept = batch["attention_mask"].bool()
+    with torch.set_grad_enabled(gradients):
+        output = encoder(**batch, output_hidden_states=True)
+        last = output.last_hidden_state
+        gradient = None
+        if gradients:
+            generator = torch.Generator().manual_seed(0)
+            weight = torch.randn(last.shape, generator=generator, dtype=torch.float64).to(last)
+            parameters = [p for p in encoder.parameters() if p.requires_grad]
+            loss = (last * weight)[kept].sum()
+            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+            gradient = torch.cat([g.double().flatten() for g in grads if g is not None])
+    states = [state.detach()[kept].double() for state in output.hidden_states]
+    mask = kept.unsqueeze(-1).double()
+    mean = (last.detach().double() * mask).sum(1) / mask.sum(1)
+    return _Run(states, F.normalize(mean, dim=-1), gradient)
+
+
+def _error(
+    name: str, truth: Tensor, plain: Tensor, ours: Tensor, dtype: torch.dtype, factor: int
+) -> Error:
+    scale = truth.square().mean().sqrt().item() or 1.0
+
+    def relative(found: Tensor) -> float:
+        return (found - truth).square().mean().sqrt().item() / scale
+
+    allowed = factor * relative(plain) + torch.finfo(dtype).eps
+    error = (ours - truth).abs().max().item()
+    return Error(name, error, relative(ours), relative(plain), allowed)
+
+
+def _rank_agreement(truth: Tensor, ours: Tensor) -> float | None:
+    """Spearman's correlation of all pairwise similarities; None for fewer than three texts."""
+    if truth.shape[0] < 3:
+        return None
+    rows, cols = torch.triu_indices(truth.shape[0], truth.shape[0], 1)
+    ranks = [(x @ x.T)[rows, cols].argsort().argsort().double() for x in (truth, ours)]
+    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
