@@ -126,13 +126,13 @@ def verify(
     run = _run(ours, batch, gradients)
     names = ["embeddings", *(f"layer {i}" for i in range(len(truth.states) - 1))]
     states = [
-        _error(name, *three, weight.dtype, 2)
-        for name, *three in zip(names, truth.states, plain.states, run.states, strict=True)
+        _error(name, (a, b, c), weight.dtype, 2)
+        for name, a, b, c in zip(names, truth.states, plain.states, run.states, strict=True)
     ]
     gradient = None
-    if gradients:
+    if truth.gradient is not None and plain.gradient is not None and run.gradient is not None:
         three = (truth.gradient, plain.gradient, run.gradient)
-        gradient = _error("gradient", *three, weight.dtype, 3)  # type: ignore[arg-type]
+        gradient = _error("gradient", three, weight.dtype, 3)
     return Verification(
         type(model).__name__,
         str(weight.dtype).removeprefix("torch."),
@@ -165,8 +165,9 @@ def _run(encoder: nn.Module, batch: Mapping[str, Tensor], gradients: bool) -> _R
 
 
 def _error(
-    name: str, truth: Tensor, plain: Tensor, ours: Tensor, dtype: torch.dtype, factor: int
+    name: str, results: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype, factor: int
 ) -> Error:
+    truth, plain, ours = results
     scale = truth.square().mean().sqrt().item() or 1.0
 
     def relative(found: Tensor) -> float:
