@@ -28,7 +28,10 @@ def attention_mask(
     *, mask_function: Any, attention_mask: Tensor | None = None, **rest: Any
 ) -> Tensor | None:
     """The 2D mask [B, S] as it is, for bidirectional attention; else the mask of SDPA."""
-    if mask_function is bidirectional_mask_function and rest["q_length"] == rest["kv_length"]:
+    queries = rest.get("q_length")
+    if queries is None:  # transformers before 5.6
+        queries = rest["cache_position"].shape[0]
+    if mask_function is bidirectional_mask_function and queries == rest["kv_length"]:
         return attention_mask
     return sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **rest)
 
@@ -81,11 +84,15 @@ def _has_bias(kwargs: dict[str, Any]) -> bool:
     return any(kwargs.get(name) is not None for name in ("position_bias", "cache", "softcap"))
 
 
-def accelerate_attention(model: nn.Module) -> None:
-    """Gives `model` the attention "bert_fast"; `restore_attention` gives back the one before."""
-    if model.config._attn_implementation != NAME:
-        model.__dict__[_BEFORE] = model.config._attn_implementation
+def accelerate_attention(model: nn.Module) -> list[str]:
+    """Gives `model` the attention "bert_fast", or says why not; `restore_attention` undoes it."""
+    before = model.config._attn_implementation
+    if before != NAME:
         model.set_attn_implementation(NAME)
+        if model.config._attn_implementation != NAME:
+            return [f"{type(model).__name__} computes its attention by itself"]
+        model.__dict__[_BEFORE] = before
+    return []
 
 
 def restore_attention(model: nn.Module) -> None:

@@ -195,10 +195,7 @@ def _why_not_other(module: nn.Module) -> list[str]:
 
 
 def _accelerate_other(module: nn.Module) -> list[str]:
-    why = _why_not_other(module)
-    if not why:
-        accelerate_attention(module)
-    return why
+    return _why_not_other(module) or accelerate_attention(module)
 
 
 # -- whether this transformers computes what the families say -----------------------------------

@@ -164,6 +164,10 @@ def test_attention_only(name: str, kind: str) -> None:
     rows = torch.ones(BATCH, LENGTH, dtype=torch.bool) if mask is None else mask.bool()
     with torch.inference_mode():
         before = plain(**inputs)[0]
+        if not plain._can_set_attn_implementation():  # ModernBERT in the first 5.x
+            with pytest.raises(ValueError, match="computes its attention by itself"):
+                bert_fast.accelerate(plain)
+            return
         assert "attention only" in str(bert_fast.report(bert_fast.accelerate(plain)))
         found = plain(**inputs)[0]
         torch.testing.assert_close(found[rows], before[rows], rtol=1e-4, atol=1e-5)
