@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .attention_interface import register_attention
     from .convert import accelerate, report, restore
     from .explanation import explain
     from .heads import (
@@ -38,6 +39,7 @@ __all__ = [
     "BertModel",
     "accelerate",
     "explain",
+    "register_attention",
     "report",
     "restore",
     "verify",
@@ -46,6 +48,7 @@ __all__ = [
 _HOMES = {name: "heads" for name in __all__ if name.startswith("Bert")}
 _HOMES |= {"accelerate": "convert", "report": "convert", "restore": "convert"}
 _HOMES |= {"explain": "explanation", "verify": "verification"}
+_HOMES |= {"register_attention": "attention_interface"}
 
 
 def __getattr__(name: str) -> Any:

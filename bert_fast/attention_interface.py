@@ -1,5 +1,6 @@
 """The attention "bert_fast" in transformers' registries, for encoders that are not packed whole.
 
+    bert_fast.register_attention()
     model = AutoModel.from_pretrained(..., attn_implementation="bert_fast")
 
 Each layer unpads its queries, keys and values, attends, and pads again. Cases that the op does not
@@ -84,10 +85,20 @@ def _has_bias(kwargs: dict[str, Any]) -> bool:
     return any(kwargs.get(name) is not None for name in ("position_bias", "cache", "softcap"))
 
 
+def register_attention() -> None:
+    """Makes `attn_implementation="bert_fast"` known to transformers, with its mask function.
+
+    Without the second, transformers would hand over no mask at all and padding would be attended.
+    """
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, attention_mask)
+
+
 def accelerate_attention(model: nn.Module) -> list[str]:
     """Gives `model` the attention "bert_fast", or says why not; `restore_attention` undoes it."""
     before = model.config._attn_implementation
     if before != NAME:
+        register_attention()
         model.set_attn_implementation(NAME)
         if model.config._attn_implementation != NAME:
             return [f"{type(model).__name__} computes its attention by itself"]
@@ -99,7 +110,3 @@ def restore_attention(model: nn.Module) -> None:
     before = model.__dict__.pop(_BEFORE, None)
     if before is not None:
         model.set_attn_implementation(before)
-
-
-AttentionInterface.register(NAME, attention_forward)
-AttentionMaskInterface.register(NAME, attention_mask)

@@ -141,6 +141,11 @@ def test_autocast_is_as_exact_as_hugging_face(dtype: torch.dtype, kind: str) -> 
                 return model(**inputs)
 
         results.append(run(model, inputs, rows, call))
+    with torch.autocast(DEVICE.type, dtype):
+        ran = {c.op: c.on for c in bert_fast.explain(ours, inputs).choices}
+    for op in ("qkv_linear", "attention", "linear", "linear_gelu"):
+        assert str(dtype).removeprefix("torch.") in ran[op], ran
+    assert "float32" in ran["add_layernorm"], ran
     assert results[0]["last"].dtype == results[1]["last"].dtype == torch.float32
     assert results[0]["pooled"].dtype == results[1]["pooled"].dtype == dtype
     assert not over_budget(exact, *results)

@@ -142,6 +142,7 @@ def test_question_answering(folder: Path) -> None:
 
 def test_attention_by_name(folder: Path) -> None:
     """attn_implementation="bert_fast": the mask function comes with it, so padding is not read."""
+    bert_fast.register_attention()
     plain = AutoModel.from_pretrained(folder).to(DEVICE)
     named = AutoModel.from_pretrained(folder, attn_implementation="bert_fast").to(DEVICE)
     for kind in ("none", "right", "left", "holes", "4d_bool"):
