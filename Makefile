@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 PY := .venv/bin/python
 SOURCES := setup.py pyproject.toml $(shell find kernels/csrc -type f)
 
-.PHONY: setup assets demo test bench lint mutants wheel aot clean
+.PHONY: setup assets demo test test-older bench lint mutants wheel aot clean
 
 setup: .venv/.stamp
 
@@ -35,6 +35,18 @@ demo: setup assets
 
 test: setup assets
 	$(PY) -m pytest -n 2 --dist worksteal
+
+# The tests of models against the oldest transformers that is supported with every feature.
+OLDER = .cache/transformers-5.17
+
+$(OLDER): | .venv/.deps
+	$(PY) -m pip install -q --target $(OLDER) transformers==5.17.0
+
+test-older: setup assets $(OLDER)
+	PYTHONPATH=$(OLDER) $(PY) -m pytest -n 2 --dist worksteal tests/test_families.py \
+	  tests/test_model.py tests/test_accelerate.py tests/test_compile.py tests/test_ecosystem.py \
+	  tests/test_random_configs.py tests/test_bad_input.py tests/test_encode.py tests/test_cli.py \
+	  tests/test_distributed.py tests/test_real_weights.py
 
 bench: setup assets
 	$(PY) -m bench.gpu_gate --device cpu --pytest tests/test_registry.py --out .cache/bench-cpu.json
