@@ -9,33 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import (
-    BertForMaskedLM,
-    BertForMultipleChoice,
-    BertForNextSentencePrediction,
-    BertForPreTraining,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertModel,
-)
+from transformers import BertForMaskedLM, BertModel
 from transformers.models.bert import modeling_bert as hf
 
 import bert_fast
 
 from .models import ids, masks, tiny
 from .parity import DEVICE
-
-HEADS = {
-    BertForMaskedLM: {"labels": ids(4, 9)},
-    BertForPreTraining: {"labels": ids(4, 9), "next_sentence_label": ids(4, 1, 2).flatten()},
-    BertForNextSentencePrediction: {"labels": ids(4, 1, 2).flatten()},
-    BertForSequenceClassification: {"labels": ids(4, 1, 2).flatten()},
-    BertForTokenClassification: {"labels": ids(4, 9, 2)},
-    BertForQuestionAnswering: {"start_positions": ids(4, 1, 3), "end_positions": ids(4, 1, 3)},
-    BertForMultipleChoice: {"labels": ids(2, 1, 2).flatten()},
-}
+from .test_heads import LABELS, inputs_of
 
 
 def last(model: nn.Module, tokens: Tensor | None = None, **inputs: Any) -> Tensor:
@@ -43,20 +26,12 @@ def last(model: nn.Module, tokens: Tensor | None = None, **inputs: Any) -> Tenso
         return model(ids(3, 8) if tokens is None else tokens, **inputs)[0]
 
 
-@pytest.mark.parametrize("head", HEADS, ids=lambda c: c.__name__)
-def test_every_head(head: type) -> None:
-    model = tiny(head)
-    mask = masks(4, 9)["right"]
-    labels = {
-        k: v.masked_fill(mask == 0, -100) if v.shape == mask.shape else v
-        for k, v in HEADS[head].items()
-    }
-    tokens = ids(4, 9)
-    if head is BertForMultipleChoice:
-        tokens, mask = tokens.view(2, 2, 9), mask.view(2, 2, 9)
-    expected = model(tokens, attention_mask=mask, **labels)
+@pytest.mark.parametrize("name", LABELS)
+def test_every_head(name: str) -> None:
+    model, inputs = tiny(getattr(transformers, name)), inputs_of(name)
+    expected = model(**inputs)
     assert bert_fast.accelerate(model) is model
-    found = model(tokens, attention_mask=mask, **labels)
+    found = model(**inputs)
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-5)
     assert found.keys() == expected.keys()
 
