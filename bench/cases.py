@@ -13,58 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .workloads import WORKLOADS, Model, texts_of
 
-@dataclass(frozen=True)
-class Model:
-    """The shape of an encoder."""
-
-    name: str
-    layers: int
-    hidden: int
-    heads: int
-    intermediate: int
-    vocab: int = 30_522
-    positions: int = 512
-
-
-MODELS = {
-    model.name: model
-    for model in (
-        Model("minilm-l6", 6, 384, 12, 1536),
-        Model("bert-base", 12, 768, 12, 3072),
-        Model("bert-large", 24, 1024, 16, 4096),
-    )
-}
-TINY = Model("tiny", 2, 64, 2, 128, vocab=99, positions=512)  # exercises the scripts, not a GPU
 TOKENS = {"1k": 1_024, "8k": 8_192, "32k": 32_768}
-
-# Lengths of SQuAD v1.1's training features, cut at 384: every fifth percentile of 88,641
-# (Krell et al., arXiv 2107.02027). Mean 172.
-SQUAD = (36, 84, 107, 117, 124, 130, 135, 141, 147, 153, 159, 166, 174, 182, 191, 203, 217, 235,
-         260, 299, 384)  # fmt: skip
-SQUAD_MEAN = 172
-
-
-def squad_lengths(count: int) -> list[int]:
-    """`count` lengths spread evenly over the quantiles, in a fixed shuffled order."""
-    found = []
-    for i in range(count):
-        place = (i + 0.5) / count * (len(SQUAD) - 1)
-        low = int(place)
-        found.append(round(SQUAD[low] + (place - low) * (SQUAD[low + 1] - SQUAD[low])))
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
-    return [found[i] for i in order]
-
-
-def lengths_of(workload: str, tokens: int) -> list[int]:
-    """Sequence lengths of a workload with about `tokens` real tokens (exactly, without ragging)."""
-    if workload == "squad":
-        return squad_lengths(max(1, round(tokens / SQUAD_MEAN)))
-    size = {"full128": 128, "full512": 512}[workload]
-    return [size] * max(1, tokens // size)
-
-
-WORKLOADS = ("squad", "full128", "full512")
+ATTENTION = ("squad", "full128", "full512")  # workloads that attention is timed on
 
 
 @dataclass(frozen=True)
@@ -135,8 +87,8 @@ def op_cases(model: Model, tokens: int, device: torch.device, dtype: torch.dtype
     yield case("qkv_linear", "", qkv_linear)
     yield case("linear", "out", lambda draw: linear(draw, hidden))
     yield case("linear_gelu", "", lambda draw: (*linear(draw, inner), "gelu"))
-    for workload in WORKLOADS:
-        make = functools.partial(attention, lengths=lengths_of(workload, tokens))
+    for workload in ATTENTION:
+        make = functools.partial(attention, lengths=texts_of(WORKLOADS[workload], tokens))
         yield case("attention", workload, make)
     yield case(
         "add_layernorm",
@@ -154,7 +106,7 @@ def op_cases(model: Model, tokens: int, device: torch.device, dtype: torch.dtype
     yield case(
         "bias_gelu", "", lambda draw: (draw.normal(tokens, inner), draw.normal(inner), "gelu")
     )
-    squad = lengths_of("squad", tokens)
+    squad = texts_of(WORKLOADS["squad"], tokens)
     yield case(
         "pool",
         "squad",
@@ -162,12 +114,3 @@ def op_cases(model: Model, tokens: int, device: torch.device, dtype: torch.dtype
     )
     yield case("unpad", "", lambda draw: (draw.normal(2 * tokens, hidden), kept(draw)))
     yield case("pad", "", lambda draw: (draw.normal(tokens, hidden), kept(draw), 2 * tokens))
-
-
-def padded_batch(model: Model, lengths: list[int], device: torch.device) -> dict[str, Tensor]:
-    """input_ids and attention_mask of right-padded sequences, as a tokenizer returns them."""
-    generator = torch.Generator().manual_seed(0)
-    width = max(lengths)
-    mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
-    ids = torch.randint(1, model.vocab, mask.shape, generator=generator) * mask
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}

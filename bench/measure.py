@@ -1,11 +1,12 @@
-"""How the GPU gate measures: medians, ceilings of the machine, error against fp64."""
+"""How ops are measured: medians, ceilings of the machine, error against fp64."""
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,11 @@ import torch
 from torch import Tensor
 
 from bert_fast.ops.registry import Op
+
+
+def short(dtype: torch.dtype) -> str:
+    """fp32, bf16, fp16."""
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,9 @@ class Clock:
 
             rep = 5 if self.quick else 40
             return float(do_bench(run, warmup=rep // 4, rep=rep, return_mode="median"))
-        run()
-        return statistics.median(self.once_ms(run) for _ in range(3))
+        first = self.once_ms(run)
+        count = 3 if self.quick else max(3, min(30, int(200 / max(first, 1e-3))))
+        return statistics.median(self.once_ms(run) for _ in range(count))
 
     def once_ms(self, run: Callable[[], Any], calls: int = 1) -> float:
         """The mean time of `calls` calls in a row, from idle to idle."""
@@ -45,29 +52,21 @@ class Clock:
         self.synchronize()
         return (time.perf_counter() - start) * 1e3 / calls
 
-    def interleaved(self, runs: Mapping[str, Callable[[], Any]]) -> dict[str, list[float]]:
-        """Times of each contender, taking turns, so that drift of the machine meets them alike."""
-        rounds, calls = (2, 1) if self.quick else (11, 4)
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for run in runs.values():  # warm-up
-            self.once_ms(run, calls)
-        for _ in range(rounds):
-            for name, run in runs.items():
-                times[name].append(self.once_ms(run, calls))
-        return times
-
-    def ceilings(self) -> dict[str, float]:
-        """This machine's copy bandwidth, reads and writes counted, and matmul rate in bf16."""
-        elements, size = (1 << 20, 256) if self.quick else (1 << 30, 8192)
+    def ceilings(self, dtypes: Iterable[torch.dtype]) -> dict[str, float]:
+        """This machine's copy bandwidth (reads and writes counted) and matmul rate by dtype."""
+        on_gpu = self.device.type == "cuda"
+        elements, size = (1 << 30, 8192) if on_gpu else (1 << 27, 1536)
+        if self.quick:
+            elements, size = 1 << 22, 512
         source = torch.randint(-128, 127, (elements,), dtype=torch.int8, device=self.device)
         target = torch.empty_like(source)
         copy = self.median_ms(lambda: target.copy_(source))
-        a, b = (torch.randn(size, size, device=self.device).bfloat16() for _ in range(2))
-        product = self.median_ms(lambda: a @ b)
-        return {
-            "copy_gb_per_s": 2 * elements / copy / 1e6,
-            "matmul_tflop_per_s": 2 * size**3 / product / 1e9,
-        }
+        found = {"copy_gb_per_s": 2 * elements / copy / 1e6}
+        for dtype in dtypes:
+            a, b = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
+            product = self.median_ms(functools.partial(torch.matmul, a, b))
+            found[f"matmul_{short(dtype)}_tflop_per_s"] = 2 * size**3 / product / 1e9
+        return found
 
 
 @dataclass(frozen=True)

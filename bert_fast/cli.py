@@ -1,4 +1,4 @@
-"""The command line: `bert-fast embed`, `verify`, `doctor`, `explain`.
+"""The command line: `bert-fast embed`, `verify`, `explain`, `doctor`, `bench`.
 
 torch and transformers are imported inside the commands, so that `--help` answers at once. What a
 user can get wrong is one line on stderr and exit code 2.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -225,6 +226,22 @@ def explain(
         batch = tokenizer(list(SAMPLE_TEXTS), padding=True, return_tensors="pt").to(bert.device)
         with torch.inference_mode():
             print(bert_fast.explain(bert_fast.accelerate(bert), batch))
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def bench(context: typer.Context) -> None:
+    """Times bert_fast against its peers on this machine (from a checkout; --help tells more)."""
+    with one_line_errors():
+        root = Path(__file__).resolve().parents[1]
+        if not (root / "bench" / "run.py").is_file():
+            raise ValueError("the bench is not installed with the package: run it from a checkout")
+    # In a process of its own: the bench imports this package, never the other way round.
+    where = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    line = [sys.executable, "-m", "bench.run", *context.args]
+    raise typer.Exit(subprocess.run(line, env={**os.environ, "PYTHONPATH": where}).returncode)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -181,8 +181,11 @@ def _pack(
         )
     mask = mask.to(device)
     if whole or (in_place and _has_holes(mask)):
-        keys = mask.bool()[:, None, None, :]
-        return pack_full(batch, length, device), _additive(keys, batch, length, dtype, device)
+        packing, keep = pack_full(batch, length, device), mask.bool()
+        if not whole:  # zeros at padding here too; column 0 is read
+            first = torch.arange(length, device=device) == 0
+            packing = replace(packing, real=keep | first)
+        return packing, _additive(keep[:, None, None, :], batch, length, dtype, device)
     return pack_mask(mask), None
 
 

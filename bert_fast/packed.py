@@ -166,10 +166,8 @@ def reasons_against(model: Any, family: Family) -> list[str]:
     device = model.embeddings.word_embeddings.weight.device.type
     if device not in ("cpu", "cuda"):
         why.append(f"parameters are on {device}")
-    for module in model.modules():
-        if module is not model and _hooked(module):
-            why.append(f"a hook or a replaced forward sits on an inner {type(module).__name__}")
-            break
+    if hooked := _hooked_inside(model):
+        why.append(f"a hook or a replaced forward sits on an inner {type(hooked).__name__}")
     rule = torch.nn.modules.module
     if rule._global_forward_hooks or rule._global_forward_pre_hooks:
         why.append("global module hooks are registered")
@@ -243,6 +241,18 @@ def reasons_against_call(model: Any, given: dict[str, Any]) -> list[str]:
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack():
         why.append("a torch.func transform is active")
     return why
+
+
+def _hooked_inside(model: nn.Module) -> nn.Module | None:
+    """The first inner module with a hook. Not by `modules()`: this runs in every call."""
+    for module in model._modules.values():
+        if module is None:
+            continue
+        if _hooked(module):
+            return module
+        if found := _hooked_inside(module) if module._modules else None:
+            return found
+    return None
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -130,6 +130,16 @@ def test_other_arguments(name: str, given: str) -> None:
     torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["BertModel", "MPNetModel"])
+@pytest.mark.parametrize("kind", ["right", "left", "holes", "first_hidden"])
+def test_padded_rows_are_zeros(name: str, kind: str) -> None:
+    mask = masks(BATCH, LENGTH)[kind]
+    model = bert_fast.accelerate(small(ROWS[name]))
+    with torch.inference_mode():
+        last = model(**inputs_of(ROWS[name], mask)).last_hidden_state
+    assert not last[~read_rows(mask, BATCH, LENGTH)].any()
+
+
 def test_a_trained_relative_bias_runs_in_hugging_face() -> None:
     model = bert_fast.accelerate(small(ROWS["MPNetModel"]))
     with pytest.warns(UserWarning, match="relative position bias is being trained"):

@@ -1,96 +1,94 @@
-"""The GPU gate's script, run on the CPU with tiny shapes: every section, and every way to fail."""
+"""The GPU gate's script, run on the CPU with small shapes: every section, and every way to fail."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import cases, gpu_gate, measure
+from bench import cases, gpu_gate, measure, results, workloads
 from bert_fast.ops import OPS
 
 ONE_TEST = "tests/test_gpu_gate.py -k squad_lengths"
 QUICK = ("--device", "cpu", "--quick", "--pytest", ONE_TEST)
 
 
-def run(out: Path, *more: str) -> tuple[int, dict[str, Any]]:
+@pytest.fixture
+def small_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    def few(device: torch.device, quick: bool) -> Any:
+        for case in cases.op_cases(workloads.TINY, 64, device, torch.bfloat16):
+            yield case, torch.bfloat16, True
+
+    monkeypatch.setattr(gpu_gate, "op_cases", few)
+
+
+def run(out: Path, *more: str) -> tuple[int, results.Run]:
     code = gpu_gate.main([*QUICK, "--out", str(out), *more])
-    return code, json.loads(out.read_text())
+    return code, results.load(out)
 
 
 def test_squad_lengths_have_the_published_mean() -> None:
-    lengths = cases.squad_lengths(1000)
-    assert abs(sum(lengths) / len(lengths) - cases.SQUAD_MEAN) < 4
-    assert max(lengths) <= 384 and lengths == cases.squad_lengths(1000)
+    lengths = workloads.spread(workloads.SQUAD, 1000)
+    assert abs(sum(lengths) / len(lengths) - 172) < 4
+    assert max(lengths) <= 384 and lengths == workloads.spread(workloads.SQUAD, 1000)
 
 
 def test_cases_cover_every_op_and_pass_its_checks() -> None:
-    found = list(cases.op_cases(cases.TINY, 64, torch.device("cpu"), torch.float32))
+    found = list(cases.op_cases(workloads.TINY, 64, torch.device("cpu"), torch.float32))
     assert {case.op for case in found} == set(OPS)
     for case in found:
         OPS[case.op].check(*case.make())
 
 
 @pytest.mark.slow
-def test_whole_gate(tmp_path: Path) -> None:
+def test_whole_gate(tmp_path: Path, small_ops: None) -> None:
     code, result = run(tmp_path / "deep" / "gate.json")
-    assert code == 0 and result["failed"] == []
-    assert result["schema"] == gpu_gate.SCHEMA
-    assert result["tests"]["passed"] == 1 and result["tests"]["failed"] == 0
-    assert result["ceilings"]["copy_gb_per_s"] > 0
-    assert {row["op"] for row in result["ops"]} == set(OPS)
-    for row in result["ops"]:
-        times = [s["forward"] for s in row["kernels"].values() if "ms" in s.get("forward", {})]
-        assert times and all(t["ms"] > 0 and t["share_of_copy"] > 0 for t in times), row
-    assert [row["workload"] for row in result["models"]] == list(cases.WORKLOADS)
-    for row in result["models"]:
-        assert set(row["contenders"]) == {"hf_sdpa", "hf_compile", "bert_fast"}
-        assert all(found["real_tokens_per_s"] > 0 for found in row["contenders"].values())
+    assert code == 0 and result.failed == []
+    assert result.tests and result.tests["passed"] == 1 and result.tests["failed"] == 0
+    assert result.ceilings["copy_gb_per_s"] > 0
+    assert {row.op for row in result.ops} == set(OPS)
+    for op in OPS:
+        timed = [row for row in result.ops if row.op == op and row.ms]
+        assert {"forward", "forward_backward"} == {row.step for row in timed}
+        assert all(row.share for row in timed if row.step == "forward")
+    assert {e.workload for e in result.models} == set(gpu_gate.SMALL.workloads)
+    for entry in result.models:
+        assert entry.tokens_per_s and entry.cosine and entry.cosine > 0.99
+        assert (entry.ratio is None) == (entry.contender == "bert_fast")
 
 
-def test_failures_are_recorded_and_do_not_stop_the_rest(tmp_path: Path, monkeypatch) -> None:
+def test_failures_are_recorded_and_do_not_stop_the_rest(
+    tmp_path: Path, small_ops: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(measure.Clock, "ceilings", broken)  # a whole section
-    monkeypatch.setattr(gpu_gate, "load_pair", broken)
-    monkeypatch.setattr(OPS["pool"], "cost", broken)  # one row of a section
+    monkeypatch.setattr("bench.models.load", broken)  # a whole section
+    monkeypatch.setattr("bench.measure.Yardstick.check", broken)  # each row of a section
     code, result = run(tmp_path / "gate.json", "--pytest", "no_such_file.py")
-    assert code == 1
-    assert result["failed"] == ["ceilings", "tests", "ops", "models"]
-    assert "broken" in result["ceilings"]["error"] and "broken" in result["errors"]["models"]
-    rows = {row["case"]: row for row in result["ops"]}
-    assert any("broken" in row.get("error", "") for row in rows.values())
-    assert any("ms" in kernel.get("forward", {}) for row in rows.values()
-               for kernel in row["kernels"].values())  # fmt: skip
+    assert code == 1 and len(result.failed) > 3
+    assert any(told.startswith("tests: RuntimeError") for told in result.failed)
+    assert any(told.startswith("models: RuntimeError: broken") for told in result.failed)
+    assert any("broken" in (row.failed or "") for row in result.ops)
 
 
-def test_wrong_values_get_no_time(tmp_path: Path, monkeypatch) -> None:
+def test_wrong_values_get_no_time(
+    tmp_path: Path, small_ops: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(measure.Errors, "holds", property(lambda errors: False))
-    gate = gpu_gate.Gate(
-        gpu_gate.parser().parse_args([*QUICK, "--out", str(tmp_path / "gate.json")])
-    )
-    gate.section("ops", gpu_gate.run_ops, 1.0)
-    found = [s for row in gate.result["ops"] for k in row["kernels"].values() for s in k.values()]
-    assert gate.result["failed"] == ["ops"]
-    assert all("ms" not in step for step in found) and any("wrong" in step for step in found)
+    code, result = run(tmp_path / "gate.json")
+    assert code == 1 and result.ops and all(row.ms is None for row in result.ops)
+    assert any(row.failed and row.failed.startswith("wrong") for row in result.ops)
 
 
-def test_no_time_left_is_recorded(tmp_path: Path) -> None:
-    gate = gpu_gate.Gate(
-        gpu_gate.parser().parse_args(
-            [*QUICK, "--out", str(tmp_path / "gate.json"), "--budget", "0"]
-        )
-    )
-    gate.section("ops", gpu_gate.run_ops, 1.0)
-    assert {row.get("skipped") for row in gate.result["ops"]} == {"time budget"}
-    assert gate.result["failed"] == []
+def test_no_time_left_is_recorded(tmp_path: Path, small_ops: None) -> None:
+    code, result = run(tmp_path / "gate.json", "--budget", "0")
+    assert code == 0 and "the time was up" in result.missing["ops"]
 
 
-def test_a_gpu_is_asked_for_by_default(capsys) -> None:
+def test_a_gpu_is_asked_for_by_default(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(SystemExit):

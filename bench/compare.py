@@ -1,0 +1,225 @@
+"""`python -m bench.compare OLD NEW`: what became slower or faster between two runs of the bench.
+
+Of a model, the ratio of bert_fast's median times, new over old, with its bootstrap interval (95 %)
+over windows. As the machine itself may be slower today, the ratio is divided by that of hf_sdpa on
+the same batches, where both runs have it. A regression is an interval wholly above 1.03. Ops have
+one time each: there the ratio itself must be beyond 5 %, after division by the median ratio of the
+reference kernels. The exit code is 1 if anything regressed, 2 if a file cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .results import Entry, Interval, OpEntry, Run, load
+
+OURS, YARDSTICK = "bert_fast", "hf_sdpa"
+MODEL_MARGIN, OP_MARGIN = 0.03, 0.05
+DRAWS = 2_000
+# Fewer have no 95 % interval of their median: even from the least to the largest is less likely.
+LEAST_WINDOWS = 5
+LEAST_REFERENCES = 5
+
+REGRESSION, IMPROVEMENT, NOISE = "regression", "improvement", "within noise"
+VANISHED, FEW, OTHER = "vanished", "too few windows", "another workload"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One entry in two runs.
+
+    old, new: milliseconds; None where it failed or is not there.
+    ratio: new over old, normalised; None where there is nothing to compare. Of an op both ends of
+        the interval are the value.
+    verdict: "regression", "improvement", "within noise", "vanished", "too few windows" or
+        "another workload".
+    note: what the ratio was divided by, or why there is none.
+    """
+
+    key: tuple[str, ...]
+    old: float | None
+    new: float | None
+    ratio: Interval | None
+    verdict: str
+    note: str = ""
+
+
+def compare(old: Run, new: Run) -> list[Change]:
+    """Every model of bert_fast, then every op, that the old run has; in its order."""
+    return _models(old, new) + _ops(old, new)
+
+
+def _models(old: Run, new: Run) -> list[Change]:
+    before, after = ({e.key: e for e in run.models} for run in (old, new))
+    changes = []
+    for key, was in before.items():
+        if was.contender != OURS:
+            continue
+        now = after.get(key)
+        change = _without_times(was, now, _ms(was), _ms(now))
+        if change is None and now is not None:
+            peer = (*key[:3], YARDSTICK, key[4])
+            change = _model(was, now, before.get(peer), after.get(peer))
+        if change:
+            changes.append(change)
+    return changes
+
+
+def _model(was: Entry, now: Entry, peer_was: Entry | None, peer_now: Entry | None) -> Change | None:
+    def change(ratio: Interval | None, verdict: str, note: str) -> Change:
+        return Change(was.key, _ms(was), _ms(now), ratio, verdict, note)
+
+    if (was.tokens, was.padded_tokens) != (now.tokens, now.padded_tokens):
+        return change(None, OTHER, f"{was.tokens} tokens became {now.tokens}")
+    windows = min(len(was.seconds), len(now.seconds))
+    if windows < LEAST_WINDOWS:
+        return change(None, FEW, f"{windows}, at least {LEAST_WINDOWS} are needed")
+    if peer_was and peer_now and peer_was.seconds and peer_now.seconds:
+        ratio = ratio_of_medians(was.seconds, now.seconds, peer_was.seconds, peer_now.seconds)
+        note = f"relative to {YARDSTICK}"
+    else:
+        ratio, note = ratio_of_medians(was.seconds, now.seconds), "not normalised"
+    return change(ratio, judge(ratio, MODEL_MARGIN), note)
+
+
+def _ms(entry: Entry | None) -> float | None:
+    return entry.median_s * 1e3 if entry and entry.median_s else None
+
+
+def ratio_of_medians(
+    old: Sequence[float],
+    new: Sequence[float],
+    peer_old: Sequence[float] | None = None,
+    peer_new: Sequence[float] | None = None,
+) -> Interval:
+    """New over old, divided by the same of the peer, with its 95 % interval."""
+    generator = np.random.default_rng(0)
+    drawn_old, found_old = _medians(generator, old, peer_old)
+    drawn_new, found_new = _medians(generator, new, peer_new)
+    low, high = np.percentile(drawn_new / drawn_old, (2.5, 97.5))
+    return Interval(found_new / found_old, float(low), float(high))
+
+
+def _medians(
+    generator: np.random.Generator, ours: Sequence[float], peer: Sequence[float] | None
+) -> tuple[np.ndarray, float]:
+    """Our median (over the peer's): of every draw [DRAWS], and of the windows as they are."""
+    mine = np.asarray(ours)
+    picked = generator.integers(len(mine), size=(DRAWS, len(mine)))
+    drawn, found = np.median(mine[picked], 1), float(np.median(mine))
+    if peer is None:
+        return drawn, found
+    theirs = np.asarray(peer)
+    # Contenders take turns: the same window of both saw the same machine, so it is drawn for both.
+    if len(theirs) != len(mine):
+        picked = generator.integers(len(theirs), size=(DRAWS, len(theirs)))
+    return drawn / np.median(theirs[picked], 1), found / float(np.median(theirs))
+
+
+def _ops(old: Run, new: Run) -> list[Change]:
+    after = {e.key: e for e in new.ops}
+    pairs = [(was, after.get(was.key)) for was in old.ops]
+    references = [
+        now.ms / was.ms
+        for was, now in pairs
+        if was.kernel == "reference" and was.ms and now and now.ms
+    ]
+    scale, note = 1.0, "not normalised"
+    if len(references) >= LEAST_REFERENCES:
+        scale, note = statistics.median(references), "relative to the reference kernels"
+    changes = []
+    for was, now in pairs:
+        change = _without_times(was, now, was.ms, now.ms if now else None)
+        if change is None and now is not None and was.ms and now.ms:
+            value = now.ms / was.ms / scale
+            ratio = Interval(value, value, value)
+            change = Change(was.key, was.ms, now.ms, ratio, judge(ratio, OP_MARGIN), note)
+        if change:
+            changes.append(change)
+    return changes
+
+
+def _without_times(
+    was: Entry | OpEntry, now: Entry | OpEntry | None, old: float | None, new: float | None
+) -> Change | None:
+    """What there is to say where a side has no time; None where both have one, or neither."""
+    if now is None:
+        return Change(was.key, old, None, None, VANISHED, "not in the new run")
+    if old and not new:
+        return Change(was.key, old, None, None, REGRESSION, f"failed: {now.failed or 'no time'}")
+    if new and not old:
+        return Change(was.key, None, new, None, IMPROVEMENT, f"had failed: {was.failed}")
+    return None
+
+
+def judge(ratio: Interval, margin: float) -> str:
+    if ratio.low > 1 + margin:
+        return REGRESSION
+    return IMPROVEMENT if ratio.high < 1 - margin else NOISE
+
+
+def differences(old: Run, new: Run) -> list[str]:
+    """What else changed: numbers of two machines or threads are not one code's before and after."""
+    found = []
+    for name in ("device", "threads"):
+        if getattr(old, name) != getattr(new, name):
+            found.append(f"{name}: {getattr(old, name)} became {getattr(new, name)}")
+    for name in ("machine", "versions"):
+        before, after = getattr(old, name), getattr(new, name)
+        for key in dict.fromkeys((*before, *after)):
+            if before.get(key) != after.get(key):
+                found.append(f"{key}: {before.get(key)} became {after.get(key)}")
+    return found
+
+
+def show(changes: Sequence[Change], console: Console) -> None:
+    table = Table(title="new / old: above 1 is slower", title_justify="left")
+    for column in ("entry", "old ms", "new ms", "ratio", "95 %", "verdict", "note"):
+        table.add_column(column, justify="right" if column.endswith(("ms", "ratio")) else "left")
+    styles = {REGRESSION: "bold red", IMPROVEMENT: "green", VANISHED: "yellow"}
+    for c in changes:
+        times = ("" if ms is None else f"{ms:.3f}" for ms in (c.old, c.new))
+        value = f"{c.ratio.value:.3f}" if c.ratio else ""
+        span = (
+            f"{c.ratio.low:.3f} to {c.ratio.high:.3f}"
+            if c.ratio and c.ratio.low < c.ratio.high
+            else ""
+        )
+        verdict = f"[{styles[c.verdict]}]{c.verdict}[/]" if c.verdict in styles else c.verdict
+        table.add_row(escape(" ".join(c.key)), *times, value, span, verdict, escape(c.note))
+    console.print(table)
+    verdicts = [c.verdict for c in changes]
+    counts = (f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts))
+    console.print(", ".join(counts) or "no entry is in both runs")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
+    parser.add_argument("old", type=Path, metavar="OLD")
+    parser.add_argument("new", type=Path, metavar="NEW")
+    options = parser.parse_args(arguments)
+    try:
+        old, new = load(options.old), load(options.new)
+    except (OSError, ValueError) as error:
+        print(f"bench.compare: {error}", file=sys.stderr)
+        return 2
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    for difference in differences(old, new):
+        console.print(f"differs: {difference}", markup=False)
+    changes = compare(old, new)
+    show(changes, console)
+    return int(any(change.verdict == REGRESSION for change in changes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

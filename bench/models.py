@@ -1,0 +1,244 @@
+"""Whole models: bert_fast and its peers on every workload, in turns, after their values hold."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import assets, workloads
+from .noise import Probe, interleaved, ratio
+from .peers import PEERS, Peer
+from .results import Entry, Run
+
+# Relative L2 to fp64 over the real tokens above which an answer is wrong, not merely rounded.
+WRONG = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2, "int8": 0.6}
+CHECKED = 4  # texts of a batch that are compared with fp64
+ROUNDS = 9
+
+Call = Callable[[Mapping[str, Tensor]], Tensor]
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run: each workload takes at most `seconds`, and at least three rounds."""
+
+    models: tuple[str, ...] = ("minilm-l6", "bert-base")
+    workloads: tuple[str, ...] = tuple(workloads.WORKLOADS)
+    contenders: tuple[str, ...] = ()  # empty: all that are here
+    precisions: tuple[str, ...] = ("fp32", "bf16", "int8")
+    batches: int = 3
+    seconds: float = 60.0
+
+    def peers(self) -> list[Peer]:
+        return [
+            peer
+            for peer in PEERS
+            if peer.precision in self.precisions
+            and (not self.contenders or peer.name in self.contenders)
+        ]
+
+
+QUICK = Plan(
+    models=("minilm-l6",),
+    workloads=("single16", "full128", "sentence", "squad"),
+    contenders=("bert_fast", "hf_sdpa"),
+    batches=2,
+    seconds=12.0,
+)
+
+
+def bench_models(
+    run: Run, plan: Plan, device: torch.device, probe: Probe, tell: Callable[[str], None]
+) -> Iterable[None]:
+    """Fills `run.models`; yields after every workload, so that the caller can save."""
+    for name in plan.models:
+        shape = workloads.MODELS[name]
+        model = load(shape).to(device)
+        folder = Path(__file__).resolve().parents[1] / ".cache" / "bench" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for workload in (workloads.WORKLOADS[w] for w in plan.workloads):
+            for order in workload.orders:
+                texts = workloads.lengths(workload, plan.batches, order)
+                batches = [
+                    {k: v.to(device) for k, v in workloads.padded(shape, batch, i).items()}
+                    for i, batch in enumerate(texts)
+                ]
+                entries = _cell(run, plan, shape, model, folder, batches, probe)
+                for entry in entries:
+                    entry.workload, entry.order = workload.name, order
+                    entry.texts = sum(map(len, texts))
+                    entry.flop = sum(workloads.flop(shape, batch) for batch in texts)
+                    _rates(entry)
+                run.models += entries
+                tell(told(entries))
+                yield
+
+
+def load(shape: workloads.Model) -> nn.Module:
+    """The model in fp32: real weights where the assets hold them, else random ones."""
+    from transformers import BertConfig, BertModel
+
+    if shape.name == "minilm-l6":
+        try:
+            return BertModel.from_pretrained(assets.minilm()).eval()
+        except FileNotFoundError:
+            pass
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        intermediate_size=shape.intermediate,
+        max_position_embeddings=shape.positions,
+    )
+    return BertModel(config).eval()
+
+
+def _cell(
+    run: Run,
+    plan: Plan,
+    shape: workloads.Model,
+    model: nn.Module,
+    folder: Path,
+    batches: Sequence[Batch],
+    probe: Probe,
+) -> list[Entry]:
+    """Every contender on the same batches."""
+    exact = _truth(model, batches[0])
+    entries, ready = [], {}
+    for peer in plan.peers():
+        entry = Entry(shape.name, "", "", peer.name, peer.precision)
+        entry.tokens = sum(workloads.real_tokens(b) for b in batches)
+        entry.padded_tokens = sum(b["input_ids"].numel() for b in batches)
+        entries.append(entry)
+        why = peer.missing()
+        if why:
+            run.missing[f"{peer.name} {peer.precision}"] = entry.failed = why
+            continue
+        try:
+            call = _prepared(entry, peer, model, folder, batches, exact)
+        except Exception as error:  # a peer's failure is its own
+            entry.failed = f"{type(error).__name__}: {error}"[:300]
+            continue
+        if call is not None:
+            ready[f"{peer.name} {peer.precision}"] = (entry, _all(call, batches))
+    times = interleaved({n: r for n, (_, r) in ready.items()}, probe, ROUNDS, plan.seconds)
+    for name, (entry, _) in ready.items():
+        entry.seconds = times[name]
+    for entry, _ in ready.values():
+        ours = times.get(f"bert_fast {entry.precision}")
+        if ours and entry.contender != "bert_fast":
+            entry.ratio = ratio(entry.seconds, ours, probe.spread)
+    return entries
+
+
+def _prepared(
+    entry: Entry,
+    peer: Peer,
+    model: nn.Module,
+    folder: Path,
+    batches: Sequence[Batch],
+    exact: Tensor,
+) -> Call | None:
+    """Builds a contender, measures its first call and memory, and checks its values."""
+    before = _reset_peak()
+    call = peer.build(model, folder, batches)
+    start = time.perf_counter()
+    found = call(batches[0])
+    entry.first_call_s = time.perf_counter() - start
+    for batch in batches[1:]:
+        call(batch)
+    entry.peak_mb = _peak() - before
+    kept = batches[0]["attention_mask"][:CHECKED].bool()
+    found = found[:CHECKED].to(exact.device).double()
+    difference = (found - exact)[kept].square().sum().sqrt()
+    entry.relative_l2 = float(difference / exact[kept].square().sum().sqrt())
+    entry.cosine = float(_cosines(found, exact, kept).min())
+    if not entry.relative_l2 <= WRONG[entry.precision]:  # NaN is wrong too
+        entry.failed = f"wrong: relative L2 to fp64 is {entry.relative_l2:.1e}"
+        return None
+    return call
+
+
+@torch.inference_mode()
+def _truth(model: nn.Module, batch: Batch) -> Tensor:
+    first = {name: value[:CHECKED] for name, value in batch.items()}
+    return copy.deepcopy(model).double()(**first).last_hidden_state
+
+
+def _cosines(found: Tensor, exact: Tensor, kept: Tensor) -> Tensor:
+    mask = kept.unsqueeze(-1)
+    a, b = ((x * mask).sum(1) for x in (found, exact))
+    return torch.nn.functional.cosine_similarity(a, b)
+
+
+def _all(call: Call, batches: Sequence[Batch]) -> Callable[[], None]:
+    on_gpu = batches[0]["input_ids"].is_cuda
+
+    def run() -> None:
+        for batch in batches:
+            call(batch)
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    return run
+
+
+def _rates(entry: Entry) -> None:
+    if entry.seconds:
+        entry.median_s = statistics.median(entry.seconds)
+        entry.p95_s = float(np.percentile(entry.seconds, 95))
+        entry.tokens_per_s = entry.tokens / entry.median_s
+        entry.tflop_per_s = entry.flop / entry.median_s / 1e12
+
+
+def _reset_peak() -> float:
+    """MB resident now; the peak of Linux's accounting starts anew."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**20
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return float("nan")
+    return _status("VmRSS")
+
+
+def _peak() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return _status("VmHWM")
+
+
+def _status(name: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) / 1024
+    return float("nan")
+
+
+def told(entries: Sequence[Entry]) -> str:
+    """A line for each precision of one workload."""
+    first = entries[0]
+    lines = [f"{first.model} {first.workload} {first.order}: {first.tokens} tokens"]
+    for precision in dict.fromkeys(e.precision for e in entries):
+        cells = []
+        for e in (e for e in entries if e.precision == precision):
+            if e.failed:
+                cells.append(f"{e.contender} -")
+            elif e.ratio:
+                cells.append(f"{e.contender} {e.ratio.value:.2f}x ({e.ratio.verdict})")
+            elif e.tokens_per_s:
+                cells.append(f"{e.contender} {e.tokens_per_s:,.0f} tokens/s")
+        lines.append(f"  {precision}: " + ", ".join(cells))
+    return "\n".join(lines)

@@ -1,0 +1,97 @@
+"""Was the machine quiet? A probe around every round, and intervals that say what is noise."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from .results import Interval, Noise
+
+DISTURBED = 1.25  # a probe this much slower than the median so far marks its round
+DRAWS = 2_000
+
+
+class Probe:
+    """A fixed piece of work, a matmul and a copy, timed before and after each round."""
+
+    def __init__(self, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.a = torch.randn(384, 384, generator=generator).to(device)
+        self.b = torch.randn(1 << 20, generator=generator).to(device)
+        self.device = device
+        self.times: list[float] = []
+        self.kept = self.dropped = 0
+        for _ in range(12):
+            self()
+
+    def __call__(self) -> float:
+        """Milliseconds of the probe now; the best of three, as one may be cut by a switch."""
+        best = min(self._once() for _ in range(3))
+        self.times.append(best)
+        return best
+
+    def _once(self) -> float:
+        start = time.perf_counter()
+        x = self.a @ self.a
+        y = self.b.clone()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        del x, y
+        return (time.perf_counter() - start) * 1e3
+
+    def quiet(self) -> bool:
+        return self() <= DISTURBED * statistics.median(self.times)
+
+    @property
+    def spread(self) -> float:
+        """Half the middle half of the probe's times, relative to their median."""
+        low, middle, high = np.percentile(self.times, (25, 50, 75))
+        return float((high - low) / 2 / middle)
+
+    def summary(self) -> Noise:
+        return Noise(statistics.median(self.times), self.spread, self.kept, self.dropped)
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], object]], probe: Probe, rounds: int, seconds: float
+) -> dict[str, list[float]]:
+    """Seconds of each contender in each kept round, taking turns; who begins changes.
+
+    rounds: at most; after three the time budget `seconds` ends it too. A disturbed round is
+        dropped and repeated, up to as many again.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    order, start, kept, tried = list(runs), time.perf_counter(), 0, 0
+    while kept < rounds and tried < 2 * rounds:
+        if kept >= 3 and time.perf_counter() - start > seconds:
+            break
+        quiet, found = probe.quiet(), {}
+        for name in order[tried % len(order) :] + order[: tried % len(order)]:
+            begin = time.perf_counter()
+            runs[name]()
+            found[name] = time.perf_counter() - begin
+        tried += 1
+        last_chance = tried >= 2 * rounds - 3 and kept < 3
+        if (quiet and probe.quiet()) or last_chance:
+            kept += 1
+            for name, taken in found.items():
+                times[name].append(taken)
+    probe.kept += kept
+    probe.dropped += tried - kept
+    return times
+
+
+def ratio(theirs: Sequence[float], ours: Sequence[float], floor: float) -> Interval:
+    """The median ratio of paired times with its 95 % bootstrap interval.
+
+    floor: relative, added to both ends: what the machine varies by between rounds, which a few
+        paired rounds cannot show.
+    """
+    ratios = np.asarray(theirs) / np.asarray(ours)
+    draws = np.random.default_rng(0).choice(ratios, (DRAWS, len(ratios)))
+    low, high = np.percentile(np.median(draws, 1), (2.5, 97.5))
+    return Interval(float(np.median(ratios)), float(low) * (1 - floor), float(high) * (1 + floor))

@@ -1,0 +1,128 @@
+"""Every kernel of every op at named shapes: checked against fp64, then timed.
+
+The baselines are in the same table: "reference" is eager PyTorch, "torch.compile" the reference
+compiled. A rate is put beside the ceiling that was measured in the same run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bert_fast.ops import OPS
+from bert_fast.ops.registry import Op
+
+from .cases import Case
+from .measure import Clock, Yardstick, short
+from .results import OpEntry, Run
+
+COMPILED = "torch.compile"
+Runner = Callable[..., Tensor]
+
+
+def runners(op: Op, args: tuple[Any, ...], clock: Clock) -> dict[str, Runner | list[str]]:
+    """By kernel: how to call it on these arguments, or why it cannot run."""
+    found: dict[str, Runner | list[str]] = {}
+    for kernel in op.kernels:
+        why = kernel.why_not(*args)
+        if kernel.backend == "triton" and clock.device.type == "cpu":
+            why = ["Triton's interpreter is not timed"]
+        name = kernel.backend
+        found[name] = why or (lambda *values, name=name: op(*values, backend=name))
+    return found
+
+
+def bench_op(
+    run: Run, case: Case, dtype: torch.dtype, clock: Clock, backward: bool, compiled: bool
+) -> list[OpEntry]:
+    """Checks, then times every kernel of one op at one shape, forward and with its backward."""
+    op, args = OPS[case.op], case.make()
+    flop, moved = op.cost(*args)
+    entries = []
+    for step in ("forward", "forward_backward")[: 1 + backward]:
+        yardstick = Yardstick(op, args, step != "forward")
+        ready = runners(op, yardstick.leaves(args), clock)
+        if compiled and step == "forward" and op.name not in ("attention", "pool"):
+            # Those two loop over sequences in the reference: a graph for every batch.
+            torch._dynamo.reset()
+            ready[COMPILED] = torch.compile(op.reference, dynamic=False)
+        for name, call in ready.items():
+            entry = OpEntry(op.name, case.name, short(dtype), name, step, flop, moved)
+            entries.append(entry)
+            if isinstance(call, list):
+                entry.failed = "; ".join(call)
+                continue
+            try:
+                _time(entry, yardstick, call, clock)
+            except Exception as error:
+                entry.failed = f"{type(error).__name__}: {error}"[:300]
+            if entry.failed:
+                run.failed.append(f"op {op.name} {case.name} {name}")
+            if entry.ms is not None and step == "forward":
+                _rates(run, entry)
+    return entries
+
+
+def _time(entry: OpEntry, yardstick: Yardstick, call: Runner, clock: Clock) -> None:
+    errors = yardstick.check(call)
+    entry.error, entry.budget = errors[0].error, errors[0].budget
+    # The compiled reference is a peer, not ours: its rounding is its own.
+    if not all(e.holds for e in errors) and entry.kernel != COMPILED:
+        entry.failed = f"wrong: error {entry.error:.2e} over budget {entry.budget:.2e}"
+        return
+    if not yardstick.backward:
+        with torch.inference_mode():
+            entry.ms = clock.median_ms(lambda: call(*yardstick.args))
+        return
+    leaves = yardstick.leaves(yardstick.args)
+    inputs = [a for a in leaves if isinstance(a, Tensor) and a.requires_grad]
+    entry.ms = clock.median_ms(lambda: torch.autograd.grad(call(*leaves), inputs, yardstick.dy))
+
+
+def _rates(run: Run, entry: OpEntry) -> None:
+    assert entry.ms is not None
+    entry.gb_per_s = entry.bytes / entry.ms / 1e6
+    entry.tflop_per_s = entry.flop / entry.ms / 1e9
+    copy = run.ceilings.get("copy_gb_per_s")
+    matmul = run.ceilings.get(f"matmul_{entry.dtype}_tflop_per_s")
+    if copy and matmul:
+        least_ms = max(entry.bytes / copy / 1e6, entry.flop / matmul / 1e9)
+        entry.share = least_ms / entry.ms
+
+
+def bench_ops(
+    run: Run,
+    cases: Iterable[tuple[Case, torch.dtype, bool]],
+    clock: Clock,
+    seconds: float,
+    compiled: bool,
+    tell: Callable[[str], None],
+) -> Iterable[None]:
+    """Fills `run.ops` case by case until the time is up; yields after each."""
+    deadline = time.monotonic() + seconds
+    for case, dtype, backward in cases:
+        if time.monotonic() > deadline:
+            run.missing.setdefault("ops", "the time was up: the last cases were left out")
+            return
+        entries = bench_op(run, case, dtype, clock, backward, compiled)
+        run.ops += entries
+        tell(told(entries))
+        yield
+
+
+def told(entries: list[OpEntry]) -> str:
+    """One line for one op at one shape."""
+    first = entries[0]
+    cells = []
+    for e in entries:
+        step = "" if e.step == "forward" else "+bwd"
+        if e.ms is not None:
+            share = f" ({e.share:.0%})" if e.share else ""
+            cells.append(f"{e.kernel}{step} {e.ms * 1e3:,.0f}us{share}")
+        elif e.failed and e.failed.startswith("wrong"):
+            cells.append(f"{e.kernel}{step} WRONG")
+    return f"{first.op:16} {first.case:26} {first.dtype}  " + "  ".join(cells)

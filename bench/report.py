@@ -1,0 +1,337 @@
+"""`python -m bench.report RESULT.json [-o OUT.html] [--readme]`: a run of the bench as one page.
+
+The page needs nothing but itself: plots are inline SVG. `--readme` puts the run's table between the
+bench's markers in README.md instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+from . import figures
+from .results import ROOT, Entry, Interval, OpEntry, Run, load
+from .standings import KINDS, OURS, Standing, cell, fill, ordered, standings, summary
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+NONE = "–"  # noqa: RUF001
+
+CSS = """
+:root { color-scheme: light }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff;
+  max-width: 1140px; margin: 0 auto; padding: 24px }
+h1 { font-size: 26px; margin: 0 0 12px } h2 { font-size: 20px; margin: 40px 0 8px;
+  border-bottom: 1px solid #ccc; padding-bottom: 4px } h3 { font-size: 16px; margin: 24px 0 4px }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 0 }
+dt { color: #555 } dd { margin: 0; overflow-wrap: anywhere }
+nav ul { columns: 2; padding-left: 20px; margin: 8px 0 } .summary li { margin: 4px 0 }
+a { color: #14508c } code { font-size: 13px; background: #f3f3f3; padding: 1px 4px }
+figure { margin: 8px 0 20px } figure svg { width: 100%; height: auto; display: block }
+figcaption { color: #444; font-size: 13.5px }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-size: 12px; margin: 8px 0 }
+th, td { padding: 3px 6px; text-align: left; border-bottom: 1px solid #e4e4e4; vertical-align: top;
+  white-space: nowrap }
+th { background: #f3f3f3; font-weight: 600 }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
+#failures td { white-space: normal; overflow-wrap: anywhere }
+tr.ours td { background: #fdeee6; font-weight: 600 }
+.faster { color: #146c2e } .slower { color: #a3120a; font-weight: 600 } .noise { color: #555 }
+"""
+
+Section = tuple[str, str, str]  # id, heading, HTML
+
+
+def render(run: Run) -> str:
+    """The page."""
+    sections = [s for s in (*_model_sections(run), *_op_sections(run), _not_measured(run)) if s[2]]
+    entries = "".join(f'<li><a href="#{i}">{escape(h)}</a></li>' for i, h, _ in sections)
+    body = "".join(f'<section id="{i}"><h2>{escape(h)}</h2>{t}</section>' for i, h, t in sections)
+    title = f"bert_fast on {run.device}"
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}'
+        f'</title><meta name="viewport" content="width=device-width"><style>{CSS}</style></head>\n'
+        f"<body><header><h1>{escape(title)}</h1>{_summary(run)}{_facts(run)}</header>\n"
+        f"<nav><h2>Contents</h2><ul>{entries}</ul></nav>\n<main>{body}</main></body></html>\n"
+    )
+
+
+def _summary(run: Run) -> str:
+    said = "".join(f"<li>{escape(sentence)}</li>" for sentence in summary(run))
+    return (
+        "<p>bert_fast computes BERT encoders in PyTorch without computing their padding. On this "
+        "machine it took turns with other ways to run the same models on the same batches. Only "
+        "peers of the same precision are compared. “Times as fast” is the peer's time over "
+        "bert_fast's: below 1, bert_fast is slower; within noise, the 95 % interval contains "
+        f'1.</p><ul class="summary">{said}</ul>'
+    )
+
+
+def _facts(run: Run) -> str:
+    modified = ", with changes that are not committed" if run.modified else ""
+    noise = "not recorded"
+    if run.noise:
+        n = run.noise
+        noise = (
+            f"{n.kept} windows kept, {n.dropped} dropped because the machine was disturbed; "
+            f"a probe took {n.probe_ms:.3g} ms, give or take {n.probe_spread:.1%}"
+        )
+    facts = {
+        "commit": f"{run.commit or 'unknown'}{modified}",
+        "command": run.command,
+        "date": run.date,
+        "device": f"{run.device}; torch runs {run.threads} threads",
+        "machine": "; ".join(f"{k}: {v}" for k, v in run.machine.items()),
+        "versions": ", ".join(f"{k} {v}" for k, v in run.versions.items()),
+        "ceilings": ", ".join(f"{k} {v:,.4g}" for k, v in run.ceilings.items()),
+        "noise": noise,
+        "tests": ", ".join(f"{k}: {v}" for k, v in (run.tests or {}).items()),
+    }
+    rows = (f"<dt>{k}</dt><dd>{escape(v)}</dd>" for k, v in facts.items() if v)
+    return f"<h2>The run</h2><dl>{''.join(rows)}</dl>"
+
+
+def _model_sections(run: Run) -> Iterable[Section]:
+    found, tables = [], []
+    classes = dict.fromkeys((e.model, e.precision) for e in run.models if e.median_s)
+    for i, (model, precision) in enumerate(classes):
+        head = f"<h3>{escape(model)}, {escape(precision)}</h3>"
+        svg = figures.bars(f"bars{i}", run, model, precision)
+        found.append(head + _figure(svg, BARS))
+        timed = [
+            e for e in run.models if e.median_s and (e.model, e.precision) == (model, precision)
+        ]
+        tables.append(head + _table(MODEL_COLUMNS, map(_model_row, timed)))
+    yield "tokens", "Tokens per second", "".join(found)
+    rated = [s for s in standings(run) if s.peer and s.peer.ratio]
+    svg = figures.speedups("speedups", run) if rated else ""
+    yield "fill", "Speed-up and padding", svg and _figure(svg, SPEEDUPS)
+    yield "standings", "bert_fast and the fastest peer", _standings(run) if run.models else ""
+    svg = figures.scaling("scaling", run) if run.scaling else ""
+    yield "scaling", "Scaling", svg and _figure(svg, SCALING)
+    yield "models", "All models", "".join(tables)
+
+
+BARS = (
+    "Real tokens per second, more is better. The number above a group is the fastest peer's time "
+    "over bert_fast's; a cross marks what failed or is not there."
+)
+SPEEDUPS = (
+    "One mark a workload and order, with its 95 % interval, against the share of the padded batch "
+    "that is real tokens. Above the line bert_fast is faster than the fastest peer of its "
+    "precision."
+)
+SCALING = "Exponents are fitted on the upper half of the points: 1 is linear, 2 quadratic."
+ROOFS = (
+    "Achieved rate against arithmetic intensity, both on logarithmic axes. The roofs are the "
+    "bandwidth of a copy and the rate of a large matmul, measured in the same run."
+)
+
+
+def _figure(svg: str, caption: str) -> str:
+    said = escape(caption)
+    return f'<figure role="img" aria-label="{said}">{svg}<figcaption>{said}</figcaption></figure>'
+
+
+def _standings(run: Run) -> str:
+    rows = []
+    for s in standings(run):
+        peer = s.peer
+        rows.append((
+            *cell(s.ours), s.ours.precision, KINDS[s.kind], _number(s.ours.tokens_per_s, ",.0f"),
+            peer.contender if peer else NONE, _number(peer.tokens_per_s if peer else None, ",.0f"),
+            _interval(peer.ratio if peer else None), _verdict(s.verdict),
+        ))  # fmt: skip
+    columns = ("model", "workload", "order", "precision", "kind", "#bert_fast tokens/s",
+               "fastest peer", "#its tokens/s", "#ratio", "bert_fast is")  # fmt: skip
+    return _table(columns, rows)
+
+
+def _verdict(verdict: str) -> str:
+    kind = {"faster": "faster", "slower": "slower"}.get(verdict, "noise")
+    return f'<span class="{kind}">{escape(verdict)}</span>'
+
+
+MODEL_COLUMNS = ("workload", "order", "contender", "#tokens/s", "#median ms", "#p95 ms", "#ratio",
+                 "#TFLOP/s", "#fill", "#first call s", "#peak MB", "#relative L2", "#cosine",
+                 "#texts", "#windows")  # fmt: skip
+
+
+def _model_row(e: Entry) -> tuple[str, ...]:
+    return (
+        e.workload, e.order, e.contender, _number(e.tokens_per_s, ",.0f"),
+        _number(e.median_s, ",.2f", 1e3), _number(e.p95_s, ",.2f", 1e3), _interval(e.ratio),
+        _number(e.tflop_per_s, ".3f"), _number(fill(e), ".2f"), _number(e.first_call_s, ".2f"),
+        _number(e.peak_mb, ",.0f"), _number(e.relative_l2, ".1e"), _number(e.cosine, ".6f"),
+        f"{e.texts}", f"{len(e.seconds)}",
+    )  # fmt: skip
+
+
+def _op_sections(run: Run) -> Iterable[Section]:
+    drawn = any(e.tflop_per_s and e.flop and e.bytes for e in run.ops)
+    svg = figures.rooflines("roofs", run) if drawn else ""
+    yield "roofs", "Ops below the machine's roofs", svg and _figure(svg, ROOFS)
+    reference = {_place(e): e.ms for e in run.ops if e.ms and e.kernel == figures.REFERENCE}
+    timed = [e for e in run.ops if e.ms]
+    best: dict[tuple[str, ...], OpEntry] = {}
+    for e in sorted((e for e in timed if e.kernel != figures.REFERENCE), key=lambda e: e.ms or 0):
+        best.setdefault(_place(e), e)
+    slower = [
+        f"{' '.join(place)} ({e.kernel}, {reference[place] / e.ms:.2f} times as fast)"
+        for place, e in best.items()
+        if e.ms and e.ms > 1.05 * reference.get(place, math.inf)
+    ]
+    said = (
+        f"Where even the fastest kernel is more than 5 % slower than the reference in plain "
+        f"PyTorch: {'; '.join(slower) or 'nowhere'}."
+    )
+    rows = (_op_row(e, reference.get(_place(e))) for e in timed)
+    table = f"<p>{escape(said)}</p>{_table(OP_COLUMNS, rows)}" if timed else ""
+    yield "ops", "All ops", table
+
+
+def _place(e: OpEntry) -> tuple[str, ...]:
+    return e.op, e.case, e.dtype, e.step
+
+
+OP_COLUMNS = ("op", "case", "dtype", "step", "kernel", "#ms", "#reference ms / ms", "#TFLOP/s",
+              "#GB/s", "#share of its roof", "#error", "#allowed")  # fmt: skip
+
+
+def _op_row(e: OpEntry, reference: float | None) -> tuple[str, ...]:
+    gain = reference / e.ms if reference and e.ms else None
+    return (
+        e.op, e.case, e.dtype, e.step, e.kernel, _number(e.ms, ",.4g"), _number(gain, ".2f"),
+        _number(e.tflop_per_s, ".3g"), _number(e.gb_per_s, ".3g"), _number(e.share, ".0%"),
+        _number(e.error, ".1e"), _number(e.budget, ".1e"),
+    )  # fmt: skip
+
+
+def _not_measured(run: Run) -> Section:
+    """Peers that are not here, and each failure with the places that it is from."""
+    rows: dict[tuple[str, str], list[str]] = {(name, why): [] for name, why in run.missing.items()}
+    for e in run.models:
+        if not e.median_s:
+            why = (f"{e.contender} {e.precision}", e.failed or "no times")
+            rows.setdefault(why, []).append(" ".join(cell(e)))
+    for op in run.ops:
+        if not op.ms:
+            why = (f"{op.op} {op.kernel} {op.dtype}", op.failed or "no time")
+            rows.setdefault(why, []).append(f"{op.case} {op.step}")
+    for name in run.failed:
+        rows.setdefault((name, "failed"), [])
+    cells = ((name, why, "; ".join(places) or NONE) for (name, why), places in rows.items())
+    table = _table(("what", "why", "where"), cells) if rows else "<p>Nothing.</p>"
+    return "failures", "Missing and failed", table
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Cells are text, or a <span>; columns that start with # are numbers."""
+    kinds = [' class="n"' if column.startswith("#") else "" for column in columns]
+    pairs = zip(columns, kinds, strict=True)
+    head = "".join(f"<th{kind}>{escape(name.removeprefix('#'))}</th>" for name, kind in pairs)
+    body = []
+    for row in rows:
+        mark = ' class="ours"' if OURS in row else ""
+        cells = (c if c.startswith("<span") else escape(c) for c in row)
+        tds = (f"<td{kind}>{c}</td>" for c, kind in zip(cells, kinds, strict=True))
+        body.append(f"<tr{mark}>{''.join(tds)}</tr>\n")
+    return (
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _number(value: float | None, form: str, scale: float = 1.0) -> str:
+    return NONE if value is None or math.isnan(value) else format(value * scale, form)
+
+
+def _interval(ratio: Interval | None) -> str:
+    return f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]" if ratio else NONE
+
+
+def readme_table(run: Run, path: Path) -> str:
+    """Markdown: for each model a row a workload and order, with the columns of each precision.
+
+    path: the run's file, named in the text.
+    """
+    found = standings(run)
+    said = [
+        f"From `{_relative(path)}`, made by `{run.command}` on {run.device}, with {run.threads} "
+        f"threads, at commit {(run.commit or 'unknown')[:10]}"
+        f"{' (modified)' if run.modified else ''}. "
+        "Each is compared with the fastest peer of the same precision; the ratio is the peer's "
+        "time over bert_fast's, with its 95 % interval."
+    ]
+    kinds = ordered(s.ours.precision for s in found)
+    for model in dict.fromkeys(s.ours.model for s in found):
+        head = [f"| {model} |"]
+        head += [
+            f" {kind} tokens/s | fastest {kind} peer | ratio | bert_fast is |" for kind in kinds
+        ]
+        said += ["", "".join(head), "| --- |" + " ---: | --- | ---: | --- |" * len(kinds)]
+        mine = {(*cell(s.ours), s.ours.precision): s for s in found if s.ours.model == model}
+        for place in dict.fromkeys(key[:3] for key in mine):
+            cells = (_readme_cells(mine.get((*place, kind))) for kind in kinds)
+            said.append(f"| {place[1]}, {place[2]} |{''.join(cells)}")
+    return "\n".join(said)
+
+
+def _readme_cells(s: Standing | None) -> str:
+    if s is None:
+        return f" {NONE} |" * 4
+    peer = s.peer
+    rate, name = _number(s.ours.tokens_per_s, ",.0f"), peer.contender if peer else NONE
+    return f" {rate} | {name} | {_interval(peer.ratio if peer else None)} | {s.verdict} |"
+
+
+def _relative(path: Path) -> str:
+    path = path.resolve()
+    return (path.relative_to(ROOT) if path.is_relative_to(ROOT) else path).as_posix()
+
+
+def readme_section(text: str) -> str | None:
+    """What stands between the markers, None where they are not there."""
+    if BEGIN not in text or END not in text:
+        return None
+    return text.partition(BEGIN)[2].partition(END)[0].strip("\n")
+
+
+def write_readme(run: Run, path: Path, readme: Path = README) -> None:
+    """Replaces what stands between the markers. Raises: ValueError where they are not there."""
+    text = readme.read_text()
+    if readme_section(text) is None:
+        raise ValueError(f"{readme} has no {BEGIN} and {END}")
+    head, _, rest = text.partition(BEGIN)
+    tail = rest.partition(END)[2]
+    readme.write_text(f"{head}{BEGIN}\n{readme_table(run, path)}\n{END}{tail}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("result", type=Path, metavar="RESULT.json")
+    parser.add_argument(
+        "-o", "--out", type=Path, metavar="OUT.html", help="beside RESULT by default"
+    )
+    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    options = parser.parse_args(arguments)
+    try:
+        run = load(options.result)
+        if options.readme:
+            write_readme(run, options.result)
+        if options.out or not options.readme:
+            out = options.out or options.result.with_suffix(".html")
+            out.write_text(render(run))
+            print(out)
+    except (OSError, ValueError) as error:
+        print(f"bench.report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""The bench itself: what it calls a winner, what it drops, what gets no time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench import models, noise, results, run, workloads
+from bench.peers import Peer
+
+DEVICE = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", workloads.WORKLOADS)
+def test_workloads(name: str) -> None:
+    workload = workloads.WORKLOADS[name]
+    mean = {"squad": 172, "wiki512": 256, "sentence": 27, "rerank": 85, "docs": 410}
+    found = workloads.spread(workload.quantiles, 2000)
+    if name in mean:
+        assert abs(np.mean(found) - mean[name]) < 0.05 * mean[name]
+    assert max(found) <= 512 and min(found) >= 1
+    arrival = workloads.lengths(workload, 3, "arrival")
+    ordered = workloads.lengths(workload, 3, "sorted")
+    assert sorted(chain(*arrival)) == list(chain(*ordered)) and len(arrival) == 3
+    batch = workloads.padded(workloads.TINY, arrival[0])
+    assert workloads.real_tokens(batch) == sum(arrival[0])
+    assert batch["input_ids"].shape == (workload.batch, max(arrival[0]))
+
+
+def test_flop_counts_what_the_modules_do() -> None:
+    model = workloads.MODELS["minilm-l6"]
+    # Published for MiniLM-L6: 2.9 GFLOP for one text of 128 tokens.
+    assert abs(workloads.flop(model, [128]) / 1e9 - 2.9) < 0.1
+
+
+def test_a_ratio_inside_the_noise_is_no_win() -> None:
+    draw = np.random.default_rng(1)
+    same = draw.normal(1.0, 0.03, (2, 7))
+    assert noise.ratio(same[0], same[1], 0.02).verdict == "within noise"
+    assert noise.ratio(same[0] * 1.5, same[1], 0.02).verdict == "faster"
+    assert noise.ratio(same[0] * 0.6, same[1], 0.02).verdict == "slower"
+    found = noise.ratio(same[0] * 1.04, same[1], 0.05)
+    assert found.low < 1 < found.high  # the floor alone covers 4 %
+
+
+def test_disturbed_rounds_are_dropped_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = noise.Probe(DEVICE)
+    quiet = iter([True, True, False, True, False, *[True] * 40])
+    monkeypatch.setattr(probe, "quiet", lambda: next(quiet))
+    order: list[str] = []
+    runs = {name: lambda name=name: order.append(name) for name in ("a", "b")}
+    times = noise.interleaved(runs, probe, 4, 60.0)
+    assert len(times["a"]) == len(times["b"]) == 4
+    assert probe.kept == 4 and probe.dropped == 2
+    assert order[:4] == ["a", "b", "b", "a"]  # they take turns in going first
+
+
+def plan_with(monkeypatch: pytest.MonkeyPatch, peers: Sequence[Peer]) -> models.Plan:
+    monkeypatch.setattr(models, "PEERS", tuple(peers))
+    tiny = workloads.Model("tiny", 2, 64, 2, 128, vocab=2_000)
+    monkeypatch.setitem(workloads.MODELS, "tiny", tiny)
+    return models.Plan(("tiny",), ("sentence",), precisions=("fp32",), batches=1, seconds=1.0)
+
+
+def peer(name: str, change: Callable[[Tensor], Tensor]) -> Peer:
+    def build(model: nn.Module, folder: Path, batches: Sequence[Any]) -> Any:
+        def call(batch: Mapping[str, Tensor]) -> Tensor:
+            with torch.inference_mode():
+                return change(model(**batch).last_hidden_state)
+
+        return call
+
+    return Peer(name, "fp32", lambda: None, build)
+
+
+def test_a_wrong_result_and_a_missing_peer_get_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(x: Tensor) -> Tensor:
+        time.sleep(0.02)
+        return x
+
+    def broken(x: Tensor) -> Tensor:
+        raise RuntimeError("a peer's own fault")
+
+    absent = Peer("absent", "fp32", lambda: "not installed", lambda *a: None)  # type: ignore
+    plan = plan_with(monkeypatch, [
+        peer("bert_fast", lambda x: x), peer("slow", slow), peer("wrong", lambda x: x * 1.01),
+        peer("nan", lambda x: x * float("nan")), peer("broken", broken), absent,
+    ])  # fmt: skip
+    found = results.new_run("test", DEVICE)
+    told: list[str] = []
+    for _ in models.bench_models(found, plan, DEVICE, noise.Probe(DEVICE), told.append):
+        pass
+    entries = {(e.contender, e.order): e for e in found.models}
+    assert entries["slow", "arrival"].ratio and entries["slow", "arrival"].ratio.value > 1.5
+    for name in ("wrong", "nan", "broken", "absent"):
+        entry = entries[name, "sorted"]
+        assert entry.failed and not entry.seconds and entry.ratio is None
+    assert "relative L2" in str(entries["wrong", "arrival"].failed)
+    assert found.missing == {"absent fp32": "not installed"}
+    assert "slow 1" in told[0] or "slow 2" in told[0] or "slow" in told[0]
+
+
+def test_results_survive_their_file(tmp_path: Path) -> None:
+    found = results.new_run("test", DEVICE)
+    found.models.append(results.Entry("m", "w", "o", "c", "fp32", seconds=[1.0, 2.0]))
+    found.models[0].ratio = results.Interval(1.2, 1.1, 1.3)
+    found.noise = results.Noise(1.0, 0.1, 3, 1)
+    found.save(tmp_path / "a" / "run.json")
+    assert results.load(tmp_path / "a" / "run.json") == found
+    (tmp_path / "old.json").write_text('{"schema": 1}')
+    with pytest.raises(ValueError, match="not a result of schema"):
+        results.load(tmp_path / "old.json")
+
+
+def test_names_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--models", "gpt"], ["--workloads", "x"], ["--parts", "y"]):
+        with pytest.raises(SystemExit):
+            run.main(arguments)
+        assert "unknown" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command_from_anywhere(tmp_path: Path) -> None:
+    out = tmp_path / "run.json"
+    line = [sys.executable, "-m", "bert_fast.cli", "bench", "--quick", "--parts", "models",
+            "--workloads", "single16", "--seconds", "1", "--out", str(out)]  # fmt: skip
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = results.load(out)
+    assert {e.contender for e in found.models} == {"bert_fast", "hf_sdpa"}
+    assert found.noise and found.noise.kept >= 3 and "rounds kept" in done.stdout

@@ -1,0 +1,164 @@
+"""The benchmark's contenders: each against transformers in fp64, on ragged batches."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import peers, peers_exported
+from bench.peers import PEERS, Peer
+
+from .models import tiny
+
+MOST = {"fp32": 1e-4, "bf16": 3e-2, "int8": 0.4}  # relative L2 over the real tokens
+PARAMETERS = [
+    pytest.param(
+        of,
+        id=f"{of.name}-{of.precision}",
+        marks=[pytest.mark.slow] if of.name == "torch_compile" else [],
+    )
+    for of in PEERS
+]
+LENGTHS = ((9, 3, 17, 1), (5, 12))
+
+
+def peer(name: str, precision: str) -> Peer:
+    (found,) = [p for p in PEERS if (p.name, p.precision) == (name, precision)]
+    if why := found.missing():
+        pytest.skip(why)
+    return found
+
+
+def model() -> Any:
+    return tiny(vocab_size=2000, intermediate_size=128).cpu()
+
+
+def padded(lengths: tuple[int, ...]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(len(lengths))
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return {
+        "input_ids": torch.randint(5, 2000, mask.shape, generator=generator) * mask,
+        "attention_mask": mask,
+    }
+
+
+BATCHES = [padded(lengths) for lengths in LENGTHS]
+
+
+def relative_l2(found: Tensor, truth: Tensor, batch: dict[str, Tensor]) -> float:
+    real = batch["attention_mask"].bool()
+    return float((found[real].double() - truth[real]).norm() / truth[real].norm())
+
+
+@pytest.mark.parametrize("of", PARAMETERS)
+def test_values(of: Peer, tmp_path: Path) -> None:
+    forward = peer(of.name, of.precision).build(theirs := model(), tmp_path, BATCHES)
+    found = [forward(batch) for batch in BATCHES]  # kept: no output may lie in a reused buffer
+    truths = copy.deepcopy(theirs).double()
+    for hidden, batch in zip(found, BATCHES, strict=True):
+        with torch.inference_mode():
+            truth = truths(**batch).last_hidden_state
+        assert hidden.shape == truth.shape
+        assert relative_l2(hidden, truth, batch) < MOST[of.precision]
+    for name, value in model().state_dict().items():
+        assert torch.equal(theirs.state_dict()[name], value), f"{name} was changed"
+    assert theirs.config._attn_implementation == model().config._attn_implementation
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "openvino_static", "ctranslate2"])
+def test_exports_are_used_again(name: str, tmp_path: Path) -> None:
+    first = peer(name, "int8").build(model(), tmp_path, BATCHES)(BATCHES[0])
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    again = peer(name, "int8").build(model(), tmp_path, BATCHES)(BATCHES[0])
+    assert kept == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    real = BATCHES[0]["attention_mask"].bool()
+    assert torch.equal(first[real], again[real])
+
+
+def test_onnxruntime_gets_its_fused_attention(tmp_path: Path) -> None:
+    peer("onnxruntime", "int8").build(model(), tmp_path, BATCHES)
+    import onnx
+
+    for precision, op in (("fp32", "Attention"), ("int8", "QAttention")):
+        graph = onnx.load(tmp_path / f"onnxruntime_{precision}.onnx").graph
+        assert [node.op_type for node in graph.node].count(op) == 2
+
+
+@pytest.mark.slow
+def test_compiled_is_frozen_for_one_text_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch of one text compiles again: frozen as well, and the setting is put back."""
+    of = peer("torch_compile", "fp32")
+    from torch._inductor import compile_fx, config
+
+    frozen = []
+    freeze = compile_fx.fw_compiler_freezing
+    monkeypatch.setattr(
+        compile_fx,
+        "fw_compiler_freezing",
+        lambda *args, **names: (frozen.append(True), freeze(*args, **names))[1],
+    )
+    forward = of.build(theirs := model(), tmp_path, BATCHES)
+    assert len(frozen) == 1
+    hidden = forward(one := padded((7,)))
+    assert len(frozen) == 2 and not config.freezing
+    with torch.inference_mode():
+        truth = copy.deepcopy(theirs).double()(**one).last_hidden_state
+    assert relative_l2(hidden, truth, one) < MOST["fp32"]
+
+
+def test_another_precision_is_refused(tmp_path: Path) -> None:
+    peer("openvino", "fp32").build(model(), tmp_path, BATCHES)
+    import openvino
+
+    path = tmp_path / "openvino_fp32" / "model.xml"
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    peers_exported.check_precision(compiled, "fp32")
+    for precision in ("bf16", "int8"):
+        with pytest.raises(RuntimeError, match=r"matrix products in .*f32"):
+            peers_exported.check_precision(compiled, precision)
+
+
+def test_a_failed_export_leaves_nothing(tmp_path: Path) -> None:
+    def write(to: Path) -> None:
+        to.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        peers_exported._cached(tmp_path / "new", "model", write)
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_missing_packages_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    told = {of.name: of.missing() for of in PEERS if of.precision == "int8"}
+    assert told == {
+        "onnxruntime": "no onnx, onnxruntime (pip install '.[peers]')",
+        "openvino": "no openvino, nncf (pip install '.[peers]')",
+        "openvino_static": "no openvino, nncf (pip install '.[peers]')",
+        "ctranslate2": "no ctranslate2 (pip install '.[peers]')",
+    }
+    assert all(of.missing() is None for of in PEERS if of.name in ("bert_fast", "hf_sdpa"))
+
+
+def test_missing_instructions_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(peers.shutil, "which", lambda name: None)
+    for of in PEERS:
+        if of.name.startswith("openvino") and of.precision == "bf16":
+            assert "AVX-512 BF16" in (of.missing() or "")
+        if of.name == "torch_compile":
+            assert "C++ compiler" in (of.missing() or "")
+
+
+def test_names() -> None:
+    pairs = [(of.name, of.precision) for of in PEERS]
+    assert len(set(pairs)) == len(pairs)
+    assert {precision for _, precision in pairs} == set(MOST)
