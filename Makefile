@@ -48,8 +48,9 @@ test-older: setup assets $(OLDER)
 	  tests/test_random_configs.py tests/test_bad_input.py tests/test_encode.py tests/test_cli.py \
 	  tests/test_distributed.py tests/test_real_weights.py
 
+# Everything that can be timed here, against the peers that are installed: `make bench ARGS=--quick`.
 bench: setup assets
-	$(PY) -m bench.gpu_gate --device cpu --pytest tests/test_registry.py --out .cache/bench-cpu.json
+	$(PY) -m bench.run $(ARGS)
 
 lint: setup
 	$(PY) -m ruff check .

@@ -120,7 +120,7 @@ def padded(model: Model, texts: list[int], seed: int = 0) -> dict[str, Tensor]:
     """input_ids and attention_mask [B, S], int64, right-padded, as a tokenizer returns them."""
     generator = torch.Generator().manual_seed(seed)
     mask = (torch.arange(max(texts)) < torch.tensor(texts)[:, None]).long()
-    ids = torch.randint(1_000, model.vocab, mask.shape, generator=generator) * mask
+    ids = torch.randint(1, model.vocab, mask.shape, generator=generator) * mask
     return {"input_ids": ids, "attention_mask": mask}
 
 
