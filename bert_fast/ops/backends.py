@@ -83,6 +83,14 @@ def wrong_dtype(lead: Tensor) -> list[str]:
     return [] if lead.dtype in FLOATS else [f"{lead.dtype} is not fp32, bf16 or fp16"]
 
 
+def cpu_reasons(lead: Tensor, name: str, isa: int) -> list[str]:
+    """Why C++ code for instruction set `isa` cannot take this tensor."""
+    found = wrong_device(lead, "cpu") or extension_missing()
+    if not found and isa > best_isa():
+        found = [f"this CPU has no {name}"]
+    return found or wrong_dtype(lead)
+
+
 def cpu_kernels(op: str, lead: int = 0, limits: Limits = no_limits) -> tuple[Kernel, ...]:
     """The C++ CPU kernel of `op`, once per instruction set, best first."""
     return tuple(_cpu_kernel(op, lead, limits, *item) for item in ISAS.items())
@@ -90,10 +98,7 @@ def cpu_kernels(op: str, lead: int = 0, limits: Limits = no_limits) -> tuple[Ker
 
 def _cpu_kernel(op: str, lead: int, limits: Limits, name: str, isa: int) -> Kernel:
     def why_not(*args: Any) -> list[str]:
-        found = wrong_device(args[lead], "cpu") or extension_missing()
-        if not found and isa > best_isa():
-            found = [f"this CPU has no {name}"]
-        return found or wrong_dtype(args[lead]) + limits(*args)
+        return cpu_reasons(args[lead], name, isa) or limits(*args)
 
     def forward(*args: Any, save: bool) -> tuple[Tensor, ...]:
         return _tuple(getattr(torch.ops.bert_fast_cpu, f"{op}_forward")(*args, save, isa))

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import checks
 from .backends import triton_kernel
 from .onednn import onednn_kernel
+from .packed_linear import Forward, multiply, packed_kernels, preferred
 from .registry import Chooser, Kernel, Op, Sample
 
 
@@ -61,6 +62,17 @@ def aten_kernel() -> Kernel:
     return Kernel("aten", forward, backward, lambda *args: [])
 
 
+def _packed(isa: int) -> Forward:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *, save: bool) -> tuple[Tensor]:
+        return (multiply(x, weight, bias, "none", isa),)
+
+    return forward
+
+
+def _packed_backward(dy, x, weight, bias, *, needs):
+    return gradients(dy, x, weight, needs)
+
+
 def samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
     generator = torch.Generator().manual_seed(0)
 
@@ -73,6 +85,8 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
         ("odd", 7, 37, 41, True),
         # A short sum: for one row ATen takes a split dot product, more exact than any GEMM.
         ("one_token", 1, 32, 64, True),
+        # More rows and a deeper sum than any kernel takes at once (the C++ ones: 192, 384).
+        ("blocks", 201, 500, 24, True),
         ("empty", 0, 64, 32, True),
     ):
         weight = draw(outer, inner, scale=inner**-0.5)
@@ -92,7 +106,11 @@ OP = Op(
     reference=reference,
     check=check,
     fake=fake,
-    kernels=(onednn_kernel(gradients), aten_kernel(), triton_kernel("linear")),
+    kernels=(
+        *preferred(packed_kernels(_packed, _packed_backward), onednn_kernel(gradients)),
+        aten_kernel(),
+        triton_kernel("linear"),
+    ),
     samples=samples,
     cost=cost,
     differentiable=("x", "weight", "bias"),

@@ -10,7 +10,8 @@ Saved: the inputs and u.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from .bias_gelu import activate
 from .linear import check as check_linear
 from .linear import cost, gradients
 from .linear import samples as linear_samples
+from .packed_linear import Forward, multiply, packed_kernels, preferred
 from .registry import Chooser, Kernel, Op, Sample
 
 
@@ -48,14 +50,24 @@ def _backward(dy, x, weight, bias, activation, u, *, needs) -> Sequence[Tensor |
     return gradients(du, x, weight, needs)
 
 
-def _onednn() -> Kernel:
+def _with_epilogue(multiply: Callable[..., Tensor]) -> Forward:
+    """A forward of a GEMM that takes the activation (or "none") as its last argument."""
+
     def forward(x, weight, bias, activation, *, save) -> tuple[Tensor, ...]:
         if not save:
-            return onednn.pointwise(x, weight, bias, activation), x.new_empty(0)
-        u = onednn.pointwise(x, weight, bias, "none")
+            return multiply(x, weight, bias, activation), x.new_empty(0)
+        u = multiply(x, weight, bias, "none")
         return _activated(u, None, activation), u
 
-    return Kernel("onednn", forward, _backward, onednn.why_not)
+    return forward
+
+
+def _onednn() -> Kernel:
+    return Kernel("onednn", _with_epilogue(onednn.pointwise), _backward, onednn.why_not)
+
+
+def _packed(isa: int) -> Forward:
+    return _with_epilogue(partial(multiply, isa=isa))
 
 
 def _aten() -> Kernel:
@@ -89,7 +101,11 @@ OP = Op(
     reference=reference,
     check=check,
     fake=fake,
-    kernels=(_onednn(), _aten(), triton_kernel("linear_gelu")),
+    kernels=(
+        *preferred(packed_kernels(_packed, _backward), _onednn()),
+        _aten(),
+        triton_kernel("linear_gelu"),
+    ),
     samples=samples,
     cost=cost,
     differentiable=("x", "weight", "bias"),

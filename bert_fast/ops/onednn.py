@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .backends import wrong_device, wrong_dtype
 from .registry import Kernel
-from .weight_copies import copy_of
+from .weight_copies import copy_of, reasons_against_copies
 
 _POINTWISE = {
     "none": ("none", ""),
@@ -66,13 +66,9 @@ def why_not(x: Tensor, weight: Tensor, *rest: Any) -> list[str]:
     found = wrong_device(x, "cpu") + wrong_dtype(x)
     if not torch.backends.mkldnn.is_available():
         found.append("torch was built without oneDNN")
-    if torch.is_grad_enabled() and weight.requires_grad:
-        found.append("the weight is being trained, so a reordered copy would be stale each step")
-    if weight.is_inference():
-        found.append("the weight is an inference tensor: it has no version to keep a copy by")
     if x.shape[0] == 0:
         found.append("no tokens")
-    return found
+    return found + reasons_against_copies(weight)
 
 
 def onednn_kernel(gradients: Callable[..., Sequence[Tensor | None]]) -> Kernel:

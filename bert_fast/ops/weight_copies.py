@@ -51,6 +51,16 @@ def copy_of(weights: Sequence[Tensor | None], kind: str, make: Callable[[], Any]
     return found.value
 
 
+def reasons_against_copies(weight: Tensor) -> list[str]:
+    """Why no copy of this weight can be kept."""
+    found = []
+    if torch.is_grad_enabled() and weight.requires_grad:
+        found.append("the weight is being trained, so a reordered copy would be stale each step")
+    if weight.is_inference():
+        found.append("the weight is an inference tensor: it has no version to keep a copy by")
+    return found
+
+
 def forget(weight: Tensor) -> None:
     """Drops the copies of which `weight` is the first source."""
     _copies.pop(weight, None)

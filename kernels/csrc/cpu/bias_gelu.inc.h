@@ -20,6 +20,7 @@ ALWAYS_INLINE vf tanh_argument(vf u) { return u * fma(u * u, set1(kTanhCubic), k
 
 template <Activation A>
 ALWAYS_INLINE vf activate(vf u) {
+  if constexpr (A == Activation::none) return u;
   if constexpr (A == Activation::gelu) return u * normal_cdf(u);
   if constexpr (A == Activation::gelu_tanh)
     return u * sigmoid(tanh_argument(u));
@@ -29,6 +30,7 @@ ALWAYS_INLINE vf activate(vf u) {
 
 template <Activation A>
 ALWAYS_INLINE vf activate_slope(vf u) {
+  if constexpr (A == Activation::none) return set1(1.0f);
   if constexpr (A == Activation::gelu)
     return fma(u * exp(-0.5f * u * u), set1(0.3989422804f), normal_cdf(u));
   if constexpr (A == Activation::relu) return u > 0.0f ? set1(1.0f) : vf{};
@@ -88,6 +90,7 @@ void bias_gelu_backward(const BiasGelu& a) {
 template <class F>
 ALWAYS_INLINE void with_activation(Activation activation, const F& f) {
   switch (activation) {
+    case Activation::none: return f.template operator()<Activation::none>();
     case Activation::gelu: return f.template operator()<Activation::gelu>();
     case Activation::gelu_tanh: return f.template operator()<Activation::gelu_tanh>();
     case Activation::relu: return f.template operator()<Activation::relu>();

@@ -62,11 +62,12 @@ Dtype float_dtype(const char* op, const char* name, const Tensor& t) {
 }
 
 Activation activation_of(const char* op, const std::string& name) {
+  if (name == "none") return Activation::none;
   if (name == "gelu") return Activation::gelu;
   if (name == "gelu_tanh") return Activation::gelu_tanh;
   if (name == "relu") return Activation::relu;
   require(
-      name == "silu", op, ": activation is '", name, "', expected gelu, gelu_tanh, relu or silu");
+      name == "silu", op, ": activation is '", name, "', expected gelu, gelu_tanh, relu, silu or none");
   return Activation::silu;
 }
 

@@ -47,7 +47,7 @@ void multiply_tile(
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 16
-    for (int j = 0; j < NR; ++j) sums[i][j] = ADD ? load(c + i * ldc + j * W) : vf{};
+    for (int j = 0; j < NR; ++j) sums[i][j] = vf{};
   // Row-major A: one pointer per three rows, the others by scaled addressing, else the pointers
   // alone would use up the integer registers.
   constexpr int kPointers = LAYOUT == Layout::row_major ? (MR + 2) / 3 : 1;
@@ -71,7 +71,11 @@ void multiply_tile(
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 16
-    for (int j = 0; j < NR; ++j) store(c + i * ldc + j * W, sums[i][j]);
+    for (int j = 0; j < NR; ++j) {
+      // Added last: partial sums of blocks of k are shorter chains, hence smaller errors, than one.
+      if (ADD) sums[i][j] += load(c + i * ldc + j * W);
+      store(c + i * ldc + j * W, sums[i][j]);
+    }
 }
 
 using Tile = decltype(&multiply_tile<Fp32Product, Layout::k_major, false, 1, 1>);

@@ -8,7 +8,7 @@
 namespace bert_fast::cpu {
 
 enum class Dtype { f32, bf16, f16 };
-enum class Activation { gelu, gelu_tanh, relu, silu };
+enum class Activation { none, gelu, gelu_tanh, relu, silu };
 
 // A 1-D tensor of int32 or int64 indices.
 struct Indices {
@@ -75,6 +75,25 @@ struct BiasGelu {
   void* dbias;       // [cols] or null
 };
 
+// The weight is packed for one instruction set: panels of kPanel columns, [cols / kPanel, depth,
+// kPanel], zeros beyond the last column.
+struct PackWeight {
+  Dtype dtype;
+  int64_t cols, depth;
+  const void* weight;  // [cols, depth]
+  void* packed;        // [packed_columns(cols), depth] elements, in panels
+};
+
+struct Linear {
+  Dtype dtype;
+  Activation activation;
+  int64_t rows, depth, cols;
+  const void* x;       // [rows, depth]
+  const void* packed;  // of PackWeight, same dtype
+  const void* bias;    // [cols] or null
+  void* y;             // [rows, cols]
+};
+
 struct Pool {
   Dtype dtype;
   bool mean, normalize;
@@ -110,6 +129,9 @@ struct Kernels {
   void (*add_layernorm_backward)(const AddLayerNorm&);
   void (*bias_gelu_forward)(const BiasGelu&);
   void (*bias_gelu_backward)(const BiasGelu&);
+  int64_t (*packed_columns)(int64_t cols);
+  void (*pack_weight)(const PackWeight&);
+  void (*linear_forward)(const Linear&);
   void (*pool_forward)(const Pool&);
   void (*pool_backward)(const Pool&);
   void (*attention_forward)(const Attention&);

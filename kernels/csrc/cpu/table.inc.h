@@ -4,6 +4,7 @@
 #include "cpu/attention_backward.inc.h"
 #include "cpu/bias_gelu.inc.h"
 #include "cpu/layernorm.inc.h"
+#include "cpu/linear.inc.h"
 #include "cpu/pool.inc.h"
 
 namespace bert_fast::cpu::BERT_FAST_ISA {
@@ -11,6 +12,7 @@ namespace bert_fast::cpu::BERT_FAST_ISA {
 constexpr Kernels kernels = {
     embed_layernorm_forward, embed_layernorm_backward, add_layernorm_forward,
     add_layernorm_backward,  bias_gelu_forward,        bias_gelu_backward,
+    packed_columns,          pack_weight,              linear_forward,
     pool_forward,            pool_backward,            attention_forward,
     attention_backward,
 };

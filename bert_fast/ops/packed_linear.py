@@ -1,0 +1,49 @@
+"""CPU GEMMs in C++ on weights packed once into panels, bias and activation in the epilogue.
+
+The copy is kept beside the user's weight (`weight_copies`), in its dtype. Sums are fp32 and 16-bit
+operands are widened on the way, so bf16 and fp16 run at the speed of fp32 on machines that have no
+arithmetic of theirs. Without AVX-512 these kernels are faster than oneDNN's and MKL's; with it
+oneDNN's are preferred, as no run has shown which is faster there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import ISAS, cpu_reasons
+from .registry import Kernel
+from .weight_copies import copy_of, reasons_against_copies
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, isa: int) -> Tensor:
+    """activation(x W^T + b) in x's dtype; `activation` may be "none"."""
+    run = torch.ops.bert_fast_cpu
+    packed = copy_of((weight,), f"panels {isa}", lambda: run.pack_weight(weight.contiguous(), isa))
+    return run.linear_forward(x, packed, bias, weight.shape[0], activation, isa)
+
+
+Forward = Callable[..., tuple[Tensor, ...]]
+
+
+def packed_kernels(
+    forward: Callable[[int], Forward], backward: Callable[..., Sequence[Tensor | None]]
+) -> tuple[Kernel, ...]:
+    """A kernel per instruction set, best first; `forward(isa)` gives its forward."""
+    return tuple(_kernel(name, isa, forward(isa), backward) for name, isa in ISAS.items())
+
+
+def _kernel(name: str, isa: int, forward: Forward, backward: Callable[..., Any]) -> Kernel:
+    def why_not(x: Tensor, weight: Tensor, *rest: Any) -> list[str]:
+        return cpu_reasons(x, name, isa) or reasons_against_copies(weight)
+
+    return Kernel(name, forward, backward, why_not)
+
+
+def preferred(ours: tuple[Kernel, ...], onednn: Kernel) -> tuple[Kernel, ...]:
+    """Both, in the order of preference on this machine."""
+    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return (onednn, *ours) if wide else (*ours, onednn)

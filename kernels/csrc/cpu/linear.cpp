@@ -1,0 +1,55 @@
+// Checking wrapper and registration of linear with a packed weight.
+#include "cpu/dispatch.h"
+
+namespace bert_fast::cpu {
+
+static Tensor pack_weight(const Tensor& weight, int64_t isa) {
+  const char* op = "pack_weight";
+  PackWeight a{};
+  require_rank(op, "weight", weight, 2);
+  a.dtype = float_dtype(op, "weight", weight);
+  a.cols = weight.size(0);
+  a.depth = weight.size(1);
+  a.weight = checked(op, "weight", weight, weight.scalar_type(), {a.cols, a.depth});
+  const Kernels& kernels = kernels_for(op, isa);
+  Tensor packed = uninitialised({kernels.packed_columns(a.cols), a.depth}, weight.scalar_type());
+  a.packed = packed.data_ptr();
+  kernels.pack_weight(a);
+  return packed;
+}
+
+static Tensor linear_forward(
+    const Tensor& x, const Tensor& packed, const OptionalTensor& bias, int64_t cols,
+    String activation, int64_t isa) {
+  const char* op = "linear";
+  Linear a{};
+  a.activation = activation_of(op, take(activation));
+  require_rank(op, "x", x, 2);
+  a.dtype = float_dtype(op, "x", x);
+  a.rows = x.size(0);
+  a.depth = x.size(1);
+  a.cols = cols;
+  const Kernels& kernels = kernels_for(op, isa);
+  a.x = checked(op, "x", x, x.scalar_type(), {a.rows, a.depth});
+  a.packed =
+      checked(op, "packed", packed, x.scalar_type(), {kernels.packed_columns(cols), a.depth});
+  a.bias = checked(op, "bias", bias, x.scalar_type(), {cols});
+  Tensor y = uninitialised({a.rows, cols}, x.scalar_type());
+  a.y = y.data_ptr();
+  kernels.linear_forward(a);
+  return y;
+}
+
+}  // namespace bert_fast::cpu
+
+STABLE_TORCH_LIBRARY_FRAGMENT(bert_fast_cpu, m) {
+  m.def("pack_weight(Tensor weight, int isa) -> Tensor");
+  m.def(
+      "linear_forward(Tensor x, Tensor packed, Tensor? bias, int cols, str activation, int isa) "
+      "-> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bert_fast_cpu, CPU, m) {
+  m.impl("pack_weight", TORCH_BOX(&bert_fast::cpu::pack_weight));
+  m.impl("linear_forward", TORCH_BOX(&bert_fast::cpu::linear_forward));
+}
