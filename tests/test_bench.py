@@ -139,3 +139,17 @@ def test_the_command_from_anywhere(tmp_path: Path) -> None:
     found = results.load(out)
     assert {e.contender for e in found.models} == {"bert_fast", "hf_sdpa"}
     assert found.noise and found.noise.kept >= 3 and "rounds kept" in done.stdout
+
+
+def test_a_peer_too_slow_to_repeat_is_named_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def crawl(x: Tensor) -> Tensor:
+        time.sleep(0.6)
+        return x
+
+    plan = plan_with(monkeypatch, [peer("bert_fast", lambda x: x), peer("crawls", crawl)])
+    found = results.new_run("test", DEVICE)
+    for _ in models.bench_models(found, plan, DEVICE, noise.Probe(DEVICE), lambda line: None):
+        pass
+    failed = {e.failed for e in found.models if e.contender == "crawls"}
+    assert failed == {"too slow to repeat: 1 s a pass"}
+    assert all(e.seconds for e in found.models if e.contender == "bert_fast")
