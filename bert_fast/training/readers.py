@@ -24,6 +24,12 @@ GLUE = (
     ("sentence1", "sentence2", "label"),  # RTE, WNLI
     ("question", "sentence", "label"),  # QNLI
 )
+# Pairs that are alike, without a score.
+ALIKE = (
+    ("text", "text_b", None),
+    ("anchor", "positive", None),
+    ("sentence1", "sentence2", None),
+)
 WORD_COLUMNS = ("tokens", "words", "text")
 TAG_COLUMNS = ("labels", "label", "ner_tags", "tags")
 
@@ -39,13 +45,13 @@ class Columns:
 
 @dataclass(frozen=True)
 class Texts:
-    """Rows for a sequence-level task; `labels` as in the file, "" texts allowed."""
+    """Rows for a sequence-level task; `labels` as in the file, none where there are no labels."""
 
     table: Table
     texts: list[str]
     texts_b: list[str] | None
     labels: list[Any]
-    label_column: str
+    label_column: str | None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -67,8 +73,10 @@ class Words:
         return len(self.words)
 
 
-def read_texts(file: Path, pairs: bool, columns: Columns | None = None) -> Texts:
-    """Texts with labels; pairs of texts where `pairs`.
+def read_texts(
+    file: Path, pairs: bool, columns: Columns | None = None, labelled: bool = True
+) -> Texts:
+    """Texts with labels; pairs of texts where `pairs`; labels may be absent unless `labelled`.
 
     The columns are those asked for, else `text`, `text_b` and `label`, else GLUE's names.
 
@@ -76,35 +84,32 @@ def read_texts(file: Path, pairs: bool, columns: Columns | None = None) -> Texts
         string, and a label that is missing; OSError for a file that cannot be read.
     """
     table = read_table(file)
-    text, text_b, label = _columns(table, columns or Columns(), pairs)
-    labels = []
-    for row in range(len(table)):
-        value = _field(table, row, label)
-        if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
-            raise ValueError(f"{table.where(row)}, column {label!r}: no label")
-        labels.append(value)
+    text, text_b, label = _columns(table, columns or Columns(), pairs, labelled)
+    labels = _labels(table, label) if label is not None else []
     texts_b = _texts(table, text_b) if text_b is not None else None
     return Texts(table, _texts(table, text), texts_b, labels, label)
 
 
-def _columns(table: Table, asked: Columns, pairs: bool) -> tuple[str, str | None, str]:
-    wanted = ("text", "text_b" if pairs else None, "label")
+def _columns(
+    table: Table, asked: Columns, pairs: bool, labelled: bool
+) -> tuple[str, str | None, str | None]:
+    usual = ("text", "text_b" if pairs else None, "label")
     if asked == Columns():
-        for found in (wanted, *GLUE):
-            if (found[1] is not None) is pairs and set(found) - {None} <= set(table.columns):
-                return found
-    chosen = (asked.text or wanted[0], (asked.text_b or wanted[1]) if pairs else None)
-    for name, option in zip(
-        (*chosen, asked.label or "label"),
-        ("--text-column", "--text-b-column", "--label-column"),
-        strict=True,
-    ):
+        for names in (usual, *GLUE, *(() if labelled else ALIKE)):
+            if (names[1] is not None) is pairs and set(names) - {None} <= set(table.columns):
+                return names
+    text, label = asked.text or "text", asked.label or "label"
+    text_b = (asked.text_b or "text_b") if pairs else None
+    options = {"--text-column": text, "--text-b-column": text_b, "--label-column": label}
+    if not labelled and asked.label is None and label not in table.columns:
+        del options["--label-column"]
+    for option, name in options.items():
         if name is not None and name not in table.columns:
             raise ValueError(
                 f"{table.file} has no column {name!r}; its columns are "
                 f"{', '.join(map(repr, table.columns))} (name one with {option})"
             )
-    return (*chosen, asked.label or "label")
+    return text, text_b, options.get("--label-column")
 
 
 def _field(table: Table, row: int, column: str) -> Any:
@@ -112,6 +117,14 @@ def _field(table: Table, row: int, column: str) -> Any:
         return table.rows[row][column]
     except KeyError:
         raise ValueError(f"{table.where(row)}: no field {column!r}") from None
+
+
+def _labels(table: Table, column: str) -> list[Any]:
+    labels = [_field(table, row, column) for row in range(len(table))]
+    for row, value in enumerate(labels):
+        if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+            raise ValueError(f"{table.where(row)}, column {column!r}: no label")
+    return labels
 
 
 def _texts(table: Table, column: str) -> list[str]:
@@ -251,7 +264,7 @@ def _words_of_table(table: Table, asked: Columns) -> Words:
 
     word_column = choose(asked.text, WORD_COLUMNS, "--text-column")
     tag_column = choose(asked.label, TAG_COLUMNS, "--label-column")
-    words, labels = [], []
+    words, labels, places = [], [], []
     for row in range(len(table)):
         pair = []
         for column in (word_column, tag_column):
@@ -272,9 +285,10 @@ def _words_of_table(table: Table, asked: Columns) -> Words:
         if pair[0]:
             words.append(pair[0])
             labels.append(pair[1])
+            places.append(table.places[row])
     if not words:
         raise ValueError(f"{table.file} has no words")
-    return Words(table.file, words, labels, table.places)
+    return Words(table.file, words, labels, places)
 
 
 def _conll(file: Path) -> Words:

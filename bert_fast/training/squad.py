@@ -92,8 +92,7 @@ def _question(row: dict[str, Any], where: str) -> Question:
         if len(texts) != len(starts):
             raise ValueError(f"{where}.answers: {len(texts)} texts but {len(starts)} offsets")
         found = [
-            {"text": text, "answer_start": start}
-            for text, start in zip(texts, starts, strict=True)
+            {"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)
         ]
     if found is not None and not isinstance(found, list):
         raise ValueError(f"{where}: answers is {type(found).__name__}, expected a list")
