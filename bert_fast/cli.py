@@ -11,13 +11,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+
+from .console import check_choice, check_model, check_output, console, log, one_line_errors
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -40,8 +39,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
-log = Console(stderr=True, highlight=False)
 
 
 @app.callback(invoke_without_command=True)
@@ -242,43 +239,6 @@ def bench(context: typer.Context) -> None:
     where = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
     line = [sys.executable, "-m", "bench.run", *context.args]
     raise typer.Exit(subprocess.run(line, env={**os.environ, "PYTHONPATH": where}).returncode)
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turns what a user can get wrong into one line on stderr and exit code 2."""
-    try:
-        yield
-    except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except ValueError as error:
-        message = str(error)
-    else:
-        return
-    log.print(f"bert-fast: {' '.join(message.split())}", soft_wrap=True, markup=False)
-    raise typer.Exit(2)
-
-
-def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(allowed)}")
-
-
-def check_model(folder: Path) -> None:
-    if not folder.exists():
-        raise ValueError(f"no model at {folder}")
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json: not the folder of a model")
-
-
-def check_output(file: Path) -> None:
-    """What would otherwise fail after the work is done."""
-    if file.is_dir():
-        raise ValueError(f"{file} is a folder, expected a file to write")
-    if not file.parent.is_dir():
-        raise ValueError(f"no folder {file.parent} to write {file.name} to")
-    if not os.access(file.parent, os.W_OK):
-        raise ValueError(f"{file.parent} is not writable")
 
 
 def read_texts(source: str, field: str | None) -> list[str]:

@@ -147,7 +147,7 @@ def train(
         objective: how the loss is made of means; by default the model's own, over its labels.
 
     Returns: one dict per step (step, epoch, loss, learning_rate, grad_norm, tokens_per_second,
-        num_input_tokens_seen) and per evaluation (step, epoch, eval_*), of resumed runs from the start.
+        num_input_tokens_seen) and per evaluation (step, epoch, eval_*); of a resumed run all.
     Raises: ValueError for data that the settings do not fit, for an output_dir with checkpoints
         unless `resume`, and for a resumed run with other settings.
     """
