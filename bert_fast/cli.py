@@ -1,4 +1,4 @@
-"""The command line: `bert-fast embed`, `verify`, `explain`, `doctor`, `bench`.
+"""The command line: `bert-fast embed`, `verify`, `explain`, `doctor`, `bench`, `finetune`.
 
 torch and transformers are imported inside the commands, so that `--help` answers at once. What a
 user can get wrong is one line on stderr and exit code 2.
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import check_choice, check_model, check_output, console, log, one_line_errors
+from .training.finetune_command import finetune
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -239,6 +240,9 @@ def bench(context: typer.Context) -> None:
     where = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
     line = [sys.executable, "-m", "bench.run", *context.args]
     raise typer.Exit(subprocess.run(line, env={**os.environ, "PYTHONPATH": where}).returncode)
+
+
+app.command()(finetune)
 
 
 def read_texts(source: str, field: str | None) -> list[str]:
