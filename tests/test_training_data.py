@@ -206,7 +206,10 @@ def test_words_refused(tmp_path, name, text, words):
 
 
 def squad(*questions, context="The cat sat.", **more):
-    return {"data": [{"title": "t", "paragraphs": [{"context": context, "qas": questions}]}], **more}
+    return {
+        "data": [{"title": "t", "paragraphs": [{"context": context, "qas": questions}]}],
+        **more,
+    }
 
 
 def cat(key="1", **more):

@@ -57,7 +57,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer of a question, "" for none; the n best; how far "none" is ahead of the best."""
+    """The answer of a question, "" for none; the n best, and none where it is allowed; how far
+    "none" is ahead of the best.
+    """
 
     text: str
     n_best: list[Answer]
@@ -210,7 +212,7 @@ def _best(
     odds = null - best.score
     text = "" if null_allowed and odds > null_threshold else best.text
     if null_allowed or not n_best:
-        n_best = sorted([*n_best, Answer("", null)], key=lambda answer: -answer.score)[:N_BEST]
+        n_best = sorted([*n_best, Answer("", null)], key=lambda answer: -answer.score)
     scores = np.array([answer.score for answer in n_best])
     shares = np.exp(scores - scores.max())
     shares /= shares.sum()
