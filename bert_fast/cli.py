@@ -1,4 +1,4 @@
-"""The command line: `bert-fast embed`, `verify`, `explain`, `doctor`, `bench`.
+"""The command line: `bert-fast embed`, `verify`, `explain`, `doctor`, `bench`, and training.
 
 torch and transformers are imported inside the commands, so that `--help` answers at once. What a
 user can get wrong is one line on stderr and exit code 2.
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import check_choice, check_model, check_output, console, log, one_line_errors
+from .training import commands as training
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -327,6 +328,9 @@ def save(file: Path, array: Any) -> None:
     finally:
         part.unlink(missing_ok=True)
 
+
+app.command()(training.pretrain)
+app.command()(training.train_tokenizer)
 
 if __name__ == "__main__":
     app()
