@@ -1,4 +1,4 @@
-"""The command line: `bert-fast embed`, `verify`, `explain`, `doctor`, `bench`, `finetune`.
+"""The command line: `bert-fast embed`, `verify`, `explain`, `doctor`, `bench`, and training.
 
 torch and transformers are imported inside the commands, so that `--help` answers at once. What a
 user can get wrong is one line on stderr and exit code 2.
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import check_choice, check_model, check_output, console, log, one_line_errors
+from .training import commands as training
 from .training.finetune_command import finetune
 
 if TYPE_CHECKING:
@@ -242,9 +243,6 @@ def bench(context: typer.Context) -> None:
     raise typer.Exit(subprocess.run(line, env={**os.environ, "PYTHONPATH": where}).returncode)
 
 
-app.command()(finetune)
-
-
 def read_texts(source: str, field: str | None) -> list[str]:
     """One text per line of a file, or of stdin for "-"; of JSON lines, the value of `field`.
 
@@ -331,6 +329,10 @@ def save(file: Path, array: Any) -> None:
     finally:
         part.unlink(missing_ok=True)
 
+
+app.command()(training.pretrain)
+app.command()(training.train_tokenizer)
+app.command()(finetune)
 
 if __name__ == "__main__":
     app()

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated
 
 from typer import Option
 
 from ..console import check_choice, check_model, log, one_line_errors
+from .commands import tell
 
 TASKS = ("classification", "pairs", "spans", "tokens", "embedding")
-DTYPES = ("fp32", "bf16")
-DEVICES = ("auto", "cpu", "cuda")
 
 
 def finetune(
@@ -70,17 +69,10 @@ def finetune(
     """
     with one_line_errors():
         check_choice("task", task, TASKS)
-        check_choice("dtype", dtype, DTYPES)
-        check_choice("device", device, DEVICES)
         check_model(model)
         if output.exists() and not output.is_dir():
             raise ValueError(f"{output} is a file, expected a folder")
-        try:
-            from .finetune import finetune as run
-        except ImportError as error:
-            raise ValueError(
-                f"training needs {error.name}: pip install bert-fast[train]"
-            ) from None
+        from .finetune import finetune as run
         from .loop import Settings
         from .readers import Columns
         from .tasks import Job
@@ -96,10 +88,10 @@ def finetune(
             batch_tokens=batch_tokens,
             accumulation=accumulation,
             seed=seed,
-            dtype=cast(Literal["fp32", "bf16"], dtype),
+            dtype=dtype,
             save_steps=save_steps,
             resume=resume,
-            device=cast(Literal["auto", "cpu", "cuda"], device),
+            device=device,
         )
         job = Job(
             task=task,
@@ -115,6 +107,4 @@ def finetune(
             null_threshold=null_threshold,
             accelerate=accelerate,
         )
-        found: dict[str, Any] = run(job, told=lambda note: log.print(note, soft_wrap=True))
-        values = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
-        log.print(f"{output}: {values or 'trained'}", soft_wrap=True)
+        tell(output, run(job, told=lambda note: log.print(note, soft_wrap=True)))

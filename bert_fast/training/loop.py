@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from .throughput import gemm_peak, training_flops
 
 OPTIMIZERS = ("adamw", "lamb")
 DTYPES = ("fp32", "bf16")
+DEVICES = ("auto", "cpu", "cuda")
 IGNORED = -100
 
 
@@ -64,12 +65,12 @@ class Settings:
     accumulation: int = 1
     max_grad_norm: float = 1.0
     seed: int = 0
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    optimizer: Literal["adamw", "lamb"] = "adamw"
+    dtype: str = "fp32"
+    optimizer: str = "adamw"
     save_steps: int | None = None
     eval_steps: int | None = None
     resume: bool = False
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "max_steps", "batch_size", "batch_tokens", "accumulation", "lr",
@@ -80,11 +81,18 @@ class Settings:
         for name in ("warmup", "weight_decay", "max_grad_norm", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
-        for name, allowed in (("dtype", DTYPES), ("optimizer", OPTIMIZERS)):
+        choices = (("dtype", DTYPES), ("optimizer", OPTIMIZERS), ("device", DEVICES))
+        for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"unknown {name} {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
                 )
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device is cuda, but torch sees no GPU here")
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device == "cpu" or not torch.cuda.is_available()
 
     # What may change between a run and its resumption without changing a single loss.
     FREE = ("output_dir", "save_steps", "resume")
@@ -281,7 +289,6 @@ def _costs(dataset: Sized, lengths: Any) -> Callable[[int], np.ndarray]:
 def _arguments(settings: Settings) -> TrainingArguments:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    cpu = settings.device == "cpu" or not torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=str(settings.output_dir),
         num_train_epochs=settings.epochs,
@@ -294,9 +301,9 @@ def _arguments(settings: Settings) -> TrainingArguments:
         gradient_accumulation_steps=settings.accumulation,
         seed=settings.seed,
         bf16=settings.dtype == "bf16",
-        use_cpu=cpu,
+        use_cpu=settings.on_cpu,
         ddp_find_unused_parameters=True,
-        dataloader_pin_memory=not cpu,
+        dataloader_pin_memory=not settings.on_cpu,
         # The number of batches is a multiple of the processes: none is repeated to even them out.
         accelerator_config={"even_batches": False},
         logging_steps=1,

@@ -141,9 +141,13 @@ def _cut(random: np.random.Generator, target: np.ndarray, plan: Plan) -> Plan:
 
 
 def _exchange(random: np.random.Generator, document: np.ndarray, plan: Plan) -> Plan:
-    """Gives half of the pairs the B of another such pair: as long, and of another document."""
+    """Gives half of the pairs the B of another such pair: as long, and of another document.
+
+    The other's A is about as long too, so that both were cut alike.
+    """
     chosen = random.permutation(len(document))[: len(document) // 2]
-    chosen = chosen[np.argsort((plan.b_end - plan.b_start)[chosen], kind="stable")]
+    a, b = plan.a_end - plan.a_start, plan.b_end - plan.b_start
+    chosen = chosen[np.lexsort((a[chosen], b[chosen]))]
     donor = np.arange(len(document))
     for shift in range(1, min(9, len(chosen))):  # the first may be of the same document
         same = document[donor[chosen]] == document[chosen]
@@ -151,7 +155,7 @@ def _exchange(random: np.random.Generator, document: np.ndarray, plan: Plan) -> 
     foreign = document[donor] != document
     donor = np.where(foreign, donor, np.arange(len(document)))
     b_start = plan.b_start[donor]
-    length = np.minimum(plan.b_end - plan.b_start, plan.b_end[donor] - b_start)
+    length = np.minimum(b, b[donor])
     return plan._replace(b_start=b_start, b_end=b_start + length, foreign=foreign)
 
 

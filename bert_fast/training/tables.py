@@ -151,7 +151,7 @@ def _parquet(file: Path) -> Rows:
         import pyarrow.parquet
     except ImportError:
         raise ValueError(
-            f"{file}: reading Parquet needs pyarrow (pip install bert-fast[train])"
+            f"{file}: reading Parquet needs pyarrow (pip install bert-fast[training])"
         ) from None
     with file.open("rb"):  # a file that is not there is an OSError, as in the other formats
         pass
