@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import transformers
@@ -48,8 +47,8 @@ def finetune(job: Job, told: Callable[[str], None] = print) -> dict[str, Any]:
     task = TASKS[job.task](job)
     if job.accelerate:
         accelerate(task.encoder)
-    main = PartialState().is_main_process
-    for note in task.notes if main else ():
+    processes = PartialState(cpu=job.settings.on_cpu)
+    for note in task.notes if processes.is_main_process else ():
         told(note)
     history: list[dict[str, float]] = []
     last: dict[str, float] = {}
@@ -70,15 +69,12 @@ def finetune(job: Job, told: Callable[[str], None] = print) -> dict[str, Any]:
             evaluate=evaluate if task.evaluate is not None else None,
             objective=task.objective,
         )
+    task.model.to(processes.device)
     if task.evaluate is not None and not last:  # no training, or a run that was done before
         evaluate(task.model)
-    if main:
-        folder = _made(job.settings.output_dir)
+    if processes.is_main_process:
+        folder = job.settings.output_dir
+        folder.mkdir(parents=True, exist_ok=True)
         task.save(folder)
         write_metrics(folder, history, task=job.task, seed=job.settings.seed, **last)
     return last
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

@@ -166,6 +166,10 @@ def tokens(job: Job) -> Task:
     train = read_words(job.training_file(), job.columns)
     valid = read_words(job.validation, job.columns) if job.validation else None
     config, tokenizer = load_config(job.model)
+    if getattr(tokenizer, "add_prefix_space", True) is False:
+        # RoBERTa's pieces of a word differ where no space is before it, as in a list of words.
+        with cannot_load(job.model):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(job.model, add_prefix_space=True)
     names = in_order({label for row in train.labels for label in row}, config.label2id)
     ids = {name: i for i, name in enumerate(names)}
     if valid is not None:
