@@ -127,16 +127,18 @@ def test_accuracy_is_of_the_saved_model_on_the_validation_data(finetune, sentenc
 @pytest.mark.parametrize("task", ["classification", "spans"])
 def test_losses_are_those_of_transformers_own_forward(finetune, sentences, questions, task):
     train = sentences if task == "classification" else questions
-    options = fast("--max-length", 24, epochs=4, lr=5e-4)
+    options = fast("--max-length", 24, epochs=8, lr=5e-4)
     _, ours, folder = finetune(task, *options, train=train)
     _, theirs, other = finetune(task, *options, "--no-accelerate", train=train, output="hf")
     assert len(losses(ours)) >= 20
     np.testing.assert_allclose(losses(ours), losses(theirs), rtol=1e-4)
     kind = {"classification": "SequenceClassification", "spans": "QuestionAnswering"}[task]
     kind = getattr(transformers, f"AutoModelFor{kind}")
-    states = [kind.from_pretrained(path).state_dict() for path in (folder, other)]
-    for name, value in states[0].items():
-        assert (value - states[1][name]).norm() <= 1e-3 * states[1][name].norm() + 1e-6, name
+    weights = [
+        torch.nn.utils.parameters_to_vector(kind.from_pretrained(path).parameters())
+        for path in (folder, other)
+    ]
+    assert (weights[0] - weights[1]).norm() <= 1e-3 * weights[1].norm()
 
 
 def test_a_seed_settles_everything(finetune, sentences):
@@ -184,7 +186,7 @@ def test_a_trained_head_is_kept(finetune, sentences):
 
 def test_token_budget(finetune, sentences):
     _, metrics, _ = finetune("classification", "--epochs", 1, "--batch-tokens", 40, train=sentences)
-    assert len(losses(metrics)) in (8, 9)  # 48 x 7 tokens
+    assert len(losses(metrics)) == 10  # 48 sentences of 7 tokens: 5 in a batch
 
 
 def test_without_validation_there_is_the_loss_only(finetune, sentences):
@@ -211,7 +213,7 @@ def test_tokens(finetune, tmp_path):
     assert loaded.config.id2label == {0: "B-PET", 1: "I-PET", 2: "O"}
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tag = transformers.pipeline("token-classification", loaded, tokenizer=tokenizer)
-    assert [row["entity"] for row in tag("the cat mats")][1:3] == ["B-PET", "I-PET"]
+    assert [row["entity"] for row in tag("the cat mats")][:2] == ["B-PET", "I-PET"]
 
 
 # -- spans ----------------------------------------------------------------------------------
@@ -221,8 +223,9 @@ def squad(impossible):
     """Questions for the word before a noun, in contexts that need several windows."""
     data = []
     for i in range(12):
-        words = [random.Random(i + 100 * n).choice(["the", "a", "sat", "ran"]) for n in range(30)]
-        words[4 + i] = words[20 - i] = "."
+        words = [
+            random.Random(i + 100 * n).choice(["sat", "ran", "on", "under"]) for n in range(30)
+        ]
         noun = NOUNS[i % 5]
         place = (7 * i) % 28
         words[place + 1] = noun

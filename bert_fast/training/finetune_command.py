@@ -107,4 +107,5 @@ def finetune(
             null_threshold=null_threshold,
             accelerate=accelerate,
         )
-        tell(output, run(job, told=lambda note: log.print(note, soft_wrap=True)))
+        found = run(job, told=lambda note: log.print(note, soft_wrap=True))
+        tell(output, found) if found else log.print(f"trained; {output}", soft_wrap=True)
