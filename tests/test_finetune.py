@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 from bert_fast.cli import app
 from bert_fast.training import finetune_command
 from bert_fast.training.finetune import TASKS
+from bert_fast.training.loop import Settings
+from bert_fast.training.tasks import Job, tokens
 
 from . import tiny
 
@@ -214,6 +216,14 @@ def test_tokens(finetune, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tag = transformers.pipeline("token-classification", loaded, tokenizer=tokenizer)
     assert [row["entity"] for row in tag("the cat mats")][:2] == ["B-PET", "I-PET"]
+
+
+def test_the_first_piece_of_a_word_has_its_label(model, tmp_path):
+    (tmp_path / "train.conll").write_text("mats B-PET\nran O\n\n\u200b O\n\ncats I-PET\n")
+    job = Job("tokens", model, Settings(tmp_path), tmp_path / "train.conll")
+    found = [item["labels"].tolist() for item in tokens(job).items]
+    # [CLS] mat ##s ran [SEP]; a sentence of no known characters is left out.
+    assert found == [[-100, 0, -100, 2, -100], [-100, 1, -100, -100]]
 
 
 # -- spans ----------------------------------------------------------------------------------

@@ -32,7 +32,8 @@ def finetune(job: Job, told: Callable[[str], None] = print) -> dict[str, Any]:
     spans predictions.json, nbest_predictions.json and null_odds.json.
 
     Args:
-        told: called with what a user should know of the data.
+        told: called with what a user should know of the data, and at last with the metrics; by
+            the main process only.
 
     Returns: the metrics on the validation data: `accuracy`; `pearson`, `spearman` and `mse` for
         scores; `exact_match` and `f1` in percent for spans; also `f1` of entities for BIO tags.
@@ -77,4 +78,6 @@ def finetune(job: Job, told: Callable[[str], None] = print) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         task.save(folder)
         write_metrics(folder, history, task=job.task, seed=job.settings.seed, **last)
+        found = ", ".join(f"{name} {value:.4g}" for name, value in last.items())
+        told(f"{found or 'trained'}; {folder}")
     return last

@@ -8,7 +8,6 @@ from typing import Annotated
 from typer import Option
 
 from ..console import check_choice, check_model, log, one_line_errors
-from .commands import tell
 
 TASKS = ("classification", "pairs", "spans", "tokens", "embedding")
 
@@ -107,5 +106,4 @@ def finetune(
             null_threshold=null_threshold,
             accelerate=accelerate,
         )
-        found = run(job, told=lambda note: log.print(note, soft_wrap=True))
-        tell(output, found) if found else log.print(f"trained; {output}", soft_wrap=True)
+        run(job, told=lambda note: log.print(note, soft_wrap=True))
