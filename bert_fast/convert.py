@@ -19,6 +19,7 @@ from . import ops
 from .attention_interface import accelerate_attention, restore_attention
 from .families import ATTENTION_ONLY, BY_CLASS, REFUSED, Family
 from .inputs import read_batch
+from .masked_lm import PackedHead, reasons_against_head, restore_head, swap_head
 from .modeling import Backend, packed_forward
 from .packed import (
     OPTIONS,
@@ -32,7 +33,12 @@ from .packed import (
 )
 
 
-def accelerate(model: nn.Module, backend: Backend = "auto", verbose: bool = False) -> nn.Module:
+def accelerate(
+    model: nn.Module,
+    backend: Backend = "auto",
+    verbose: bool = False,
+    sparse_logits: bool = False,
+) -> nn.Module:
     """Makes every Hugging Face encoder inside `model` run packed and fused, in place.
 
     Args:
@@ -41,6 +47,9 @@ def accelerate(model: nn.Module, backend: Backend = "auto", verbose: bool = Fals
         backend: "auto", one backend for every op, or a mapping from op name to backend; a forced
             backend that cannot run raises, with every kernel's reasons.
         verbose: print `report(model)`.
+        sparse_logits: a masked-LM head that is given labels returns no logits in training, and in
+            evaluation those of the scored tokens only, [scored, V] as `logits[labels != -100]`
+            has them; without labels, and by default, all of them, [B, S, V].
 
     Returns: the same object. Parameters, state_dict, dtype and device are not touched;
         `restore` undoes the change.
@@ -79,6 +88,8 @@ def accelerate(model: nn.Module, backend: Backend = "auto", verbose: bool = Fals
             module.__dict__[OPTIONS] = Options(backend, module in read_whole)
         if why:
             refused[module] = why
+    for module in list(model.modules()):
+        swap_head(module, Options(backend, sparse_logits=sparse_logits))
     if len(refused) == len(found):
         told = "; ".join(sorted({reason for why in refused.values() for reason in why}))
         raise ValueError(f"bert_fast.accelerate: cannot accelerate this model: {told}")
@@ -91,6 +102,7 @@ def restore(model: nn.Module) -> nn.Module:
     """Undoes `accelerate`: the model's own classes run again. Returns the same object."""
     for module in model.modules():
         restore_attention(module)
+        restore_head(module)
         if isinstance(module, Packed) and OPTIONS in module.__dict__:
             forget_copies(module)
             del module.__dict__[OPTIONS]
@@ -121,6 +133,12 @@ def report(model: nn.Module) -> Report:
     result = Report({}, {})
     for name, module in model.named_modules():
         row, name = _row(module), name or type(module).__name__
+        if isinstance(module, PackedHead):
+            if why := reasons_against_head(module):
+                result.skipped[name] = why
+            else:
+                result.swapped[name] = "loss on scored tokens only"
+            continue
         if row is None:
             if _other(module):
                 swapped = module.config._attn_implementation == "bert_fast"

@@ -207,7 +207,7 @@ def layer_forward(
         chosen(backend, "attention"),
     ).flatten(1)  # fmt: skip
     h = add_norm(m.out, context, h, m.out_norm, p1, s1, backend)
-    up = up_and_activate(m, h, backend)
+    up = activated_linear(m.up, m.activation, h, backend)
     return add_norm(m.down, up, h, m.down_norm, p2, s2, backend)
 
 
@@ -219,24 +219,41 @@ def project_qkv(m: LayerParts, h: Tensor, backend: Backend) -> Tensor:
     """[T, H] -> queries, keys and values [T, 3, N, D]."""
     three = (m.query, m.key, m.value)
     if all(type(part) is nn.Linear for part in three):
-        q, k, v = (_cast(part.weight) for part in three)
-        q_bias, k_bias, v_bias = (_cast(part.bias) for part in three)
+        q, k, v = (cast(part.weight) for part in three)
+        q_bias, k_bias, v_bias = (cast(part.bias) for part in three)
         use = chosen(backend, "qkv_linear")
-        qkv = ops.qkv_linear(_cast(h), q, k, v, q_bias, k_bias, v_bias, use)
+        qkv = ops.qkv_linear(cast(h), q, k, v, q_bias, k_bias, v_bias, use)
     else:
         qkv = torch.cat([linear(part, h, backend) for part in three], -1)
     return qkv.view(h.shape[0], 3, m.heads, qkv.shape[1] // (3 * m.heads))
 
 
-def up_and_activate(m: LayerParts, h: Tensor, backend: Backend) -> Tensor:
-    """[T, H] -> the activated inner states of the feed-forward network [T, F]."""
-    name = ACTIVATIONS.get(type(m.activation).__name__)
+def activated_linear(
+    part: nn.Module, activation: nn.Module | str, h: Tensor, backend: Backend
+) -> Tensor:
+    """activation(part(h)) [T, H] -> [T, F]; the activation is a module or a name of `ops`."""
+    name = activation_name(activation)
     if name is None:
-        return m.activation(linear(m.up, h, backend))
-    if type(m.up) is not nn.Linear:
-        return ops.bias_gelu(linear(m.up, h, backend), None, name, chosen(backend, "bias_gelu"))
-    weight, bias = _cast(m.up.weight), _cast(m.up.bias)
-    return ops.linear_gelu(_cast(h), weight, bias, name, chosen(backend, "linear_gelu"))
+        return activation(linear(part, h, backend))  # type: ignore[operator]
+    if type(part) is not nn.Linear:
+        return ops.bias_gelu(linear(part, h, backend), None, name, chosen(backend, "bias_gelu"))
+    weight, bias = cast(part.weight), cast(part.bias)
+    return ops.linear_gelu(cast(h), weight, bias, name, chosen(backend, "linear_gelu"))
+
+
+def activation_name(activation: nn.Module | str) -> str | None:
+    """Which of `ops`' activations this is; None for any other."""
+    if isinstance(activation, str):
+        return activation
+    return ACTIVATIONS.get(type(activation).__name__)
+
+
+def normalized(x: Tensor, norm: nn.Module, backend: Backend) -> Tensor:
+    """LayerNorm alone."""
+    return ops.add_layernorm(
+        x.to(norm.weight.dtype), None, None, norm.weight, norm.bias, norm.eps,
+        backend=chosen(backend, "add_layernorm"),
+    )  # fmt: skip
 
 
 def add_norm(
@@ -250,7 +267,7 @@ def add_norm(
 ) -> Tensor:
     """LayerNorm(residual + dropout(part(x))); a plain projection's bias is added in the norm."""
     if type(part) is nn.Linear:
-        y = ops.linear(_cast(x), _cast(part.weight), None, chosen(backend, "linear"))
+        y = ops.linear(cast(x), cast(part.weight), None, chosen(backend, "linear"))
         bias = part.bias
     else:
         y, bias = linear(part, x, backend), None
@@ -264,10 +281,10 @@ def linear(part: nn.Module, x: Tensor, backend: Backend) -> Tensor:
     """A projection: fused where it is a plain nn.Linear, else (LoRA, quantised) its own forward."""
     if type(part) is not nn.Linear:
         return part(x)
-    return ops.linear(_cast(x), _cast(part.weight), _cast(part.bias), chosen(backend, "linear"))
+    return ops.linear(cast(x), cast(part.weight), cast(part.bias), chosen(backend, "linear"))
 
 
-def _cast(x: Any) -> Any:
+def cast(x: Any) -> Any:
     """x in autocast's dtype where autocast is on."""
     if x is None or not torch.is_autocast_enabled(x.device.type):
         return x

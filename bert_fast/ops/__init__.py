@@ -6,6 +6,7 @@ from .bias_gelu import bias_gelu
 from .embed_layernorm import embed_layernorm
 from .linear import linear
 from .linear_gelu import linear_gelu
+from .masked_lm_loss import masked_lm_loss
 from .padding import pad, unpad
 from .pool import pool
 from .qkv_linear import qkv_linear
@@ -19,6 +20,7 @@ __all__ = [
     "embed_layernorm",
     "linear",
     "linear_gelu",
+    "masked_lm_loss",
     "pad",
     "pool",
     "qkv_linear",
