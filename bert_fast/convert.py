@@ -11,16 +11,13 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-import transformers
 from torch import nn
 
 from . import ops
 from .attention_interface import accelerate_attention, restore_attention
 from .families import ATTENTION_ONLY, BY_CLASS, REFUSED, Family
-from .inputs import read_batch
-from .masked_lm import PackedHead, reasons_against_head, restore_head, swap_head
-from .modeling import Backend, packed_forward
+from .masked_lm import PackedHead, is_head, reasons_against_head, restore_head, swap_head
+from .modeling import Backend
 from .packed import (
     OPTIONS,
     Options,
@@ -31,6 +28,7 @@ from .packed import (
     reasons_against,
     reasons_against_structure,
 )
+from .probe import strange, strange_head
 
 
 def accelerate(
@@ -88,8 +86,11 @@ def accelerate(
             module.__dict__[OPTIONS] = Options(backend, module in read_whole)
         if why:
             refused[module] = why
-    for module in list(model.modules()):
-        swap_head(module, Options(backend, sparse_logits=sparse_logits))
+    for head in filter(is_head, model.modules()):
+        if told := strange_head(head):
+            _warn_once(told)
+        else:
+            swap_head(head, Options(backend, sparse_logits=sparse_logits))
     if len(refused) == len(found):
         told = "; ".join(sorted({reason for why in refused.values() for reason in why}))
         raise ValueError(f"bert_fast.accelerate: cannot accelerate this model: {told}")
@@ -214,58 +215,6 @@ def _why_not_other(module: nn.Module) -> list[str]:
 
 def _accelerate_other(module: nn.Module) -> list[str]:
     return _why_not_other(module) or accelerate_attention(module)
-
-
-# -- whether this transformers computes what the families say -----------------------------------
-
-
-def strange(model: nn.Module, family: Family) -> str | None:
-    """What tells that a model's class is not as its row says; None if all is as known.
-
-    The truth is asked, not the source: a small model of the same class, with random weights, must
-    give the same through its own forward and through the packed one.
-    """
-    cls = type(model)
-    original = cls.bert_fast_original if isinstance(model, Packed) else cls
-    forwards = frozenset(type(m).forward for m in model.modules())
-    return _probe(original, family, forwards)  # type: ignore[arg-type]
-
-
-@functools.cache
-def _probe(original: type, family: Family, forwards: frozenset) -> str | None:
-    try:
-        difference = _difference(original, family)
-    except Exception as error:  # whatever an unknown class raises, the user's model must not
-        found = f"{type(error).__name__}: {error}"
-    else:
-        if difference < 1e-4:
-            return None
-        found = f"outputs differ by {difference:.1e}"
-    return (
-        f"bert_fast does not know {original.__name__} as it is in transformers "
-        f"{transformers.__version__} ({found}); the model is left as it was"
-    )
-
-
-def _difference(original: type, family: Family) -> float:
-    """The largest difference, over the real tokens, between a small model's two forwards."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
-        config = original.config_class(  # type: ignore[attr-defined]
-            vocab_size=128, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-            intermediate_size=24, max_position_embeddings=24, pad_token_id=1,
-        )  # fmt: skip
-        model = original(config).float().eval()
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-        ids = torch.randint(2, 128, (2, 7), generator=generator)
-        mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        expected = model(**inputs).last_hidden_state
-        batch = read_batch(model, family, inputs)
-        found = batch.packing.pad(packed_forward(model, family, batch, "reference"))
-    rows = mask.bool()
-    return (found[rows] - expected[rows]).abs().max().item()
 
 
 @functools.cache

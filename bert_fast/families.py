@@ -3,7 +3,7 @@
 Every row is the same post-LN encoder (Vaswani et al., arXiv 1706.03762; Devlin et al.,
 arXiv 1810.04805) under other names: a new family is a new row. Nothing here imports transformers;
 rows are found by the names of classes. Whether a row is true of the transformers installed, a
-small model of the class tells (`convert.probe`).
+small model of the class tells (`probe`).
 """
 
 from __future__ import annotations

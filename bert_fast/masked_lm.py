@@ -74,26 +74,31 @@ def __getattr__(name: str) -> type:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def swap_head(model: Any, options: Options) -> None:
-    """Makes `model` run as a packed head if it is of a known class on a packed encoder."""
+def is_head(model: Any) -> bool:
+    """Whether `model` is, or may become, a packed head: a known class on a packed encoder."""
     known = (type(model).__module__, type(model).__name__) in HEAD_BY_CLASS
-    if known and isinstance(_encoder(model), Packed):
-        model.__class__ = packed_head(type(model))
-    if isinstance(model, PackedHead):
-        model.__dict__[OPTIONS] = options
+    return isinstance(_encoder(model), Packed) and (known or isinstance(model, PackedHead))
+
+
+def swap_head(model: Any, options: Options) -> None:
+    """Makes a module that `is_head` run as a packed head."""
+    if not isinstance(model, PackedHead):
+        model.__class__ = packed_head(type(model))  # type: ignore[arg-type]
+    model.__dict__[OPTIONS] = options
 
 
 def restore_head(model: Any) -> None:
     """Undoes `swap_head`."""
-    if isinstance(model, PackedHead) and model.__dict__.pop(OPTIONS, None) is not None:
-        if type(model) is packed_head(model.bert_fast_original):
-            model.__class__ = model.bert_fast_original
+    if not isinstance(model, PackedHead) or model.__dict__.pop(OPTIONS, None) is None:
+        return
+    if type(model) is packed_head(model.bert_fast_original):
+        model.__class__ = model.bert_fast_original
 
 
 def reasons_against_head(model: Any) -> list[str]:
     """Why Hugging Face's own head has to run on this model as it is now (empty: ours runs)."""
-    encoder = _encoder(model)
-    if not isinstance(encoder, Packed) or "forward" in encoder.__dict__:
+    encoder: Any = _encoder(model)
+    if not _is_packed(encoder):
         return ["its encoder is not accelerated"]
     parts = model.bert_fast_head.parts(model)
     like = encoder.embeddings.word_embeddings.weight
@@ -114,7 +119,11 @@ def reasons_against_head(model: Any) -> list[str]:
     return []
 
 
-def _encoder(model: Any) -> nn.Module | None:
+def _is_packed(encoder: Any) -> bool:
+    return isinstance(encoder, Packed) and "forward" not in encoder.__dict__
+
+
+def _encoder(model: Any) -> Any:
     return getattr(model, getattr(model, "base_model_prefix", ""), None)
 
 
@@ -137,9 +146,8 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if row.pair is not None:
         fields[row.pair.logits] = scores = row.pair.classifier(model)(states.pooled)
         if with_loss:
-            fields["loss"] = fields["loss"] + F.cross_entropy(
-                scores.view(-1, 2), pair_labels.view(-1)
-            )
+            other = F.cross_entropy(scores.view(-1, 2), pair_labels.view(-1))  # type: ignore[union-attr]
+            fields["loss"] = fields["loss"] + other
     output = getattr(importlib.import_module(row.module), row.output)(
         **fields, hidden_states=states.hidden_states, attentions=states.attentions
     )
@@ -151,7 +159,7 @@ def _states(found: Any) -> PackedStates:
     if isinstance(found, PackedStates):
         return found
     last = found.last_hidden_state
-    packing = pack_full(*last.shape[:2], last.device)
+    packing = pack_full(last.shape[0], last.shape[1], last.device)
     pooled = getattr(found, "pooler_output", None)
     return PackedStates(last.flatten(0, 1), packing, pooled, found.hidden_states, found.attentions)
 

@@ -188,7 +188,8 @@ ALLOWED = {
 }
 # Files of bert_fast that may know transformers; in the CLI inside functions only.
 KNOW_TRANSFORMERS = {
-    f"bert_fast/{name}.py" for name in ("packed", "convert", "heads", "attention_interface", "cli")
+    f"bert_fast/{name}.py"
+    for name in ("packed", "probe", "convert", "heads", "attention_interface", "cli")
 }
 # Files above the ops that may know the kernels themselves.
 KNOW_KERNELS = {"bert_fast/aot.py"}

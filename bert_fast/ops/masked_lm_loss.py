@@ -44,11 +44,11 @@ def check(x, weight, bias, labels) -> None:
     checks.integers(op, "labels", labels)
     if labels.device.type != "cpu" or torch.compiler.is_compiling() or not labels.numel():
         return  # asking about values would stall a GPU's queue
-    scored = labels[labels != IGNORED]
-    if scored.numel() and not (0 <= int(scored.min()) and int(scored.max()) < weight.shape[0]):
+    wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= weight.shape[0])]
+    if wrong.numel():
         raise IndexError(
-            f"bert_fast.{op}: labels lie in {int(scored.min())} to {int(scored.max())}, expected "
-            f"0 to {weight.shape[0] - 1}, or {IGNORED} for tokens that are not scored"
+            f"bert_fast.{op}: labels contains {int(wrong[0])}, expected 0 to "
+            f"{weight.shape[0] - 1}, or {IGNORED} for tokens that are not scored"
         )
 
 
