@@ -32,12 +32,14 @@ class Options:
     """What `accelerate` was told of one model.
 
     keep_padding: padded positions are computed too, because the head above reads them.
+    checkpoint: one of `modeling.CHECKPOINTS`.
     sparse_logits: a masked-LM head that is given labels leaves out the logits of other tokens.
     """
 
     backend: Backend = "auto"
     keep_padding: bool = False
     sparse_logits: bool = False
+    checkpoint: str = "none"
 
 
 _DEFAULT = Options()
@@ -132,7 +134,7 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
     collect = asked(model, given, "output_hidden_states")
     between = None if collect is None or collect is False else keep
-    h = packed_forward(model, family, batch, options.backend, between)
+    h = packed_forward(model, family, batch, options.backend, between, options.checkpoint)
     if as_packed:
         packing, pooled = batch.packing, None
         if family.pooled is not None and packing.length:

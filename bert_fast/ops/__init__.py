@@ -4,6 +4,7 @@ from .add_layernorm import add_layernorm
 from .attention import attention
 from .bias_gelu import bias_gelu
 from .embed_layernorm import embed_layernorm
+from .feed_forward import feed_forward
 from .linear import linear
 from .linear_gelu import linear_gelu
 from .masked_lm_loss import masked_lm_loss
@@ -18,6 +19,7 @@ __all__ = [
     "attention",
     "bias_gelu",
     "embed_layernorm",
+    "feed_forward",
     "linear",
     "linear_gelu",
     "masked_lm_loss",
