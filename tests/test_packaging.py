@@ -190,7 +190,7 @@ ALLOWED = {
 KNOW_TRANSFORMERS = {
     f"bert_fast/{name}.py"
     for name in (
-        *("packed", "convert", "heads", "attention_interface", "cli"),
+        *("packed", "probe", "convert", "heads", "attention_interface", "cli"),
         *("training/loop", "training/monitor", "training/pretrain", "training/tokenizer"),
     )
 }

@@ -90,7 +90,7 @@ def pretrain(recipe: Recipe, settings: Settings) -> dict[str, float]:
         tokenizer = _tokenizer(recipe, files, settings)
         corpus = load_corpus(files, tokenizer, settings.output_dir / "corpus", recipe.text_field)
     model = new_model(recipe, tokenizer, settings.seed)
-    accelerate(model)
+    accelerate(model, sparse_logits=True)
     masking = Masking.of(tokenizer, recipe.whole_words)
     kept, held = corpus.split(recipe.validation_fraction, settings.seed)
     pairs = SentencePairs(corpus, kept, tokenizer, masking, recipe.max_length, settings.seed)
