@@ -146,6 +146,8 @@ def new_model(recipe: Recipe, tokenizer: Any, seed: int) -> Any:
                 max_position_embeddings=max(POSITIONS, recipe.max_length),
                 hidden_dropout_prob=recipe.dropout,
                 attention_probs_dropout_prob=recipe.dropout,
+                # BERT's 0.02 at its width, and as 1 / sqrt(width) at others.
+                initializer_range=round(0.02 * (768 / recipe.hidden) ** 0.5, 4),
                 pad_token_id=tokenizer.pad_token_id,
             )
         )
