@@ -16,6 +16,7 @@ from torch import Tensor
 from . import checks
 from .backends import triton_kernel
 from .onednn import onednn_kernel
+from .products import affine, product
 from .registry import Chooser, Kernel, Op, Sample
 
 
@@ -43,8 +44,8 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dW, db) of x W^T + b through ATen's GEMM, only those needed."""
     return (
-        dy @ weight if needs[0] else None,
-        dy.t() @ x if needs[1] else None,
+        product(dy, weight) if needs[0] else None,
+        product(dy.t(), x) if needs[1] else None,
         dy.sum(0) if needs[2] else None,
     )
 
@@ -53,7 +54,7 @@ def aten_kernel() -> Kernel:
     """ATen's GEMM (cuBLAS, oneDNN, MKL) with the gradient that skips what is not needed."""
 
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *, save: bool) -> tuple[Tensor]:
-        return (F.linear(x, weight, bias),)
+        return (affine(x, weight, bias),)
 
     def backward(dy, x, weight, bias, *, needs):
         return gradients(dy, x, weight, needs)

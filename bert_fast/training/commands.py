@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,7 +111,7 @@ def train_tokenizer(
         from .text import find_files, read_documents
         from .tokenizer import train_tokenizer as learn
 
-        documents = read_documents(find_files(texts), text_field)
+        documents = functools.partial(read_documents, find_files(texts), text_field)
         learnt = learn(documents, vocab_size, lowercase)
         learnt.save_pretrained(output)
         log.print(f"{len(learnt)} tokens; {output}", soft_wrap=True)

@@ -5,6 +5,7 @@ Devlin et al., arXiv 1810.04805, section 3.1 and appendix A.2.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from .corpus import load_corpus
 from .loop import Objective, Settings, train
 from .masking import IGNORED, Masking
 from .monitor import write_metrics
-from .pairs import SentencePairs
+from .pairs import LEAST, SPECIALS, SentencePairs
 from .text import find_files, read_documents
 from .tokenizer import train_tokenizer
 
@@ -41,6 +42,8 @@ class Recipe:
         new BERT of the sizes below.
     max_length: tokens of a pair, specials included.
     validation_fraction: of the documents, held back; 0 for none.
+
+    Raises: ValueError for values out of range.
     """
 
     sources: Sequence[str | Path]
@@ -58,6 +61,19 @@ class Recipe:
     whole_words: bool = False
     validation_fraction: float = 0.05
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(
+                f"validation_fraction is {self.validation_fraction}, expected 0 or more, below 1"
+            )
+        if self.max_length < SPECIALS + LEAST:
+            raise ValueError(
+                f"max_length is {self.max_length}, expected {SPECIALS + LEAST} or more"
+            )
+        for name in ("layers", "hidden", "heads", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
+
 
 def pretrain(recipe: Recipe, settings: Settings) -> dict[str, float]:
     """Trains and saves a BertForPreTraining with its tokenizer to `settings.output_dir`.
@@ -74,7 +90,7 @@ def pretrain(recipe: Recipe, settings: Settings) -> dict[str, float]:
         tokenizer = _tokenizer(recipe, files, settings)
         corpus = load_corpus(files, tokenizer, settings.output_dir / "corpus", recipe.text_field)
     model = new_model(recipe, tokenizer, settings.seed)
-    accelerate(model)
+    accelerate(model, sparse_logits=True)
     masking = Masking.of(tokenizer, recipe.whole_words)
     kept, held = corpus.split(recipe.validation_fraction, settings.seed)
     pairs = SentencePairs(corpus, kept, tokenizer, masking, recipe.max_length, settings.seed)
@@ -130,6 +146,8 @@ def new_model(recipe: Recipe, tokenizer: Any, seed: int) -> Any:
                 max_position_embeddings=max(POSITIONS, recipe.max_length),
                 hidden_dropout_prob=recipe.dropout,
                 attention_probs_dropout_prob=recipe.dropout,
+                # BERT's 0.02 at its width, and as 1 / sqrt(width) at others.
+                initializer_range=round(0.02 * (768 / recipe.hidden) ** 0.5, 4),
                 pad_token_id=tokenizer.pad_token_id,
             )
         )
@@ -223,7 +241,7 @@ def _tokenizer(recipe: Recipe, files: Sequence[Path], settings: Settings) -> Any
         folder = made
     if folder is not None:
         return AutoTokenizer.from_pretrained(folder)
-    texts = read_documents(files, recipe.text_field)
+    texts = functools.partial(read_documents, files, recipe.text_field)
     tokenizer = train_tokenizer(texts, recipe.vocab_size, max_length=POSITIONS)
     tokenizer.save_pretrained(made)
     return tokenizer

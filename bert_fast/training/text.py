@@ -13,6 +13,7 @@ import gzip
 import io
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -55,9 +56,10 @@ def read_documents(files: Iterable[Path], text_field: str = "text") -> Iterator[
                         yield text
             except UnicodeDecodeError as error:
                 raise ValueError(f"{file}: not UTF-8 ({error.reason})") from None
-            except (KeyError, json.JSONDecodeError, csv.Error) as error:
-                why = f"no field {error}" if isinstance(error, KeyError) else str(error)
-                raise ValueError(f"{file}: {why}") from None
+            except KeyError as error:
+                raise ValueError(f"{file}: no field {error}") from None
+            except (ValueError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise ValueError(f"{file}: {error}") from None
 
 
 def split_sentences(text: str) -> list[str]:
@@ -98,7 +100,10 @@ def _blocks(opened: IO[str], text_field: str) -> Iterator[str]:
 def _json_lines(opened: IO[str], text_field: str) -> Iterator[str]:
     for line in opened:
         if line.strip():
-            yield str(json.loads(line)[text_field])
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("a line is not an object")
+            yield str(row[text_field])
 
 
 def _csv_rows(opened: IO[str], text_field: str) -> Iterator[str]:

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 @functools.cache
 def gemm_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations per second of a large square matmul, measured once."""
-    size = 8192 if device.type == "cuda" else 1024
+    if device.type == "cuda":
+        return _rate(8192, device, dtype)
+    small = _rate(256, device, dtype)
+    # Where a dtype has no instructions of its own here, a large one would take seconds.
+    return _rate(1024, device, dtype) if small > 1e10 else small
+
+
+def _rate(size: int, device: torch.device, dtype: torch.dtype) -> float:
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     times = []
     for _ in range(5):
