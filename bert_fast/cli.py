@@ -1,4 +1,4 @@
-"""The command line: `bert-fast embed`, `verify`, `explain`, `doctor`, `bench`.
+"""The command line: `bert-fast embed`, `verify`, `explain`, `doctor`, `bench`, and training.
 
 torch and transformers are imported inside the commands, so that `--help` answers at once. What a
 user can get wrong is one line on stderr and exit code 2.
@@ -11,13 +11,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+
+from .console import check_choice, check_model, check_output, console, log, one_line_errors
+from .training import commands as training
+from .training.finetune_command import finetune
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -40,8 +41,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
-log = Console(stderr=True, highlight=False)
 
 
 @app.callback(invoke_without_command=True)
@@ -244,43 +243,6 @@ def bench(context: typer.Context) -> None:
     raise typer.Exit(subprocess.run(line, env={**os.environ, "PYTHONPATH": where}).returncode)
 
 
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turns what a user can get wrong into one line on stderr and exit code 2."""
-    try:
-        yield
-    except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except ValueError as error:
-        message = str(error)
-    else:
-        return
-    log.print(f"bert-fast: {' '.join(message.split())}", soft_wrap=True, markup=False)
-    raise typer.Exit(2)
-
-
-def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(allowed)}")
-
-
-def check_model(folder: Path) -> None:
-    if not folder.exists():
-        raise ValueError(f"no model at {folder}")
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json: not the folder of a model")
-
-
-def check_output(file: Path) -> None:
-    """What would otherwise fail after the work is done."""
-    if file.is_dir():
-        raise ValueError(f"{file} is a folder, expected a file to write")
-    if not file.parent.is_dir():
-        raise ValueError(f"no folder {file.parent} to write {file.name} to")
-    if not os.access(file.parent, os.W_OK):
-        raise ValueError(f"{file.parent} is not writable")
-
-
 def read_texts(source: str, field: str | None) -> list[str]:
     """One text per line of a file, or of stdin for "-"; of JSON lines, the value of `field`.
 
@@ -367,6 +329,10 @@ def save(file: Path, array: Any) -> None:
     finally:
         part.unlink(missing_ok=True)
 
+
+app.command()(training.pretrain)
+app.command()(training.train_tokenizer)
+app.command()(finetune)
 
 if __name__ == "__main__":
     app()

@@ -11,15 +11,13 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-import transformers
 from torch import nn
 
 from . import ops
 from .attention_interface import accelerate_attention, restore_attention
 from .families import ATTENTION_ONLY, BY_CLASS, REFUSED, Family
-from .inputs import read_batch
-from .modeling import Backend, packed_forward
+from .masked_lm import PackedHead, is_head, reasons_against_head, restore_head, swap_head
+from .modeling import CHECKPOINTS, Backend
 from .packed import (
     OPTIONS,
     Options,
@@ -30,9 +28,16 @@ from .packed import (
     reasons_against,
     reasons_against_structure,
 )
+from .probe import strange, strange_head
 
 
-def accelerate(model: nn.Module, backend: Backend = "auto", verbose: bool = False) -> nn.Module:
+def accelerate(
+    model: nn.Module,
+    backend: Backend = "auto",
+    verbose: bool = False,
+    sparse_logits: bool = False,
+    checkpoint: str = "none",
+) -> nn.Module:
     """Makes every Hugging Face encoder inside `model` run packed and fused, in place.
 
     Args:
@@ -41,15 +46,26 @@ def accelerate(model: nn.Module, backend: Backend = "auto", verbose: bool = Fals
         backend: "auto", one backend for every op, or a mapping from op name to backend; a forced
             backend that cannot run raises, with every kernel's reasons.
         verbose: print `report(model)`.
+        sparse_logits: a masked-LM head that is given labels returns no logits in training, and in
+            evaluation those of the scored tokens only, [scored, V] as `logits[labels != -100]`
+            has them; without labels, and by default, all of them, [B, S, V].
+        checkpoint: what training recomputes to save memory. "none": only what costs nothing
+            (GELU, dropout masks, norms). "selective": also the inner states of the feed-forward
+            network, a third less memory for about a tenth more time. "full": every layer from
+            its input. Hugging Face's `gradient_checkpointing_enable()` works as well.
 
     Returns: the same object. Parameters, state_dict, dtype and device are not touched;
         `restore` undoes the change.
-    Raises: ValueError if there is nothing to accelerate, with the reasons; for an unknown op or
-        backend.
+    Raises: ValueError if there is nothing to accelerate, with the reasons; for an unknown op,
+        backend or checkpoint.
     Warns: UserWarning, once, if the transformers installed computes something else in a class
         than this version of bert_fast knows; the model is then left as it was.
     """
     _check_backend(backend)
+    if checkpoint not in CHECKPOINTS:
+        raise ValueError(
+            f"bert_fast.accelerate: checkpoint is {checkpoint!r}, expected one of {CHECKPOINTS}"
+        )
     found = [m for m in model.modules() if _row(m) or _other(m)]
     if not found:
         raise ValueError(
@@ -76,9 +92,14 @@ def accelerate(model: nn.Module, backend: Backend = "auto", verbose: bool = Fals
         else:
             if not isinstance(module, Packed):
                 module.__class__ = packed_class(type(module))  # type: ignore[arg-type]
-            module.__dict__[OPTIONS] = Options(backend, module in read_whole)
+            module.__dict__[OPTIONS] = Options(backend, module in read_whole, checkpoint=checkpoint)
         if why:
             refused[module] = why
+    for head in filter(is_head, model.modules()):
+        if told := strange_head(head):
+            _warn_once(told)
+        else:
+            swap_head(head, Options(backend, sparse_logits=sparse_logits))
     if len(refused) == len(found):
         told = "; ".join(sorted({reason for why in refused.values() for reason in why}))
         raise ValueError(f"bert_fast.accelerate: cannot accelerate this model: {told}")
@@ -91,6 +112,7 @@ def restore(model: nn.Module) -> nn.Module:
     """Undoes `accelerate`: the model's own classes run again. Returns the same object."""
     for module in model.modules():
         restore_attention(module)
+        restore_head(module)
         if isinstance(module, Packed) and OPTIONS in module.__dict__:
             forget_copies(module)
             del module.__dict__[OPTIONS]
@@ -121,6 +143,12 @@ def report(model: nn.Module) -> Report:
     result = Report({}, {})
     for name, module in model.named_modules():
         row, name = _row(module), name or type(module).__name__
+        if isinstance(module, PackedHead):
+            if why := reasons_against_head(module):
+                result.skipped[name] = why
+            else:
+                result.swapped[name] = "loss on scored tokens only"
+            continue
         if row is None:
             if _other(module):
                 swapped = module.config._attn_implementation == "bert_fast"
@@ -196,58 +224,6 @@ def _why_not_other(module: nn.Module) -> list[str]:
 
 def _accelerate_other(module: nn.Module) -> list[str]:
     return _why_not_other(module) or accelerate_attention(module)
-
-
-# -- whether this transformers computes what the families say -----------------------------------
-
-
-def strange(model: nn.Module, family: Family) -> str | None:
-    """What tells that a model's class is not as its row says; None if all is as known.
-
-    The truth is asked, not the source: a small model of the same class, with random weights, must
-    give the same through its own forward and through the packed one.
-    """
-    cls = type(model)
-    original = cls.bert_fast_original if isinstance(model, Packed) else cls
-    forwards = frozenset(type(m).forward for m in model.modules())
-    return _probe(original, family, forwards)  # type: ignore[arg-type]
-
-
-@functools.cache
-def _probe(original: type, family: Family, forwards: frozenset) -> str | None:
-    try:
-        difference = _difference(original, family)
-    except Exception as error:  # whatever an unknown class raises, the user's model must not
-        found = f"{type(error).__name__}: {error}"
-    else:
-        if difference < 1e-4:
-            return None
-        found = f"outputs differ by {difference:.1e}"
-    return (
-        f"bert_fast does not know {original.__name__} as it is in transformers "
-        f"{transformers.__version__} ({found}); the model is left as it was"
-    )
-
-
-def _difference(original: type, family: Family) -> float:
-    """The largest difference, over the real tokens, between a small model's two forwards."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
-        config = original.config_class(  # type: ignore[attr-defined]
-            vocab_size=128, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-            intermediate_size=24, max_position_embeddings=24, pad_token_id=1,
-        )  # fmt: skip
-        model = original(config).float().eval()
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-        ids = torch.randint(2, 128, (2, 7), generator=generator)
-        mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        expected = model(**inputs).last_hidden_state
-        batch = read_batch(model, family, inputs)
-        found = batch.packing.pad(packed_forward(model, family, batch, "reference"))
-    rows = mask.bool()
-    return (found[rows] - expected[rows]).abs().max().item()
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from . import __version__
 from .ops import OPS
 from .ops.backends import ISAS, best_isa, cuda_missing, extension_missing, triton_missing
-from .ops.onednn import has_native
+from .ops.products import has_native
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Every row is the same post-LN encoder (Vaswani et al., arXiv 1706.03762; Devlin et al.,
 arXiv 1810.04805) under other names: a new family is a new row. Nothing here imports transformers;
 rows are found by the names of classes. Whether a row is true of the transformers installed, a
-small model of the class tells (`convert.probe`).
+small model of the class tells (`probe`).
 """
 
 from __future__ import annotations
@@ -167,6 +167,105 @@ FAMILIES = (
 )  # fmt: skip
 
 BY_CLASS = {(row.module, row.model): row for row in FAMILIES}
+
+
+class HeadParts(NamedTuple):
+    """The leaf modules of a masked-LM head; the activation by name where it is no module."""
+
+    dense: nn.Module
+    activation: nn.Module | str
+    norm: nn.Module
+    decoder: nn.Module
+
+
+def bert_head(model: nn.Module) -> HeadParts:
+    predictions = model.cls.predictions
+    first = predictions.transform
+    return HeadParts(first.dense, first.transform_act_fn, first.LayerNorm, predictions.decoder)
+
+
+def roberta_head(model: nn.Module) -> HeadParts:
+    head = model.lm_head
+    return HeadParts(head.dense, "gelu", head.layer_norm, head.decoder)
+
+
+def electra_head(model: nn.Module) -> HeadParts:
+    first = model.generator_predictions
+    return HeadParts(first.dense, first.activation, first.LayerNorm, model.generator_lm_head)
+
+
+def distilbert_head(model: nn.Module) -> HeadParts:
+    dense, norm = model.vocab_transform, model.vocab_layer_norm
+    return HeadParts(dense, model.activation, norm, model.vocab_projector)
+
+
+def albert_head(model: nn.Module) -> HeadParts:
+    head = model.predictions
+    return HeadParts(head.dense, head.activation, head.LayerNorm, head.decoder)
+
+
+class PairTask(NamedTuple):
+    """The task on the pooled output beside masked LM: its classifier, and the names of its
+    logits among the outputs and of its labels among the arguments."""
+
+    classifier: Callable[[nn.Module], nn.Module]
+    logits: str
+    labels: str
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """One row: a head that predicts masked tokens, dense + activation + LayerNorm + decoder.
+
+    module: the dotted module of its class `model` and of the class of its outputs, `output`.
+    logits: the name of the token logits among the outputs.
+    """
+
+    module: str
+    model: str
+    parts: Callable[[nn.Module], HeadParts] = bert_head
+    output: str = "MaskedLMOutput"
+    logits: str = "logits"
+    pair: PairTask | None = None
+
+
+def _masked_lm(folder: str, stem: str, file: str | None = None, **changes: Any) -> Head:
+    module = f"transformers.models.{folder}.modeling_{file or folder}"
+    return Head(module, f"{stem}ForMaskedLM", **changes)
+
+
+def _pre_training(folder: str, stem: str, pair: PairTask, **changes: Any) -> Head:
+    model = f"{stem}ForPreTraining"
+    module = f"transformers.models.{folder}.modeling_{folder}"
+    return Head(module, model, output=f"{model}Output", logits="prediction_logits", pair=pair,
+                **changes)  # fmt: skip
+
+
+_NEXT_SENTENCE = PairTask(
+    lambda model: model.cls.seq_relationship, "seq_relationship_logits", "next_sentence_label"
+)
+_SENTENCE_ORDER = PairTask(
+    lambda model: model.sop_classifier, "sop_logits", "sentence_order_label"
+)  # fmt: skip
+
+HEADS = (
+    _masked_lm("bert", "Bert"),
+    _pre_training("bert", "Bert", _NEXT_SENTENCE),
+    _masked_lm("roberta", "Roberta", parts=roberta_head),
+    _masked_lm("xlm_roberta", "XLMRoberta", parts=roberta_head),
+    _masked_lm("camembert", "Camembert", parts=roberta_head),
+    _masked_lm("data2vec", "Data2VecText", "data2vec_text", parts=roberta_head),
+    _masked_lm("ernie", "Ernie"),
+    _pre_training("ernie", "Ernie", _NEXT_SENTENCE),
+    _masked_lm("electra", "Electra", parts=electra_head),
+    _masked_lm("distilbert", "DistilBert", parts=distilbert_head),
+    _masked_lm("albert", "Albert", parts=albert_head),
+    _pre_training("albert", "Albert", _SENTENCE_ORDER, parts=albert_head),
+    _masked_lm("mpnet", "MPNet", parts=roberta_head),
+    _masked_lm("layoutlm", "LayoutLM"),
+)
+
+HEAD_BY_CLASS = {(row.module, row.model): row for row in HEADS}
 
 # Other encoders: not post-LN, or with rotary positions. They take the attention alone, where
 # their code asks transformers' registry for it; the reason is what `accelerate` says otherwise.

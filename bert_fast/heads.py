@@ -8,6 +8,7 @@ from torch import nn
 from transformers.models.bert import modeling_bert as hf
 
 from .convert import accelerate
+from .masked_lm import packed_head
 from .packed import packed_class
 
 BertModel = packed_class(hf.BertModel)
@@ -20,11 +21,11 @@ class _Head(nn.Module):
             accelerate(self)
 
 
-class BertForPreTraining(_Head, hf.BertForPreTraining):
+class BertForPreTraining(_Head, packed_head(hf.BertForPreTraining)):  # type: ignore[misc]
     """transformers' BertForPreTraining (masked LM and next sentence) on the packed encoder."""
 
 
-class BertForMaskedLM(_Head, hf.BertForMaskedLM):
+class BertForMaskedLM(_Head, packed_head(hf.BertForMaskedLM)):  # type: ignore[misc]
     """transformers' BertForMaskedLM on the packed encoder."""
 
 

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from . import ops
@@ -22,6 +23,10 @@ from .ops.registry import Chooser
 from .ops.rng import draw_seeds
 
 Backend = str | Mapping[str, str] | Chooser
+
+# What training keeps of a layer: all but what an elementwise pass restores; not the inner states
+# of the feed-forward network either (one GEMM more); its input only (the whole layer again).
+CHECKPOINTS = ("none", "selective", "full")
 
 # By the name of the activation's class; any other runs unfused.
 ACTIVATIONS = {
@@ -90,11 +95,13 @@ def packed_forward(
     batch: Batch,
     backend: Backend,
     between: Callable[[Tensor], Tensor] | None = None,
+    checkpoint: str = "none",
 ) -> Tensor:
     """Embeddings and every layer on packed tokens -> [T, H].
 
     between: called on the hidden states before the first and after each layer; what it returns
         goes on (how hidden states are collected).
+    checkpoint: one of `CHECKPOINTS`, what training keeps of a layer.
     """
     h = embed(model.embeddings, batch, backend)
     projection = family.project(model)
@@ -104,7 +111,7 @@ def packed_forward(
         learned = family.bias(model, packing.max_seqlen, packing.cu_seqlens).to(h.dtype)
         bias = learned if bias is None else bias + learned
     sequences = Sequences(packing.cu_seqlens, packing.max_seqlen, packing.key_start, bias)
-    return run_layers(model, family, h, sequences, backend, between)
+    return run_layers(model, family, h, sequences, backend, between, checkpoint)
 
 
 def embed(embeddings: nn.Module, batch: Batch, backend: Backend) -> Tensor:
@@ -156,6 +163,7 @@ def run_layers(
     sequences: Sequences,
     backend: Backend,
     between: Callable[[Tensor], Tensor] | None,
+    checkpoint: str,
 ) -> Tensor:
     """Every layer on packed tokens [T, H] -> [T, H]."""
     modules = family.layers(model)
@@ -179,9 +187,12 @@ def run_layers(
             sequences=sequences,
             seeds=None if seeds is None else seeds[3 * i : 3 * i + 3],
             backend=backend,
+            recompute=checkpoint == "selective",
         )
         if recompute and module.gradient_checkpointing:
             h = module._gradient_checkpointing_func(run, h)
+        elif checkpoint == "full" and module.training and torch.is_grad_enabled():
+            h = torch.utils.checkpoint.checkpoint(run, h, use_reentrant=False)
         else:
             h = run(h)
         h = h if between is None else between(h)
@@ -194,6 +205,7 @@ def layer_forward(
     sequences: Sequences,
     seeds: Tensor | None,
     backend: Backend,
+    recompute: bool = False,
 ) -> Tensor:
     """One post-LN encoder layer on packed tokens [T, H] -> [T, H]."""
     m = layer
@@ -206,9 +218,9 @@ def layer_forward(
         sequences.key_start, _like(sequences.bias, qkv), p0, s0 if p0 else None,
         chosen(backend, "attention"),
     ).flatten(1)  # fmt: skip
-    h = add_norm(m.out, context, h, m.out_norm, p1, s1, backend)
-    up = up_and_activate(m, h, backend)
-    return add_norm(m.down, up, h, m.down_norm, p2, s2, backend)
+    h = add_norm(*without_bias(m.out, context, backend), h, m.out_norm, p1, s1, backend)
+    y, bias = feed_forward(m, h, backend, recompute)
+    return add_norm(y, bias, h, m.down_norm, p2, s2, backend)
 
 
 # -- the pieces, fused where the module is a plain one; under autocast GEMMs and attention run in
@@ -219,41 +231,74 @@ def project_qkv(m: LayerParts, h: Tensor, backend: Backend) -> Tensor:
     """[T, H] -> queries, keys and values [T, 3, N, D]."""
     three = (m.query, m.key, m.value)
     if all(type(part) is nn.Linear for part in three):
-        q, k, v = (_cast(part.weight) for part in three)
-        q_bias, k_bias, v_bias = (_cast(part.bias) for part in three)
+        q, k, v = (cast(part.weight) for part in three)
+        q_bias, k_bias, v_bias = (cast(part.bias) for part in three)
         use = chosen(backend, "qkv_linear")
-        qkv = ops.qkv_linear(_cast(h), q, k, v, q_bias, k_bias, v_bias, use)
+        qkv = ops.qkv_linear(cast(h), q, k, v, q_bias, k_bias, v_bias, use)
     else:
         qkv = torch.cat([linear(part, h, backend) for part in three], -1)
     return qkv.view(h.shape[0], 3, m.heads, qkv.shape[1] // (3 * m.heads))
 
 
-def up_and_activate(m: LayerParts, h: Tensor, backend: Backend) -> Tensor:
-    """[T, H] -> the activated inner states of the feed-forward network [T, F]."""
-    name = ACTIVATIONS.get(type(m.activation).__name__)
+def activated_linear(
+    part: nn.Module, activation: nn.Module | str, h: Tensor, backend: Backend
+) -> Tensor:
+    """activation(part(h)) [T, H] -> [T, F]; the activation is a module or a name of `ops`."""
+    name = activation_name(activation)
     if name is None:
-        return m.activation(linear(m.up, h, backend))
-    if type(m.up) is not nn.Linear:
-        return ops.bias_gelu(linear(m.up, h, backend), None, name, chosen(backend, "bias_gelu"))
-    weight, bias = _cast(m.up.weight), _cast(m.up.bias)
-    return ops.linear_gelu(_cast(h), weight, bias, name, chosen(backend, "linear_gelu"))
+        return activation(linear(part, h, backend))  # type: ignore[operator]
+    if type(part) is not nn.Linear:
+        return ops.bias_gelu(linear(part, h, backend), None, name, chosen(backend, "bias_gelu"))
+    weight, bias = cast(part.weight), cast(part.bias)
+    return ops.linear_gelu(cast(h), weight, bias, name, chosen(backend, "linear_gelu"))
+
+
+def activation_name(activation: nn.Module | str) -> str | None:
+    """Which of `ops`' activations this is; None for any other."""
+    if isinstance(activation, str):
+        return activation
+    return ACTIVATIONS.get(type(activation).__name__)
+
+
+def normalized(x: Tensor, norm: nn.Module, backend: Backend) -> Tensor:
+    """LayerNorm alone."""
+    return ops.add_layernorm(
+        x.to(norm.weight.dtype), None, None, norm.weight, norm.bias, norm.eps,
+        backend=chosen(backend, "add_layernorm"),
+    )  # fmt: skip
+
+
+def feed_forward(
+    m: LayerParts, h: Tensor, backend: Backend, recompute: bool
+) -> tuple[Tensor, Tensor | None]:
+    """[T, H] -> [T, H] and the bias that is still to be added."""
+    name = activation_name(m.activation)
+    plain = type(m.up) is type(m.down) is nn.Linear
+    if name is None or not plain or not torch.is_grad_enabled():
+        return without_bias(m.down, activated_linear(m.up, m.activation, h, backend), backend)
+    up, up_bias, down = cast(m.up.weight), cast(m.up.bias), cast(m.down.weight)
+    use = chosen(backend, "feed_forward")
+    return ops.feed_forward(cast(h), up, up_bias, down, name, recompute, use), m.down.bias
+
+
+def without_bias(part: nn.Module, x: Tensor, backend: Backend) -> tuple[Tensor, Tensor | None]:
+    """A projection and its bias, which is added in the norm; of another module, all at once."""
+    if type(part) is not nn.Linear:
+        return linear(part, x, backend), None
+    y = ops.linear(cast(x), cast(part.weight), None, chosen(backend, "linear"))
+    return y, part.bias
 
 
 def add_norm(
-    part: nn.Module,
-    x: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
     residual: Tensor,
     norm: nn.Module,
     p: float,
     seed: Tensor | None,
     backend: Backend,
 ) -> Tensor:
-    """LayerNorm(residual + dropout(part(x))); a plain projection's bias is added in the norm."""
-    if type(part) is nn.Linear:
-        y = ops.linear(_cast(x), _cast(part.weight), None, chosen(backend, "linear"))
-        bias = part.bias
-    else:
-        y, bias = linear(part, x, backend), None
+    """LayerNorm(residual + dropout(y + bias))."""
     return ops.add_layernorm(
         y.to(residual.dtype), bias, residual, norm.weight, norm.bias, norm.eps,
         p, seed if p else None, chosen(backend, "add_layernorm"),
@@ -264,10 +309,10 @@ def linear(part: nn.Module, x: Tensor, backend: Backend) -> Tensor:
     """A projection: fused where it is a plain nn.Linear, else (LoRA, quantised) its own forward."""
     if type(part) is not nn.Linear:
         return part(x)
-    return ops.linear(_cast(x), _cast(part.weight), _cast(part.bias), chosen(backend, "linear"))
+    return ops.linear(cast(x), cast(part.weight), cast(part.bias), chosen(backend, "linear"))
 
 
-def _cast(x: Any) -> Any:
+def cast(x: Any) -> Any:
     """x in autocast's dtype where autocast is on."""
     if x is None or not torch.is_autocast_enabled(x.device.type):
         return x

@@ -9,7 +9,7 @@ import importlib
 import warnings
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,11 @@ from .families import BY_CLASS, FAMILIES, Family, LayerParts
 from .inputs import read_batch
 from .modeling import Backend, chosen, packed_forward
 from .ops.weight_copies import forget
+from .padding import Packing
 
 OPTIONS = "_bert_fast"
+# The keyword by which a head of ours asks its encoder for the packed states.
+AS_PACKED = "bert_fast_packed"
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,14 @@ class Options:
     """What `accelerate` was told of one model.
 
     keep_padding: padded positions are computed too, because the head above reads them.
+    checkpoint: one of `modeling.CHECKPOINTS`.
+    sparse_logits: a masked-LM head that is given labels leaves out the logits of other tokens.
     """
 
     backend: Backend = "auto"
     keep_padding: bool = False
+    sparse_logits: bool = False
+    checkpoint: str = "none"
 
 
 _DEFAULT = Options()
@@ -41,6 +48,16 @@ _DEFAULT = Options()
 # that rest while it does not collect, and makes the embeddings require a gradient for
 # checkpointing, which `run_layers` does by itself.
 _HARMLESS = {"transformers.utils.output_capturing", "transformers.modeling_utils"}
+
+
+class PackedStates(NamedTuple):
+    """What an encoder hands to a head of ours instead of padded outputs: h [T, H]."""
+
+    h: Tensor
+    packing: Packing
+    pooled: Tensor | None
+    hidden_states: tuple[Tensor | None, ...] | None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class Packed:
@@ -98,10 +115,11 @@ def __getattr__(name: str) -> type:
 
 
 def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    as_packed = kwargs.pop(AS_PACKED, False)
     given, family = arguments(model, args, kwargs), model.bert_fast_family
     why = reasons_against_call(model, given) or reasons_against(model, family)
     if why:
-        _tell(why)
+        tell(why)
         return model.bert_fast_original.forward(model, *args, **kwargs)
     options = options_of(model)
     batch = read_batch(model, family, given, options.keep_padding)
@@ -114,9 +132,15 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return h
         return batch.packing.unpad(states[-1], chosen(options.backend, "unpad"))
 
-    collect = _asked(model, given, "output_hidden_states")
+    collect = asked(model, given, "output_hidden_states")
     between = None if collect is None or collect is False else keep
-    h = packed_forward(model, family, batch, options.backend, between)
+    h = packed_forward(model, family, batch, options.backend, between, options.checkpoint)
+    if as_packed:
+        packing, pooled = batch.packing, None
+        if family.pooled is not None and packing.length:
+            pooled = family.pooled(model, packing.first(h).unsqueeze(1))
+        collected = _selected(states, collect) if between else None
+        return PackedStates(h, packing, pooled, collected)
     last = states[-1] if between else batch.packing.pad(h, chosen(options.backend, "pad"))
     fields = {"last_hidden_state": last}
     if family.pooled is not None:
@@ -124,7 +148,7 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if between:
         fields["hidden_states"] = _selected(states, collect)
     output = getattr(modeling_outputs, family.output)(**fields)
-    return output if _asked(model, given, "return_dict", True) else output.to_tuple()
+    return output if asked(model, given, "return_dict", True) else output.to_tuple()
 
 
 def arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -132,7 +156,7 @@ def arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict
     return {**dict(zip(model.bert_fast_arguments, args, strict=False)), **kwargs}
 
 
-def _asked(model: Any, given: dict[str, Any], name: str, default: Any = None) -> Any:
+def asked(model: Any, given: dict[str, Any], name: str, default: Any = None) -> Any:
     value = given.get(name)
     return getattr(model.config, name, default) if value is None else value
 
@@ -166,8 +190,8 @@ def reasons_against(model: Any, family: Family) -> list[str]:
     device = model.embeddings.word_embeddings.weight.device.type
     if device not in ("cpu", "cuda"):
         why.append(f"parameters are on {device}")
-    if hooked := _hooked_inside(model):
-        why.append(f"a hook or a replaced forward sits on an inner {type(hooked).__name__}")
+    if found := hooked_inside(model):
+        why.append(f"a hook or a replaced forward sits on an inner {type(found).__name__}")
     rule = torch.nn.modules.module
     if rule._global_forward_hooks or rule._global_forward_pre_hooks:
         why.append("global module hooks are registered")
@@ -192,8 +216,8 @@ def reasons_against_structure(model: Any, family: Family) -> list[str]:
 def _unfit(parts: LayerParts, weight: Tensor) -> str | None:
     for name, part in parts.linears():
         if type(part) is nn.Linear:
-            if why := _odd(part.weight, weight) or (
-                part.bias is not None and _odd(part.bias, weight)
+            if why := odd(part.weight, weight) or (
+                part.bias is not None and odd(part.bias, weight)
             ):
                 return why
         elif not (hasattr(part, "in_features") and hasattr(part, "out_features")):
@@ -203,7 +227,7 @@ def _unfit(parts: LayerParts, weight: Tensor) -> str | None:
             return f"{name} is {type(part).__qualname__}, not nn.LayerNorm"
         if part.weight is None or part.bias is None:
             return f"{name} has no weight or no bias"
-        if why := _odd(part.weight, weight):
+        if why := odd(part.weight, weight):
             return why
     for dropout in (parts.attention_dropout, parts.out_dropout, parts.down_dropout):
         if dropout is not None and type(dropout) is not nn.Dropout:
@@ -211,7 +235,7 @@ def _unfit(parts: LayerParts, weight: Tensor) -> str | None:
     return None
 
 
-def _odd(parameter: Tensor, weight: Tensor) -> str | None:
+def odd(parameter: Tensor, weight: Tensor) -> str | None:
     if parameter.dtype != weight.dtype or parameter.device != weight.device:
         return "parameters differ in dtype or device"
     if type(parameter).__name__ not in ("Parameter", "FakeTensor"):  # the latter under export
@@ -226,9 +250,9 @@ def reasons_against_call(model: Any, given: dict[str, Any]) -> list[str]:
         for name in ("encoder_hidden_states", "past_key_values")
         if given.get(name) is not None
     ]
-    if _asked(model, given, "output_attentions"):
+    if asked(model, given, "output_attentions"):
         why.append("output_attentions: the fused attention never forms the probabilities")
-    if _asked(model, given, "is_causal"):
+    if asked(model, given, "is_causal"):
         why.append("is_causal is given")
     mask = given.get("attention_mask")
     if mask is not None and not isinstance(mask, Tensor):
@@ -243,19 +267,19 @@ def reasons_against_call(model: Any, given: dict[str, Any]) -> list[str]:
     return why
 
 
-def _hooked_inside(model: nn.Module) -> nn.Module | None:
+def hooked_inside(model: nn.Module) -> nn.Module | None:
     """The first inner module with a hook. Not by `modules()`: this runs in every call."""
     for module in model._modules.values():
         if module is None:
             continue
-        if _hooked(module):
+        if hooked(module):
             return module
-        if found := _hooked_inside(module) if module._modules else None:
+        if found := hooked_inside(module) if module._modules else None:
             return found
     return None
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
     if "forward" in module.__dict__ or module._forward_pre_hooks or module._backward_hooks:
         return True
     return any(
@@ -263,7 +287,7 @@ def _hooked(module: nn.Module) -> bool:
     )
 
 
-def _tell(why: list[str]) -> None:
+def tell(why: list[str]) -> None:
     if not torch.compiler.is_compiling():
         for reason in why:
             _warn_once(reason)

@@ -45,6 +45,16 @@ class Packing:
         flat = ids.expand(self.batch, self.length).reshape(-1)
         return flat if self.indices is None else flat[self.indices]
 
+    def first(self, x: Tensor) -> Tensor:
+        """[T, H] -> [B, H], column 0 of every batch row."""
+        return x[self.cu_seqlens[: self.batch].long()]
+
+    def labels(self, labels: Tensor, ignored: int) -> Tensor:
+        """[B, S] -> [T]; `ignored` where a packed token is not real."""
+        if self.real is not None:
+            labels = labels.masked_fill(~self.real, ignored)
+        return self.unpad_ids(labels)
+
     def pad(self, x: Tensor, backend: str | Chooser = "auto") -> Tensor:
         """[T, H] -> [B, S, H], padded rows zero."""
         if self.indices is not None:

@@ -39,6 +39,8 @@ def parity(which: str) -> tuple[str, ...]:
 
 CPU, TRITON = "kernels/csrc/cpu/", "kernels/_triton/"
 MODEL, FAMILIES = ("tests/test_model.py",), ("tests/test_families.py",)
+TRAINING = "bert_fast/training/"
+SPANS, FINETUNE = ("tests/test_spans.py",), ("tests/test_finetune.py",)
 COPIES = "bert_fast/ops/weight_copies.py"
 MUTANTS = [
     # C++
@@ -188,11 +190,39 @@ MUTANTS = [
     Mutant("attention by name: no mask function", "bert_fast/attention_interface.py",
            "    AttentionMaskInterface.register(NAME, attention_mask)\n", "",
            ("tests/test_ecosystem.py", "-k", "attention_by_name")),
-    Mutant("a changed class is not seen", "bert_fast/convert.py",
-           "if difference < 1e-4:", "if True:",
+    Mutant("a changed class is not seen", "bert_fast/probe.py",
+           "None if found < 1e-4 else", "None if True else",
            (*FAMILIES, "-k", "unknown_layout and scaled")),
     Mutant("autograd: gradient of the wrong argument", "bert_fast/ops/registry.py",
            "grads[2 + i] = grad\n", "grads[1 + i] = grad\n", parity("bias_gelu and avx512")),
+    # Fine-tuning
+    Mutant("SQuAD: articles before punctuation", TRAINING + "squad_metrics.py",
+           "bare = answer.lower().translate(WITHOUT_PUNCTUATION)\n    return "
+           '" ".join(ARTICLES.sub(" ", bare).split())',
+           'bare = ARTICLES.sub(" ", answer.lower())\n    return '
+           '" ".join(bare.translate(WITHOUT_PUNCTUATION).split())',
+           ("tests/test_squad_metrics.py",)),
+    Mutant("SQuAD: repeated words count once", TRAINING + "squad_metrics.py",
+           "sum((Counter(found) & Counter(wanted)).values())", "len(set(found) & set(wanted))",
+           ("tests/test_squad_metrics.py",)),
+    Mutant("spans: half an answer is one", TRAINING + "spans.py",
+           "if low <= place[0] and place[1] <= high and len(inside):", "if len(inside):",
+           SPANS),
+    Mutant("spans: the last window's null score", TRAINING + "spans.py",
+           "min(nulls[feature.question], null)", "null", SPANS),
+    Mutant("spans: padding is an answer", TRAINING + "spans.py",
+           "feature.first + len(feature.offsets))", "None)", SPANS),
+    Mutant("spans: padding in the loss", TRAINING + "answers.py",
+           ".masked_fill(padding, -torch.inf)", "",
+           (*FINETUNE, "-k", "own_forward and spans")),
+    Mutant("tokens: every piece of a word is labelled", TRAINING + "tasks.py",
+           "if word is not None and word != before:", "if word is not None:",
+           (*FINETUNE, "-k", "first_piece")),
+    Mutant("accuracy of other rows", TRAINING + "items.py",
+           "found[row] = tuple(", "found[i] = tuple(", (*FINETUNE, "-k", "accuracy_is")),
+    Mutant("labels by their digits", TRAINING + "readers.py",
+           "sorted(names, key=int)", "sorted(names)",
+           ("tests/test_training_data.py", "-k", "label_names")),
 ]  # fmt: skip
 
 

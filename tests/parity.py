@@ -101,12 +101,12 @@ def violations(
             if got is not None:
                 told.append(f"{name}: a gradient where the reference has none")
             continue
-        if got is None or got.shape != exact.shape or got.dtype != dtype:
+        assert plain is not None
+        if got is None or got.shape != exact.shape or got.dtype != plain.dtype:
             told.append(f"{name}: {None if got is None else (got.shape, got.dtype)}")
             continue
         if not exact.numel():
             continue
-        assert plain is not None
         error = (got.double() - exact).abs().max().item()
         yardstick = (plain.double() - exact).abs().max().item()
         budget = (3 if i else 2) * yardstick + ulp(exact.abs().max().item(), dtype)

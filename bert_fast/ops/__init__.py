@@ -4,8 +4,10 @@ from .add_layernorm import add_layernorm
 from .attention import attention
 from .bias_gelu import bias_gelu
 from .embed_layernorm import embed_layernorm
+from .feed_forward import feed_forward
 from .linear import linear
 from .linear_gelu import linear_gelu
+from .masked_lm_loss import masked_lm_loss
 from .padding import pad, unpad
 from .pool import pool
 from .qkv_linear import qkv_linear
@@ -17,8 +19,10 @@ __all__ = [
     "attention",
     "bias_gelu",
     "embed_layernorm",
+    "feed_forward",
     "linear",
     "linear_gelu",
+    "masked_lm_loss",
     "pad",
     "pool",
     "qkv_linear",

@@ -17,6 +17,7 @@ from . import checks
 from .backends import triton_kernel
 from .onednn import onednn_kernel
 from .packed_linear import Forward, multiply, packed_kernels, preferred
+from .products import affine, product
 from .registry import Chooser, Kernel, Op, Sample
 
 
@@ -44,8 +45,8 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dW, db) of x W^T + b through ATen's GEMM, only those needed."""
     return (
-        dy @ weight if needs[0] else None,
-        dy.t() @ x if needs[1] else None,
+        product(dy, weight) if needs[0] else None,
+        product(dy.t(), x) if needs[1] else None,
         dy.sum(0) if needs[2] else None,
     )
 
@@ -54,7 +55,7 @@ def aten_kernel() -> Kernel:
     """ATen's GEMM (cuBLAS, oneDNN, MKL) with the gradient that skips what is not needed."""
 
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *, save: bool) -> tuple[Tensor]:
-        return (F.linear(x, weight, bias),)
+        return (affine(x, weight, bias),)
 
     def backward(dy, x, weight, bias, *, needs):
         return gradients(dy, x, weight, needs)

@@ -26,6 +26,7 @@ from .linear import check as check_linear
 from .linear import cost, gradients
 from .linear import samples as linear_samples
 from .packed_linear import Forward, multiply, packed_kernels, preferred
+from .products import affine
 from .registry import Chooser, Kernel, Op, Sample
 
 
@@ -75,9 +76,9 @@ def _aten() -> Kernel:
 
     def forward(x, weight, bias, activation, *, save) -> tuple[Tensor, ...]:
         if save:
-            u = F.linear(x, weight, bias)
+            u = affine(x, weight, bias)
             return _activated(u, None, activation), u
-        return _activated(F.linear(x, weight), bias, activation), x.new_empty(0)
+        return _activated(affine(x, weight, None), bias, activation), x.new_empty(0)
 
     return Kernel("aten", forward, _backward, lambda *args: [])
 

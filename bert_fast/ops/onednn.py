@@ -8,7 +8,6 @@ never changed, for as long as that tensor lives and its version and address stay
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .backends import wrong_device, wrong_dtype
+from .products import has_native
 from .registry import Kernel
 from .weight_copies import copy_of, reasons_against_copies
 
@@ -29,16 +29,6 @@ _POINTWISE = {
 
 # oneDNN asks for a number of rows to choose its blocking for; it runs any other number as well.
 _TYPICAL_TOKENS = 256
-
-
-@functools.cache
-def has_native(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies this dtype in hardware here; else fp32 arithmetic is faster."""
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if dtype == torch.float16:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    return True
 
 
 def prepacked(weight: Tensor) -> Tensor:

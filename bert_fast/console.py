@@ -1,0 +1,51 @@
+"""What the commands share: where they print, and how they refuse what a user got wrong."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+console = Console()
+log = Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turns what a user can get wrong into one line on stderr and exit code 2."""
+    try:
+        yield
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except ValueError as error:
+        message = str(error)
+    else:
+        return
+    log.print(f"bert-fast: {' '.join(message.split())}", soft_wrap=True, markup=False)
+    raise typer.Exit(2)
+
+
+def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(allowed)}")
+
+
+def check_model(folder: Path) -> None:
+    if not folder.exists():
+        raise ValueError(f"no model at {folder}")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json: not the folder of a model")
+
+
+def check_output(file: Path) -> None:
+    """What would otherwise fail after the work is done."""
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder, expected a file to write")
+    if not file.parent.is_dir():
+        raise ValueError(f"no folder {file.parent} to write {file.name} to")
+    if not os.access(file.parent, os.W_OK):
+        raise ValueError(f"{file.parent} is not writable")

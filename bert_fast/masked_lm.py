@@ -1,0 +1,207 @@
+"""The packed class of Hugging Face's masked-LM heads: same name, keys, signature, outputs, loss.
+
+The head runs on packed tokens, and the loss on scored ones only, without their logits
+(`ops.masked_lm_loss`). Where that does not apply, Hugging Face's own head runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from inspect import signature
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+from .families import HEAD_BY_CLASS, HEADS, Head, HeadParts
+from .modeling import activated_linear, cast, chosen, linear, normalized
+from .ops.masked_lm_loss import IGNORED
+from .packed import (
+    AS_PACKED,
+    OPTIONS,
+    Options,
+    Packed,
+    PackedStates,
+    arguments,
+    asked,
+    hooked,
+    hooked_inside,
+    odd,
+    options_of,
+    tell,
+)
+from .padding import pack_full
+
+
+class PackedHead:
+    """What packed heads share."""
+
+    bert_fast_head: ClassVar[Head]
+    bert_fast_original: ClassVar[type]
+    bert_fast_arguments: ClassVar[tuple[str, ...]]
+
+
+@functools.cache
+def packed_head(original: type) -> type:
+    """The packed class of a head class in `families.HEADS`."""
+
+    @functools.wraps(original.forward)  # type: ignore[attr-defined]
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _forward(self, args, kwargs)
+
+    return type(
+        original.__name__,
+        (PackedHead, original),
+        {
+            "__module__": __name__,
+            "__doc__": f"transformers' {original.__name__} with its loss on scored tokens only.",
+            "forward": forward,
+            "bert_fast_head": HEAD_BY_CLASS[original.__module__, original.__name__],
+            "bert_fast_original": original,
+            "bert_fast_arguments": tuple(signature(original.forward).parameters)[1:],  # type: ignore
+        },
+    )
+
+
+def __getattr__(name: str) -> type:
+    """The packed class of the head whose class is `name`; pickles find theirs here."""
+    for row in HEADS:
+        if row.model == name:
+            return packed_head(getattr(importlib.import_module(row.module), name))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def is_head(model: Any) -> bool:
+    """Whether `model` is, or may become, a packed head: a known class on a packed encoder."""
+    known = (type(model).__module__, type(model).__name__) in HEAD_BY_CLASS
+    return isinstance(_encoder(model), Packed) and (known or isinstance(model, PackedHead))
+
+
+def swap_head(model: Any, options: Options) -> None:
+    """Makes a module that `is_head` run as a packed head."""
+    if not isinstance(model, PackedHead):
+        model.__class__ = packed_head(type(model))  # type: ignore[arg-type]
+    model.__dict__[OPTIONS] = options
+
+
+def restore_head(model: Any) -> None:
+    """Undoes `swap_head`."""
+    if not isinstance(model, PackedHead) or model.__dict__.pop(OPTIONS, None) is None:
+        return
+    if type(model) is packed_head(model.bert_fast_original):
+        model.__class__ = model.bert_fast_original
+
+
+def reasons_against_head(model: Any) -> list[str]:
+    """Why Hugging Face's own head has to run on this model as it is now (empty: ours runs)."""
+    encoder: Any = _encoder(model)
+    if not _is_packed(encoder):
+        return ["its encoder is not accelerated"]
+    parts = model.bert_fast_head.parts(model)
+    like = encoder.embeddings.word_embeddings.weight
+    for name, part, expected in (
+        ("dense", parts.dense, nn.Linear),
+        ("norm", parts.norm, nn.LayerNorm),
+        ("decoder", parts.decoder, nn.Linear),
+    ):
+        if type(part) is not expected:
+            return [f"the head's {name} is {type(part).__qualname__}, not {expected.__name__}"]
+        if why := odd(part.weight, like):
+            return [f"the head's {name}: {why}"]
+    if parts.norm.bias is None:
+        return ["the head's norm has no bias"]
+    for child in model.children():
+        if child is not encoder and (hooked(child) or hooked_inside(child)):
+            return [f"a hook or a replaced forward sits on the head's {type(child).__name__}"]
+    return []
+
+
+def _is_packed(encoder: Any) -> bool:
+    return isinstance(encoder, Packed) and "forward" not in encoder.__dict__
+
+
+def _encoder(model: Any) -> Any:
+    return getattr(model, getattr(model, "base_model_prefix", ""), None)
+
+
+def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if why := reasons_against_head(model):
+        tell(why)
+        return model.bert_fast_original.forward(model, *args, **kwargs)
+    row, given = model.bert_fast_head, arguments(model, args, kwargs)
+    labels = given.pop("labels", None)
+    pair_labels = None if row.pair is None else given.pop(row.pair.labels, None)
+    as_dict = asked(model, given, "return_dict", True)
+    given.pop("return_dict", None)
+    states = _states(_encoder(model)(**given, **{AS_PACKED: True}, return_dict=True))
+    with_loss = labels is not None and (row.pair is None or pair_labels is not None)
+    fields: dict[str, Any] = {}
+    if with_loss:
+        labels = _checked(labels, states).to(states.h.device)
+        fields["loss"] = _loss(model, states, labels)
+    fields[row.logits] = _logits(model, states, labels if with_loss else None)
+    if row.pair is not None:
+        fields[row.pair.logits] = scores = row.pair.classifier(model)(states.pooled)
+        if with_loss:
+            other = F.cross_entropy(scores.view(-1, 2), pair_labels.view(-1))  # type: ignore[union-attr]
+            fields["loss"] = fields["loss"] + other
+    output = getattr(importlib.import_module(row.module), row.output)(
+        **fields, hidden_states=states.hidden_states, attentions=states.attentions
+    )
+    return output if as_dict else output.to_tuple()
+
+
+def _states(found: Any) -> PackedStates:
+    """The encoder's packed states; those of Hugging Face's own forward are packed as they are."""
+    if isinstance(found, PackedStates):
+        return found
+    last = found.last_hidden_state
+    packing = pack_full(last.shape[0], last.shape[1], last.device)
+    pooled = getattr(found, "pooler_output", None)
+    return PackedStates(last.flatten(0, 1), packing, pooled, found.hidden_states, found.attentions)
+
+
+def _checked(labels: Tensor, states: PackedStates) -> Tensor:
+    packing = states.packing
+    if tuple(labels.shape) != (packing.batch, packing.length):
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}, expected ({packing.batch}, {packing.length})"
+        )
+    return labels
+
+
+def _loss(model: Any, states: PackedStates, labels: Tensor) -> Tensor:
+    """The mean over scored tokens, in the dtype of the hidden states, as Hugging Face has it."""
+    parts, h = model.bert_fast_head.parts(model), states.h
+    targets = states.packing.labels(labels, IGNORED)
+    if not torch.compiler.is_compiling():  # whose sizes may not depend on values
+        rows = (targets != IGNORED).nonzero().flatten()
+        h, targets = ops.unpad(h, rows), targets[rows]
+    loss = ops.masked_lm_loss(
+        cast(_transformed(model, parts, h)),
+        *(cast(parts.decoder.weight), cast(parts.decoder.bias), targets),
+        chosen(options_of(model).backend, "masked_lm_loss"),
+    )
+    return loss.to(h.dtype)
+
+
+def _logits(model: Any, states: PackedStates, labels: Tensor | None) -> Tensor | None:
+    """[B, S, V], zeros at padding; for a loss with sparse logits, [scored, V] or None."""
+    parts, options, packing = model.bert_fast_head.parts(model), options_of(model), states.packing
+    h, sparse = states.h, options.sparse_logits and labels is not None
+    if sparse and model.training:
+        return None
+    if sparse:
+        h = h[packing.labels(labels, IGNORED) != IGNORED]
+    logits = linear(parts.decoder, _transformed(model, parts, h), options.backend)
+    return logits if sparse else packing.pad(logits, chosen(options.backend, "pad"))
+
+
+def _transformed(model: Any, parts: HeadParts, h: Tensor) -> Tensor:
+    """LayerNorm(activation(dense(h))) [rows, H] -> [rows, E]."""
+    backend = options_of(model).backend
+    y = activated_linear(parts.dense, parts.activation, h, backend)
+    return normalized(y, parts.norm, backend)

@@ -1,0 +1,106 @@
+"""Whether the transformers installed computes what the rows of `families` say.
+
+The truth is asked, not the source: a small model of the same class, with random weights, must
+give the same through its own forward and through the packed one.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from .families import Family
+from .inputs import read_batch
+from .masked_lm import PackedHead, packed_head
+from .modeling import packed_forward
+from .packed import Packed, packed_class
+
+
+def strange(model: nn.Module, family: Family) -> str | None:
+    """What tells that an encoder's class is not as its row says; None if all is as known."""
+    cls = type(model)
+    original = cls.bert_fast_original if isinstance(model, Packed) else cls
+    return _probe(original, _forwards(model), functools.partial(_difference, family=family))
+
+
+def strange_head(model: nn.Module) -> str | None:
+    """The same of a masked-LM head: its loss and logits."""
+    cls = type(model)
+    original = cls.bert_fast_original if isinstance(model, PackedHead) else cls
+    return _probe(original, _forwards(model), _head_difference)
+
+
+def _forwards(model: nn.Module) -> frozenset[Any]:
+    return frozenset(type(m).forward for m in model.modules())
+
+
+_told: dict[tuple[type, frozenset[Any]], str | None] = {}
+
+
+def _probe(original: Any, forwards: frozenset[Any], difference: Callable[..., float]) -> str | None:
+    if (original, forwards) not in _told:
+        try:
+            found = difference(original)
+            told = None if found < 1e-4 else f"outputs differ by {found:.1e}"
+        except Exception as error:  # whatever an unknown class raises, the user's model must not
+            told = f"{type(error).__name__}: {error}"
+        _told[original, forwards] = told and (
+            f"bert_fast does not know {original.__name__} as it is in transformers "
+            f"{transformers.__version__} ({told}); the model is left as it was"
+        )
+    return _told[original, forwards]
+
+
+def _small(original: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model of the class with random weights, and a padded batch for it."""
+    generator = torch.Generator().manual_seed(0)
+    config = original.config_class(
+        vocab_size=128, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=24, max_position_embeddings=24, pad_token_id=1,
+    )  # fmt: skip
+    model = original(config).float().eval()
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    ids = torch.randint(2, 128, (2, 7), generator=generator)
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+    return model, {"input_ids": ids, "attention_mask": mask}
+
+
+def _apart() -> Any:
+    """Probes neither move the user's random numbers nor land on the user's device."""
+    return torch.random.fork_rng(devices=[])
+
+
+def _difference(original: Any, family: Family) -> float:
+    """The largest difference, over the real tokens, between a small model's two forwards."""
+    with torch.device("cpu"), _apart(), torch.no_grad():
+        model, inputs = _small(original)
+        expected = model(**inputs).last_hidden_state
+        batch = read_batch(model, family, inputs)
+        found = batch.packing.pad(packed_forward(model, family, batch, "reference"))
+    rows = inputs["attention_mask"].bool()
+    return (found[rows] - expected[rows]).abs().max().item()
+
+
+def _head_difference(original: Any) -> float:
+    """The largest difference between the losses and between the logits of real tokens."""
+    with torch.device("cpu"), _apart(), torch.no_grad():
+        model, inputs = _small(original)
+        ours: Any = copy.deepcopy(model)
+        encoder = getattr(ours, ours.base_model_prefix)
+        encoder.__class__ = packed_class(encoder.__class__)
+        ours.__class__ = packed_head(original)
+        row = ours.bert_fast_head
+        inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        if row.pair is not None:
+            inputs[row.pair.labels] = torch.tensor([1, 0])
+        expected, found = model(**inputs), ours(**inputs)
+    rows = inputs["attention_mask"].bool()
+    logits = (found[row.logits] - expected[row.logits])[rows].abs().max()
+    return max(logits.item(), (found["loss"] - expected["loss"]).abs().item())

@@ -1,0 +1,136 @@
+"""The task `embedding` of `bert-fast finetune`: a sentence-transformers folder in, one out.
+
+Pairs with a score are trained with CoSENT, which wants more similar pairs to have larger scores,
+on whatever scale; pairs without are positives, and the others of the batch negatives (multiple
+negatives ranking). Model and losses are sentence-transformers'; both texts of all pairs go through
+the encoder as one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+from .items import Collate, Item, collator, item_of, outputs_of, tokenize, was_cut
+from .loop import Objective
+from .readers import Labels, Texts, read_texts
+from .scores import accuracy, pearson, spearman
+from .tasks import Job, Metrics, Task, cannot_load, token_limit
+
+LOSSES = {True: "CoSENTLoss", False: "MultipleNegativesRankingLoss"}  # by: there are scores
+
+
+class _Embedder(nn.Module):
+    """A SentenceTransformer called as transformers' models are."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.config = model[0].auto_model.config
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """input_ids and what else the encoder takes, [2 B, S] -> embeddings [2 B, H]."""
+        features = {name: value for name, value in inputs.items() if name != "labels"}
+        return {"embeddings": self.model(features)["sentence_embedding"]}
+
+
+def embedding(job: Job) -> Task:
+    """Task `embedding`: pairs of texts, with scores or without."""
+    try:
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.sentence_transformer import losses
+    except ImportError:
+        raise ValueError("--task embedding needs sentence-transformers (pip install it)") from None
+    train = _read(job.training_file(), job)
+    valid = _read(job.validation, job) if job.validation else None
+    transformers.logging.set_verbosity_error()
+    with cannot_load(job.model):
+        model = SentenceTransformer(str(job.model), device="cpu")  # the loop moves it
+    if job.max_length is not None:
+        token_limit(model[0].auto_model, model.tokenizer, job.max_length)
+        model.max_seq_length = job.max_length
+    collate = collator(model.tokenizer)
+    notes = [f"{len(train)} pairs {'with scores' if train.labels else 'that are alike'}"]
+    loss = getattr(losses, LOSSES[bool(train.labels)])(model)
+
+    def means(outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> tuple[Tensor]:
+        halves = list(outputs["embeddings"].chunk(2))
+        return (loss.compute_loss_from_embeddings(halves, inputs.get("labels")),)
+
+    return Task(
+        _Embedder(model),
+        model,
+        _items(train, model, notes),
+        lambda items: _collate(items, collate),
+        _evaluation(valid, _items(valid, model, notes), collate) if valid is not None else None,
+        lambda folder: model.save(str(folder)),
+        Objective(("loss",), lambda inputs: (len(inputs["input_ids"]) // 2,), means),
+        notes,
+    )
+
+
+def _read(file: Path, job: Job) -> Texts:
+    return read_texts(file, pairs=True, columns=job.columns, labelled=False)
+
+
+def _items(examples: Texts, model: Any, notes: list[str]) -> list[Item]:
+    """One for each pair: input_ids of both texts, one after the other, and where they meet."""
+    limit, cut, sides = int(model.max_seq_length), 0, []
+    assert examples.texts_b is not None
+    for texts in (examples.texts, examples.texts_b):
+        encodings = list(tokenize(model.tokenizer, texts, None, limit))
+        cut += sum(was_cut(*encoding) for encoding in encodings)
+        sides.append([item_of(*encoding) for encoding in encodings])
+    if cut:
+        notes.append(f"{examples.table.file}: {cut} texts cut to {limit} tokens")
+    labels: Sequence[Any] = [{}] * len(examples)
+    if examples.labels:
+        labels = [{"labels": score} for score in Labels(()).encode(examples)]
+    return [
+        {
+            **{name: np.concatenate([a[name], b[name]]) for name in a},
+            "meet": len(a["input_ids"]),
+            **label,
+        }
+        for a, b, label in zip(*sides, labels, strict=True)
+    ]
+
+
+def _halves(items: Sequence[Item]) -> list[Item]:
+    """First all first texts, then all second ones, without scores."""
+    names = [name for name in items[0] if name not in ("meet", "labels")]
+    first = [{name: item[name][: item["meet"]] for name in names} for item in items]
+    return first + [{name: item[name][item["meet"] :] for name in names} for item in items]
+
+
+def _collate(items: Sequence[Item], collate: Collate) -> dict[str, Tensor]:
+    batch = collate(_halves(items))
+    if "labels" in items[0]:
+        batch["labels"] = torch.tensor([item["labels"] for item in items])
+    return batch
+
+
+def _evaluation(
+    examples: Texts, items: Sequence[Item], collate: Collate
+) -> Callable[[nn.Module], Metrics]:
+    """Correlation of cosines and scores; how often a text's own partner is nearest, without."""
+
+    def evaluate(model: nn.Module) -> Metrics:
+        found = outputs_of(model, _halves(items), collate, "embeddings")
+        vectors = F.normalize(torch.from_numpy(np.stack([row[0] for row in found])).double())
+        first, second = vectors.chunk(2)
+        if not examples.labels:
+            nearest = (first @ second.T).argmax(-1).numpy()
+            return {"accuracy": accuracy(nearest, np.arange(len(items)))}
+        cosines = (first * second).sum(-1).numpy()
+        scores = np.array([item["labels"] for item in items])
+        return {"pearson": pearson(cosines, scores), "spearman": spearman(cosines, scores)}
+
+    return evaluate

@@ -1,0 +1,83 @@
+"""finetune(job): a checkpoint and a file in, a trained checkpoint and its metrics out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import transformers
+from accelerate import PartialState
+
+from ..convert import accelerate
+from .answers import spans
+from .embedding import embedding
+from .items import lengths_of
+from .loop import train
+from .monitor import write_metrics
+from .tasks import Job, Task, classification, tokens
+
+TASKS: dict[str, Callable[[Job], Task]] = {
+    "classification": classification,
+    "pairs": classification,
+    "spans": spans,
+    "tokens": tokens,
+    "embedding": embedding,
+}
+
+
+def finetune(job: Job, told: Callable[[str], None] = print) -> dict[str, Any]:
+    """Trains as `job` says and writes to its settings' output_dir.
+
+    There: the checkpoint as transformers saves it, with tokenizer; metrics.json; metrics.csv; for
+    spans predictions.json, nbest_predictions.json and null_odds.json.
+
+    Args:
+        told: called with what a user should know of the data, and at last with the metrics; by
+            the main process only.
+
+    Returns: the metrics on the validation data: `accuracy`; `pearson`, `spearman` and `mse` for
+        scores; `exact_match` and `f1` in percent for spans; also `f1` of entities for BIO tags.
+    Raises: ValueError for a wrong option or wrong data, with file, line and what is allowed;
+        OSError for files that cannot be read or written.
+    """
+    if job.task not in TASKS:
+        raise ValueError(f"unknown task {job.task!r}, expected one of {', '.join(TASKS)}")
+    if job.predict is not None and job.task != "spans":
+        raise ValueError(f"--predict answers questions (--task spans), not --task {job.task}")
+    transformers.set_seed(job.settings.seed)  # a new head is a function of the seed
+    task = TASKS[job.task](job)
+    if job.accelerate:
+        accelerate(task.encoder)
+    processes = PartialState(cpu=job.settings.on_cpu)
+    for note in task.notes if processes.is_main_process else ():
+        told(note)
+    history: list[dict[str, float]] = []
+    last: dict[str, float] = {}
+
+    def evaluate(model: Any) -> dict[str, float]:
+        assert task.evaluate is not None
+        last.clear()
+        last.update(task.evaluate(model))
+        return last
+
+    if task.items:
+        history = train(
+            task.model,
+            task.items,
+            job.settings,
+            task.collate,
+            lengths=lengths_of(task.items),
+            evaluate=evaluate if task.evaluate is not None else None,
+            objective=task.objective,
+        )
+    task.model.to(processes.device)
+    if task.evaluate is not None and not last:  # no training, or a run that was done before
+        evaluate(task.model)
+    if processes.is_main_process:
+        folder = job.settings.output_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        task.save(folder)
+        write_metrics(folder, history, task=job.task, seed=job.settings.seed, **last)
+        found = ", ".join(f"{name} {value:.4g}" for name, value in last.items())
+        told(f"{found or 'trained'}; {folder}")
+    return last

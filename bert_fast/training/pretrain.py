@@ -1,0 +1,247 @@
+"""Pre-training from text: masked LM and next-sentence prediction, by BERT's own recipe.
+
+Devlin et al., arXiv 1810.04805, section 3.1 and appendix A.2.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoTokenizer, BertConfig, BertForPreTraining
+
+from .. import accelerate
+from .corpus import load_corpus
+from .loop import Objective, Settings, train
+from .masking import IGNORED, Masking
+from .monitor import write_metrics
+from .pairs import LEAST, SPECIALS, SentencePairs
+from .text import find_files, read_documents
+from .tokenizer import train_tokenizer
+
+EVALUATED = 2_048  # pairs of held-back text, at most
+POSITIONS = 512  # of a new model, at least
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, on what.
+
+    sources: files and patterns; text_field: of .csv and .jsonl files.
+    tokenizer: a folder; None: that of `model`, or a new one of `vocab_size` tokens.
+    model: a folder with weights to go on from; config: a config.json to start from; neither: a
+        new BERT of the sizes below.
+    max_length: tokens of a pair, specials included.
+    validation_fraction: of the documents, held back; 0 for none.
+
+    Raises: ValueError for values out of range.
+    """
+
+    sources: Sequence[str | Path]
+    text_field: str = "text"
+    tokenizer: Path | None = None
+    vocab_size: int = 30_522
+    model: Path | None = None
+    config: Path | None = None
+    layers: int = 12
+    hidden: int = 768
+    heads: int = 12
+    intermediate: int | None = None
+    dropout: float = 0.1
+    max_length: int = 128
+    whole_words: bool = False
+    validation_fraction: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(
+                f"validation_fraction is {self.validation_fraction}, expected 0 or more, below 1"
+            )
+        if self.max_length < SPECIALS + LEAST:
+            raise ValueError(
+                f"max_length is {self.max_length}, expected {SPECIALS + LEAST} or more"
+            )
+        for name in ("layers", "hidden", "heads", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
+
+
+def pretrain(recipe: Recipe, settings: Settings) -> dict[str, float]:
+    """Trains and saves a BertForPreTraining with its tokenizer to `settings.output_dir`.
+
+    metrics.json there gets mlm_loss, mlm_accuracy, nsp_loss and nsp_accuracy on the documents
+    held back, tokens_per_second, and the history of losses.
+
+    Returns: these metrics, without the history.
+    Raises: ValueError and OSError for what the user can get wrong.
+    """
+    files = find_files(recipe.sources)
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    with first_on_main(settings):
+        tokenizer = _tokenizer(recipe, files, settings)
+        corpus = load_corpus(files, tokenizer, settings.output_dir / "corpus", recipe.text_field)
+    model = new_model(recipe, tokenizer, settings.seed)
+    accelerate(model, sparse_logits=True)
+    masking = Masking.of(tokenizer, recipe.whole_words)
+    kept, held = corpus.split(recipe.validation_fraction, settings.seed)
+    pairs = SentencePairs(corpus, kept, tokenizer, masking, recipe.max_length, settings.seed)
+    others = None
+    if len(held):
+        others = SentencePairs(corpus, held, tokenizer, masking, recipe.max_length, settings.seed)
+    collate = Collate(tokenizer.pad_token_id)
+    history = train(
+        model,
+        pairs,
+        settings,
+        collate,
+        lengths=pairs.lengths,
+        evaluate=None if others is None else lambda model: evaluate(model, others, collate),
+        objective=OBJECTIVE,
+    )
+    metrics = {
+        "tokens_per_second": [row for row in history if "loss" in row][-1]["tokens_per_second"]
+    }
+    last = history[-1]
+    metrics |= {
+        name.removeprefix("eval_"): value for name, value in last.items() if name[:5] == "eval_"
+    }
+    if PartialState().is_main_process:
+        tokenizer.save_pretrained(settings.output_dir)
+        write_metrics(settings.output_dir, history, **metrics)
+    return metrics
+
+
+def new_model(recipe: Recipe, tokenizer: Any, seed: int) -> Any:
+    """transformers' BertForPreTraining as the recipe has it; random weights are from the seed.
+
+    Raises: ValueError where tokenizer or length do not fit it.
+    """
+    torch.manual_seed(seed)
+    if recipe.model:
+        model = BertForPreTraining.from_pretrained(recipe.model)
+    elif recipe.config:
+        model = BertForPreTraining(BertConfig.from_pretrained(recipe.config))
+    else:
+        if recipe.hidden % recipe.heads:
+            raise ValueError(
+                f"hidden {recipe.hidden} is no multiple of heads {recipe.heads}: every head takes "
+                "an equal part"
+            )
+        model = BertForPreTraining(
+            BertConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=recipe.hidden,
+                num_hidden_layers=recipe.layers,
+                num_attention_heads=recipe.heads,
+                intermediate_size=recipe.intermediate or 4 * recipe.hidden,
+                max_position_embeddings=max(POSITIONS, recipe.max_length),
+                hidden_dropout_prob=recipe.dropout,
+                attention_probs_dropout_prob=recipe.dropout,
+                # BERT's 0.02 at its width, and as 1 / sqrt(width) at others.
+                initializer_range=round(0.02 * (768 / recipe.hidden) ** 0.5, 4),
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+    positions, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
+    if recipe.max_length > positions:
+        raise ValueError(
+            f"max_length is {recipe.max_length}, but the model has {positions} positions"
+        )
+    if len(tokenizer) > vocabulary:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, but the model's vocabulary {vocabulary}"
+        )
+    return model
+
+
+class Collate:
+    """Pairs of `SentencePairs` -> a padded batch, as BertForPreTraining takes it."""
+
+    def __init__(self, pad: int) -> None:
+        self.pad = pad
+
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Returns: input_ids, token_type_ids, attention_mask, labels int64 [B, S] and
+        next_sentence_label int64 [B] (0: B follows A)."""
+        shape = len(items), max(len(item["input_ids"]) for item in items)
+        ids, labels = np.full(shape, self.pad), np.full(shape, IGNORED)
+        types, mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        for row, item in enumerate(items):
+            length = len(item["input_ids"])
+            ids[row, :length] = item["input_ids"]
+            labels[row, :length] = item["labels"]
+            types[row, item["second"] : length] = 1
+            mask[row, :length] = 1
+        arrays = {
+            "input_ids": ids,
+            "token_type_ids": types,
+            "attention_mask": mask,
+            "labels": labels,
+        }
+        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return batch | {"next_sentence_label": torch.tensor([item["foreign"] for item in items])}
+
+
+def _counts(inputs: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+    return (inputs["labels"] != IGNORED).sum(), len(inputs["labels"])
+
+
+def _means(outputs: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The model's loss is the sum of two means; the second is cheap to compute once more."""
+    logits = outputs["seq_relationship_logits"].float()
+    next_sentence = F.cross_entropy(logits, inputs["next_sentence_label"])
+    return outputs["loss"] - next_sentence, next_sentence
+
+
+# Over the masked tokens, and over the pairs.
+OBJECTIVE = Objective(("mlm_loss", "nsp_loss"), _counts, _means)
+
+
+def evaluate(model: nn.Module, pairs: SentencePairs, collate: Collate) -> dict[str, float]:
+    """Losses and accuracies on the first pairs of epoch 0, in evaluation mode.
+
+    model: a BertForPreTraining. Its head runs on the masked tokens only.
+    """
+    sums = dict.fromkeys(("mlm_loss", "mlm_accuracy", "nsp_loss", "nsp_accuracy"), 0.0)
+    masked = 0
+    # In random order: neighbours overlap, and the first are of the first documents.
+    order = np.random.default_rng(0).permutation(len(pairs))[:EVALUATED]
+    for chunk in np.array_split(order, -(-len(order) // 64)):
+        batch = {name: t.to(model.device) for name, t in collate([pairs[i] for i in chunk]).items()}
+        labels, answers = batch.pop("labels"), batch.pop("next_sentence_label")
+        outputs = model.bert(**batch)
+        chosen = labels != IGNORED
+        words, answer = model.cls(outputs.last_hidden_state[chosen], outputs.pooler_output)
+        for task, logits, truth in (("mlm", words, labels[chosen]), ("nsp", answer, answers)):
+            sums[f"{task}_loss"] += F.cross_entropy(logits.float(), truth, reduction="sum").item()
+            sums[f"{task}_accuracy"] += (logits.argmax(-1) == truth).sum().item()
+        masked += int(chosen.sum())
+    items = {"mlm": masked, "nsp": len(order)}
+    return {name: value / items[name[:3]] for name, value in sums.items()}
+
+
+def first_on_main(settings: Settings) -> AbstractContextManager[None]:
+    """What the main process does alone before the others find it done."""
+    return PartialState(cpu=settings.on_cpu).main_process_first()
+
+
+def _tokenizer(recipe: Recipe, files: Sequence[Path], settings: Settings) -> Any:
+    folder = recipe.tokenizer or recipe.model
+    made = settings.output_dir / "tokenizer"
+    if folder is None and settings.resume and made.is_dir():
+        folder = made
+    if folder is not None:
+        return AutoTokenizer.from_pretrained(folder)
+    texts = functools.partial(read_documents, files, recipe.text_field)
+    tokenizer = train_tokenizer(texts, recipe.vocab_size, max_length=POSITIONS)
+    tokenizer.save_pretrained(made)
+    return tokenizer

@@ -1,0 +1,62 @@
+"""Metrics of the fine-tuning tasks: accuracy, correlations, and entities found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def accuracy(predicted: np.ndarray, wanted: np.ndarray) -> float:
+    """The share of equal ids."""
+    return float(np.mean(predicted == wanted))
+
+
+def pearson(x: np.ndarray, y: np.ndarray) -> float:
+    """Pearson's correlation of two [n]; 0.0 where either is constant."""
+    x, y = x - x.mean(), y - y.mean()
+    size = float(np.sqrt((x @ x) * (y @ y)))
+    return float(x @ y) / size if size else 0.0
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Pearson's correlation of the ranks, where equal values share their mean rank."""
+    return pearson(_ranks(x), _ranks(y))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def is_bio(names: Sequence[str]) -> bool:
+    """Whether tags are O, B-kind and I-kind, so that they spell out entities."""
+    return any(name.startswith("B-") for name in names) and all(
+        name == "O" or name[:2] in ("B-", "I-") for name in names
+    )
+
+
+def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """(kind, first, last + 1) of every entity in the BIO tags of one sentence.
+
+    As in CoNLL's script, an I- that continues no entity of its kind begins one.
+    """
+    found, begin, kind = set(), 0, ""
+    for i, tag in enumerate([*tags, "O"]):
+        mark, _, this = tag.partition("-")
+        if kind and not (mark == "I" and this == kind):
+            found.add((kind, begin, i))
+            kind = ""
+        if mark != "O" and not kind:
+            begin, kind = i, this
+    return found
+
+
+def entity_f1(predicted: Sequence[Sequence[str]], wanted: Sequence[Sequence[str]]) -> float:
+    """F1 of entities, right where kind and both ends are, over all sentences (CoNLL 2003)."""
+    right = found = true = 0
+    for ours, gold in zip(predicted, wanted, strict=True):
+        a, b = entities(ours), entities(gold)
+        right, found, true = right + len(a & b), found + len(a), true + len(b)
+    return 2 * right / (found + true) if found + true else 0.0

@@ -1,0 +1,171 @@
+"""Files of rows: CSV, TSV, JSON lines, JSON arrays and Parquet, with the place of every row.
+
+Only what the formats themselves say is checked here; what a task wants of the rows is in
+`readers.py`. Every error names the file and the line (or row) and what is expected there.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Rows = tuple[list[dict[str, Any]], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of a file, each a dict by column name, and where each one begins."""
+
+    file: Path
+    rows: list[dict[str, Any]]
+    places: Sequence[int]  # line numbers from 1; row numbers where the format has no lines
+    unit: str = "line"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def columns(self) -> list[str]:
+        """The first row's: every row of a CSV, TSV or Parquet has the same."""
+        return list(self.rows[0])
+
+    def where(self, row: int) -> str:
+        """As errors name it: `train.csv, line 17`."""
+        return f"{self.file}, {self.unit} {self.places[row]}"
+
+
+def read_table(file: Path) -> Table:
+    """The rows of a .csv, .tsv, .jsonl, .json or .parquet file; CSV and TSV begin with a header.
+
+    TSV is read as GLUE's files are written: a tab always separates, quotes are text. A .json file
+    is an array of objects, or JSON lines.
+
+    Raises: ValueError for a file that is not what its name says, or without rows; OSError for one
+        that cannot be read.
+    """
+    suffix = file.suffix.lower()
+    if suffix not in READERS:
+        raise ValueError(f"{file}: unknown kind {suffix!r}, expected one of {', '.join(READERS)}")
+    rows, places = READERS[suffix](file)
+    if not rows:
+        raise ValueError(f"{file} has no rows")
+    return Table(file, rows, places, "row" if isinstance(places, range) else "line")
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a UTF-8 file without their ends; ValueError naming the line that is not UTF-8.
+
+    Only \\n, \\r\\n end a line: Unicode's other line separators are part of a text.
+    """
+    data = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    if not data[-1]:
+        data.pop()  # what follows the last line's end
+    lines = []
+    for number, line in enumerate(data, 1):
+        try:
+            lines.append(line.removesuffix(b"\r").decode())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}, line {number}: not UTF-8 ({error.reason})") from None
+    return lines
+
+
+def parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg}, column {error.colno})") from None
+
+
+def _csv(file: Path) -> Rows:
+    # A quoted field may hold line ends, which the reader has to see as they are.
+    text = "\n".join(read_lines(file))
+    csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    records, places, begin = [], [], 1
+    try:
+        for record in reader:
+            if record:  # the reader's answer to a blank line is []
+                records.append(record)
+                places.append(begin)
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{file}, line {begin}: not CSV ({error})") from None
+    return _with_header(file, records, places)
+
+
+def _tsv(file: Path) -> Rows:
+    lines = [(n, line) for n, line in enumerate(read_lines(file), 1) if line.strip()]
+    return _with_header(file, [line.split("\t") for _, line in lines], [n for n, _ in lines])
+
+
+def _with_header(file: Path, records: list[list[str]], places: list[int]) -> Rows:
+    if not records:
+        return [], []
+    header = [name.strip() for name in records[0]]
+    if twice := sorted({name for name in header if header.count(name) > 1}):
+        raise ValueError(f"{file}: the header names {', '.join(map(repr, twice))} more than once")
+    for record, place in zip(records, places, strict=True):
+        if len(record) != len(header):
+            raise ValueError(
+                f"{file}, line {place}: {len(record)} fields, expected {len(header)} as in the "
+                f"header ({', '.join(header)})"
+            )
+    return [dict(zip(header, record, strict=True)) for record in records[1:]], places[1:]
+
+
+def _jsonl(file: Path) -> Rows:
+    rows, places = [], []
+    for number, line in enumerate(read_lines(file), 1):
+        if line.strip():
+            rows.append(_object(parse_json(line, f"{file}, line {number}"), file, number, "line"))
+            places.append(number)
+    return rows, places
+
+
+def _json(file: Path) -> Rows:
+    lines = read_lines(file)
+    if not "".join(lines[:1]).lstrip().startswith("["):
+        return _jsonl(file)
+    values = parse_json("\n".join(lines), str(file))
+    rows = [_object(value, file, number, "item") for number, value in enumerate(values, 1)]
+    return rows, range(1, len(rows) + 1)
+
+
+def _object(value: Any, file: Path, number: int, unit: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{file}, {unit} {number}: {type(value).__name__}, expected an object "
+            '({"text": ..., "label": ...})'
+        )
+    return value
+
+
+def _parquet(file: Path) -> Rows:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(
+            f"{file}: reading Parquet needs pyarrow (pip install bert-fast[training])"
+        ) from None
+    with file.open("rb"):  # a file that is not there is an OSError, as in the other formats
+        pass
+    try:
+        rows = pyarrow.parquet.read_table(file).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{file}: not Parquet ({error})") from None
+    return rows, range(1, len(rows) + 1)
+
+
+READERS: dict[str, Callable[[Path], Rows]] = {
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".parquet": _parquet,
+}

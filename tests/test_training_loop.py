@@ -1,0 +1,279 @@
+"""The training loop: balanced batches, exact means, exact resume, two processes, LAMB."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from accelerate.state import AcceleratorState
+from torch.distributed.tensor import DTensor
+from transformers import BertForMaskedLM
+from typer.testing import CliRunner
+
+import bert_fast
+from bert_fast.cli import app
+from bert_fast.training.batches import BalancedBatches
+from bert_fast.training.lamb import Lamb
+from bert_fast.training.loop import Settings, train
+
+from . import prose
+from .models import tiny
+
+
+class Texts:
+    """Random ids of random lengths; every third token is scored, so that counts are uneven."""
+
+    def __init__(self, count: int = 24) -> None:
+        random = np.random.default_rng(0)
+        self.lengths = random.integers(3, 30, count)
+        self.ids = [torch.from_numpy(random.integers(1, 99, n)) for n in self.lengths]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.ids[index]
+
+
+def collate(items):
+    ids = torch.nn.utils.rnn.pad_sequence(items, batch_first=True)
+    labels = torch.where((ids > 0) & (ids % 3 == 0), ids, -100)
+    return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels}
+
+
+def run(folder: Path, dropout: float = 0.0, **settings):
+    model = bert_fast.accelerate(tiny(BertForMaskedLM, hidden_dropout_prob=dropout))
+    texts = Texts()
+    settings = {"epochs": 2, "batch_tokens": 60, "lr": 1e-3, "device": "cpu", **settings}
+    history = train(model, texts, Settings(folder, **settings), collate, lengths=texts.lengths)
+    return model, history
+
+
+def losses(history):
+    return [row["loss"] for row in history if "loss" in row]
+
+
+# -- batches --------------------------------------------------------------------------------
+
+
+def test_batches_are_balanced_and_a_function_of_the_epoch():
+    costs = np.random.default_rng(1).integers(5, 100, 500)
+    batches = BalancedBatches(lambda epoch: costs, 512, 4, seed=3)
+    first = list(batches)
+    assert len(first) == len(batches) and len(first) % 4 == 0
+    assert sorted(itertools.chain(*first)) == list(range(500))
+    loads = [costs[batch].sum() for batch in first]
+    assert max(loads) <= 512 and max(loads) - min(loads) < 40
+    assert list(batches) == first
+    batches.set_epoch(1)
+    assert list(batches) != first and len(list(batches)) == len(first)
+    assert {frozenset(b) for b in batches} != {frozenset(b) for b in first}
+    other = BalancedBatches(lambda epoch: costs, 512, 4, seed=4)
+    assert list(other) != first
+
+
+def test_batches_of_a_size():
+    batches = list(BalancedBatches(lambda epoch: np.ones(100, int), 32, 1, seed=0))
+    assert [len(batch) for batch in batches] == [25] * 4
+
+
+def test_batches_refuse():
+    with pytest.raises(ValueError, match="60 tokens, but one example has 99"):
+        BalancedBatches(lambda epoch: np.array([1, 99]), 60, 1, 0)
+    with pytest.raises(ValueError, match="2 training examples are fewer than the 4 batches"):
+        BalancedBatches(lambda epoch: np.array([1, 2]), 60, 4, 0)
+
+
+# -- the loss -------------------------------------------------------------------------------
+
+
+def test_a_split_batch_has_the_loss_of_the_whole(tmp_path):
+    texts = Texts()
+    tokens = int(texts.lengths.sum())
+    whole = tiny(BertForMaskedLM)(**collate(texts.ids)).loss.item()
+    _, history = run(tmp_path, epochs=1, batch_tokens=tokens, accumulation=3)
+    assert len(losses(history)) == 1
+    assert losses(history)[0] == pytest.approx(whole, rel=1e-6)
+
+
+def worker(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    sharded = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": 2, "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}
+    sharded |= {"FSDP_RESHARD_AFTER_FORWARD": "true"}
+    for kind, more in (("ddp", {}), ("fsdp2", sharded)):  # what accelerate's launcher would set
+        os.environ.update({name: str(value) for name, value in {**names, **more}.items()})
+        model, history = run(Path(folder, kind), epochs=1)
+        assert isinstance(next(model.parameters()), DTensor) == (kind == "fsdp2")
+        if rank == 0:
+            Path(folder, kind, "losses.json").write_text(json.dumps(losses(history)))
+        AcceleratorState._reset_state(reset_partial_state=True)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, args=(port, str(tmp_path)), nprocs=2)
+    _, history = run(tmp_path / "one", epochs=1, accumulation=2)
+    expected = BertForMaskedLM.from_pretrained(tmp_path / "one")
+    for kind in ("ddp", "fsdp2"):
+        found = json.loads((tmp_path / kind / "losses.json").read_text())
+        assert len(found) == len(losses(history)) > 2
+        assert found == pytest.approx(losses(history), rel=1e-5)
+        saved = BertForMaskedLM.from_pretrained(tmp_path / kind)
+        for (name, a), b in zip(saved.named_parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=f"{kind}: {name}")
+
+
+def test_what_a_run_writes(tmp_path):
+    seen = []
+    model, texts = bert_fast.accelerate(tiny(BertForMaskedLM)), Texts()
+
+    def evaluate(given):
+        seen.append(given.training)
+        return {"accuracy": 0.5}
+
+    settings = Settings(tmp_path, epochs=2, batch_size=6, save_steps=3, eval_steps=3, device="cpu")
+    history = train(model, texts, settings, collate, evaluate=evaluate)
+    assert [row["step"] for row in history if "loss" in row] == list(range(1, 9))
+    assert [row["step"] for row in history if "eval_accuracy" in row] == [3, 4, 6, 8]
+    assert seen == [False] * 4
+    assert history[-2]["num_input_tokens_seen"] == 2 * texts.lengths.sum()
+    with (tmp_path / "metrics.csv").open() as opened:
+        rows = list(csv.DictReader(opened))
+    assert [float(row["loss"]) for row in rows] == losses(history)
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-8"}
+    loaded = BertForMaskedLM.from_pretrained(tmp_path)  # transformers' own class and forward
+    batch = collate(texts.ids)
+    with torch.no_grad():
+        expected, found = model.eval()(**batch).loss, loaded.eval()(**batch).loss
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_bf16_trains_masters_in_fp32(tmp_path, optimizer):
+    model, history = run(tmp_path, epochs=1, dtype="bf16", optimizer=optimizer, lr=1e-2)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert np.mean(losses(history)[-3:]) < np.mean(losses(history)[:3]) - 0.05
+    _, exact = run(tmp_path / "fp32", epochs=1, optimizer=optimizer, lr=1e-2)
+    assert losses(history) != losses(exact)
+    assert losses(history) == pytest.approx(losses(exact), rel=0.02)
+
+
+# -- resume ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lengths", ["batch_tokens", "batch_size"])
+def test_a_resumed_run_goes_on_as_if_never_stopped(tmp_path, lengths):
+    options = {"dropout": 0.1, "epochs": 3, "save_steps": 3}
+    options |= {"batch_tokens": None, "batch_size": 5} if lengths == "batch_size" else {}
+    _, whole = run(tmp_path / "whole", **options)
+    steps = len(losses(whole))
+    last = max((tmp_path / "whole").glob("checkpoint-*"), key=lambda p: int(p.name[11:]))
+    shutil.rmtree(last)  # as if it had stopped after the one before, in the last epoch
+    _, resumed = run(tmp_path / "whole", **options, resume=True)
+    assert losses(resumed) == losses(whole) and len(losses(resumed)) == steps
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(tmp_path):
+    text = prose.write(tmp_path / "text.txt")
+    line = ["pretrain", text, "--vocab-size", "100", "--layers", "1", "--hidden", "32"]
+    line += ["--heads", "2", "--max-length", "32", "--batch-size", "8", "--epochs", "6"]
+    line += ["--lr", "1e-3", "--save-steps", "10", "--device", "cpu"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    command = [sys.executable, "-m", "bert_fast.cli", *line, "-o", str(killed)]
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    running = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
+    while running.poll() is None and not (killed / "checkpoint-20/trainer_state.json").exists():
+        time.sleep(0.005)
+    running.kill()
+    assert running.wait() == -9
+    for more in (["-o", str(killed), "--resume"], ["-o", str(whole)]):
+        done = CliRunner().invoke(app, [*line, *more])
+        assert done.exit_code == 0, done.output
+    found, expected = (
+        json.loads((folder / "metrics.json").read_text()) for folder in (killed, whole)
+    )
+    assert losses(found["history"]) == losses(expected["history"])
+    assert len(losses(found["history"])) > 40
+    for name in ("mlm_loss", "nsp_loss", "mlm_accuracy", "nsp_accuracy"):
+        assert found[name] == expected[name]
+
+
+def test_half_a_checkpoint_is_passed_over(tmp_path):
+    _, whole = run(tmp_path, save_steps=3)
+    half = tmp_path / "checkpoint-99"
+    half.mkdir()
+    (half / "trainer_state.json").write_text('{"epoch": 1')
+    assert losses(run(tmp_path, save_steps=3, resume=True)[1]) == losses(whole)
+
+
+def test_resume_refuses_other_settings(tmp_path):
+    run(tmp_path, save_steps=3)
+    with pytest.raises(ValueError, match="holds checkpoints of another run"):
+        run(tmp_path)
+    with pytest.raises(ValueError, match=r"with lr 0\.1: it was started with 0\.001"):
+        run(tmp_path, lr=0.1, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"epochs": 0}, "epochs is 0"),
+        ({"max_steps": -1}, "max_steps is -1"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"warmup": -0.1}, "warmup is -0.1"),
+        ({"dtype": "fp8"}, "unknown dtype 'fp8', expected one of fp32, bf16"),
+        ({"optimizer": "sgd"}, "unknown optimizer 'sgd'"),
+        ({"device": "tpu"}, "unknown device 'tpu'"),
+    ],
+)
+def test_settings_refuse(wrong, told):
+    with pytest.raises(ValueError, match=told):
+        Settings(Path("out"), **wrong)
+
+
+# -- LAMB -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [0.02, 0.0])
+@pytest.mark.parametrize("scale", [1.0, 0.0])
+def test_lamb_is_its_formula(scale, decay):
+    draw = np.random.default_rng(0)
+    truth = scale * draw.standard_normal((5, 3))
+    weight = torch.nn.Parameter(torch.from_numpy(truth.copy()))
+    optimizer = Lamb([weight], lr=0.1, betas=(0.8, 0.95), eps=1e-6, weight_decay=decay)
+    m = v = 0.0
+    for t in range(1, 5):
+        gradient = draw.standard_normal((5, 3))
+        weight.grad = torch.from_numpy(gradient)
+        optimizer.step()
+        m, v = 0.8 * m + 0.2 * gradient, 0.95 * v + 0.05 * gradient**2
+        r = m / (1 - 0.8**t) / (np.sqrt(v / (1 - 0.95**t)) + 1e-6) + decay * truth
+        size = np.linalg.norm(truth)
+        truth = truth - 0.1 * (size / np.linalg.norm(r) if decay and size else 1.0) * r
+        np.testing.assert_allclose(weight.detach().numpy(), truth, rtol=1e-12)
+
+
+def test_lamb_refuses():
+    with pytest.raises(ValueError, match="betas"):
+        Lamb([torch.nn.Parameter(torch.ones(1))], betas=(1.0, 0.9))
+    with pytest.raises(ValueError, match="lr -1"):
+        Lamb([torch.nn.Parameter(torch.ones(1))], lr=-1)
