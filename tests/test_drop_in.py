@@ -1,0 +1,85 @@
+"""Habits of code written for transformers, which no single feature covers."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel
+
+import bert_fast
+from bert_fast.convert import _probe
+
+from .models import ids, tiny
+
+
+@pytest.fixture(params=["accelerated", "by_name"])
+def make(request: Any) -> Any:
+    """Makes a model of a class, accelerated in place or as bert_fast's class of the same name."""
+
+    def build(cls: type, **changes: Any) -> Any:
+        if request.param == "by_name":
+            return tiny(getattr(bert_fast, cls.__name__), **changes)
+        return bert_fast.accelerate(tiny(cls, **changes))
+
+    return build
+
+
+def test_gradients_of_hidden_states_and_attentions_can_be_kept(make: Any) -> None:
+    """All of them require a gradient and get one, as attribution methods need."""
+    model = make(BertModel, attn_implementation="eager")
+    out = model(ids(2, 7), output_hidden_states=True, output_attentions=True)
+    for kept in (out.hidden_states[0], out.attentions[0]):
+        kept.retain_grad()
+    out.last_hidden_state.flatten()[0].backward()
+    for kept in (out.hidden_states[0], out.attentions[0]):
+        assert kept.grad.abs().max() > 0
+
+    out = model(ids(2, 7), output_hidden_states=True)  # packed
+    out.hidden_states[0].retain_grad()
+    out.last_hidden_state.flatten()[0].backward()
+    assert out.hidden_states[0].grad.abs().max() > 0
+
+
+def test_embeddings_given_are_embeddings_looked_up(make: Any) -> None:
+    model, tokens = make(BertForMaskedLM), ids(3, 9)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        found = model(inputs_embeds=model.get_input_embeddings()(tokens)).logits
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_the_attention_can_be_chosen_again(make: Any) -> None:
+    """The choice is kept in the config, and the answer stays the same."""
+    model, tokens = make(BertForSequenceClassification), ids(2, 7)
+    found = []
+    for name in ("sdpa", "eager", "sdpa"):
+        model.set_attn_implementation(name)
+        assert model.config._attn_implementation == name
+        with torch.no_grad():
+            found.append(model(tokens).logits)
+    assert torch.allclose(found[0], found[1], atol=1e-5)
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("cls", [BertModel, BertForMaskedLM])
+def test_accelerated_inside_the_constructor(cls: Any, tmp_path: Any, monkeypatch: Any) -> None:
+    """Also under `from_pretrained`, which builds on the meta device and loads afterwards."""
+    tiny(cls).save_pretrained(tmp_path)
+    tokens = ids(2, 7)
+    expected = cls.from_pretrained(tmp_path).eval()(tokens)[0]
+    built = cls.__init__
+
+    @functools.wraps(built)
+    def accelerated(self: Any, *args: Any, **kwargs: Any) -> None:
+        built(self, *args, **kwargs)
+        bert_fast.accelerate(self)
+
+    _probe.cache_clear()  # the class is looked at again, through the constructor below
+    monkeypatch.setattr(cls, "__init__", accelerated)
+    model, info = cls.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert bert_fast.report(model).swapped
+    assert torch.allclose(model.eval()(tokens)[0], expected, atol=1e-5)
