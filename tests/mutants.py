@@ -40,6 +40,7 @@ def parity(which: str) -> tuple[str, ...]:
 CPU, TRITON = "kernels/csrc/cpu/", "kernels/_triton/"
 MODEL, FAMILIES = ("tests/test_model.py",), ("tests/test_families.py",)
 TRAINING = "bert_fast/training/"
+LOOP, PRETRAINING = ("tests/test_training_loop.py",), ("tests/test_pretraining.py",)
 SPANS, FINETUNE = ("tests/test_spans.py",), ("tests/test_finetune.py",)
 COPIES = "bert_fast/ops/weight_copies.py"
 MUTANTS = [
@@ -195,6 +196,33 @@ MUTANTS = [
            (*FAMILIES, "-k", "unknown_layout and scaled")),
     Mutant("autograd: gradient of the wrong argument", "bert_fast/ops/registry.py",
            "grads[2 + i] = grad\n", "grads[1 + i] = grad\n", parity("bias_gelu and avx512")),
+    # Training
+    Mutant("loop: a mean of means", TRAINING + "loop.py",
+           "share = self._counts(inputs, means.device) / num_items_in_batch",
+           "share = torch.full_like(means, 1 / self.args.gradient_accumulation_steps)",
+           (*LOOP, "-k", "split_batch")),
+    Mutant("loop: a resumed run draws the first epoch's pairs", TRAINING + "monitor.py",
+           "listener.set_epoch(int(state.epoch or 0))", "pass", (*LOOP, "-k", "killed")),
+    Mutant("loop: half a checkpoint is taken", TRAINING + "loop.py",
+           "whole = [checkpoint for checkpoint in checkpoints if _whole(checkpoint)]",
+           "whole = checkpoints", (*LOOP, "-k", "half")),
+    Mutant("loop: the matmul's rate takes random numbers of the run", TRAINING + "throughput.py",
+           "device=device, generator=generator)", "device=device)", (*LOOP, "-k", "killed")),
+    Mutant("lamb: no trust ratio", TRAINING + "lamb.py",
+           "torch.where((size > 0) & (length > 0), size / length, 1.0)", "1.0",
+           (*LOOP, "-k", "lamb")),
+    Mutant("masking: specials chosen", TRAINING + "masking.py",
+           "candidates = np.flatnonzero(~self.special[ids])", "candidates = np.arange(len(ids))",
+           (*PRETRAINING, "-k", "masking")),
+    Mutant("masking: every choice a mask", TRAINING + "masking.py",
+           "masked[chosen[fate < 0.8]] = self.mask", "masked[chosen] = self.mask",
+           (*PRETRAINING, "-k", "masking")),
+    Mutant("pairs: a foreign B of any length", TRAINING + "pairs.py",
+           "chosen = chosen[np.lexsort((a[chosen], b[chosen]))]", "pass",
+           (*PRETRAINING, "-k", "lengths")),
+    Mutant("pairs: a foreign B of the same document", TRAINING + "pairs.py",
+           "foreign = document[donor] != document", "foreign = donor != np.arange(len(donor))",
+           (*PRETRAINING, "-k", "test_pairs")),
     # Fine-tuning
     Mutant("SQuAD: articles before punctuation", TRAINING + "squad_metrics.py",
            "bare = answer.lower().translate(WITHOUT_PUNCTUATION)\n    return "

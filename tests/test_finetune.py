@@ -106,13 +106,14 @@ def test_classification(finetune, sentences):
 
 def test_accuracy_is_of_the_saved_model_on_the_validation_data(finetune, sentences, tmp_path):
     rows = [
-        {"text": sentence(noun, i), "label": random.Random(i).choice(["cat", "dog"])}
-        for i, noun in enumerate(NOUNS * 9)
+        {
+            "text": sentence(noun, i) + " sat" * (i % 5),
+            "label": noun if i % 5 else "cat",  # some are wrong
+        }
+        for i, noun in enumerate(("cat", "dog", "dog") * 15)
     ]
     held_out = lines(tmp_path / "held_out.jsonl", rows)
-    _, metrics, folder = finetune(
-        "classification", *fast(epochs=2), train=sentences, validation=held_out
-    )
+    _, metrics, folder = finetune("classification", *fast(), train=sentences, validation=held_out)
     loaded = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     right = 0
@@ -121,9 +122,9 @@ def test_accuracy_is_of_the_saved_model_on_the_validation_data(finetune, sentenc
             found = loaded(**tokenizer(row["text"], return_tensors="pt")).logits.argmax().item()
         right += loaded.config.id2label[found] == row["label"]
     assert metrics["accuracy"] == pytest.approx(right / len(rows))
-    assert 0.2 < metrics["accuracy"] < 0.8
+    assert 0.7 < metrics["accuracy"] < 1.0  # in another order of the rows about 0.55
     evaluations = [row["eval_accuracy"] for row in metrics["history"] if "eval_accuracy" in row]
-    assert len(evaluations) == 2 and evaluations[-1] == metrics["accuracy"]
+    assert len(evaluations) == 6 and evaluations[-1] == metrics["accuracy"]
 
 
 @pytest.mark.parametrize("task", ["classification", "spans"])

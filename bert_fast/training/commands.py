@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,6 +75,7 @@ def pretrain(
     and metrics.json. A run that was killed goes on with --resume, with the very same losses.
     """
     with one_line_errors():
+        need_accelerate()
         for folder in filter(None, (model, tokenizer)):
             if not folder.is_dir():
                 raise ValueError(f"no folder {folder}")
@@ -115,6 +117,12 @@ def train_tokenizer(
         learnt = learn(documents, vocab_size, lowercase)
         learnt.save_pretrained(output)
         log.print(f"{len(learnt)} tokens; {output}", soft_wrap=True)
+
+
+def need_accelerate() -> None:
+    """Raises: ValueError where the package that transformers' Trainer runs on is missing."""
+    if importlib.util.find_spec("accelerate") is None:
+        raise ValueError("training needs accelerate: pip install bert-fast[training]")
 
 
 def tell(output: Path, metrics: dict[str, Any]) -> None:

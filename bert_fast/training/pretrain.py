@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -84,40 +83,55 @@ def pretrain(recipe: Recipe, settings: Settings) -> dict[str, float]:
     Returns: these metrics, without the history.
     Raises: ValueError and OSError for what the user can get wrong.
     """
+    prepared = prepare(recipe, settings)
+    accelerate(prepared.model, sparse_logits=True)
+    held, collate = prepared.held, prepared.collate
+    history = train(
+        prepared.model,
+        prepared.pairs,
+        settings,
+        collate,
+        lengths=prepared.pairs.lengths,
+        evaluate=None if held is None else lambda model: evaluate(model, held, collate),
+        objective=OBJECTIVE,
+    )
+    speed = next(row["tokens_per_second"] for row in reversed(history) if "loss" in row)
+    values = {name[5:]: v for name, v in history[-1].items() if name.startswith("eval_")}
+    metrics = {**values, "tokens_per_second": speed}
+    if PartialState().is_main_process:
+        prepared.tokenizer.save_pretrained(settings.output_dir)
+        write_metrics(settings.output_dir, history, **metrics)
+    return metrics
+
+
+class Prepared(NamedTuple):
+    """What is trained, and on what; held: pairs of the documents held back, or None."""
+
+    tokenizer: Any
+    model: Any
+    pairs: SentencePairs
+    held: SentencePairs | None
+    collate: Collate
+
+
+def prepare(recipe: Recipe, settings: Settings) -> Prepared:
+    """Reads the text, learns or loads the tokenizer, makes the model: transformers' own."""
     files = find_files(recipe.sources)
     settings.output_dir.mkdir(parents=True, exist_ok=True)
-    with first_on_main(settings):
+    # The main process alone first; the others find it done.
+    with PartialState(cpu=settings.on_cpu).main_process_first():
         tokenizer = _tokenizer(recipe, files, settings)
         corpus = load_corpus(files, tokenizer, settings.output_dir / "corpus", recipe.text_field)
     model = new_model(recipe, tokenizer, settings.seed)
-    accelerate(model, sparse_logits=True)
     masking = Masking.of(tokenizer, recipe.whole_words)
     kept, held = corpus.split(recipe.validation_fraction, settings.seed)
-    pairs = SentencePairs(corpus, kept, tokenizer, masking, recipe.max_length, settings.seed)
-    others = None
-    if len(held):
-        others = SentencePairs(corpus, held, tokenizer, masking, recipe.max_length, settings.seed)
-    collate = Collate(tokenizer.pad_token_id)
-    history = train(
-        model,
-        pairs,
-        settings,
-        collate,
-        lengths=pairs.lengths,
-        evaluate=None if others is None else lambda model: evaluate(model, others, collate),
-        objective=OBJECTIVE,
-    )
-    metrics = {
-        "tokens_per_second": [row for row in history if "loss" in row][-1]["tokens_per_second"]
-    }
-    last = history[-1]
-    metrics |= {
-        name.removeprefix("eval_"): value for name, value in last.items() if name[:5] == "eval_"
-    }
-    if PartialState().is_main_process:
-        tokenizer.save_pretrained(settings.output_dir)
-        write_metrics(settings.output_dir, history, **metrics)
-    return metrics
+
+    def pairs(documents: np.ndarray) -> SentencePairs:
+        length, seed = recipe.max_length, settings.seed
+        return SentencePairs(corpus, documents, tokenizer, masking, length, seed)
+
+    others = pairs(held) if len(held) else None
+    return Prepared(tokenizer, model, pairs(kept), others, Collate(tokenizer.pad_token_id))
 
 
 def new_model(recipe: Recipe, tokenizer: Any, seed: int) -> Any:
@@ -227,11 +241,6 @@ def evaluate(model: nn.Module, pairs: SentencePairs, collate: Collate) -> dict[s
         masked += int(chosen.sum())
     items = {"mlm": masked, "nsp": len(order)}
     return {name: value / items[name[:3]] for name, value in sums.items()}
-
-
-def first_on_main(settings: Settings) -> AbstractContextManager[None]:
-    """What the main process does alone before the others find it done."""
-    return PartialState(cpu=settings.on_cpu).main_process_first()
 
 
 def _tokenizer(recipe: Recipe, files: Sequence[Path], settings: Settings) -> Any:
