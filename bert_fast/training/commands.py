@@ -126,6 +126,10 @@ def need_accelerate() -> None:
 
 
 def tell(output: Path, metrics: dict[str, Any]) -> None:
-    """One line with the metrics, on stderr."""
+    """One line with the metrics, on stderr, from the main process."""
+    from accelerate import PartialState
+
+    if not PartialState().is_main_process:
+        return
     told = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
     log.print(f"{told}; {output}", soft_wrap=True)
