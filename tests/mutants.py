@@ -210,12 +210,6 @@ MUTANTS = [
     Mutant("training: inner states kept in spite of selective", "bert_fast/ops/feed_forward.py",
            "keep = save and not recompute", "keep = save",
            ("tests/test_training.py", "-k", "keeps")),
-    Mutant("checkpoint: other seeds in backward", "bert_fast/modeling.py",
-           "h = torch.utils.checkpoint.checkpoint(run, h, use_reentrant=False)",
-           "h = torch.utils.checkpoint.checkpoint(lambda x, r=run: partial(r.func, **{**r.keywords, "
-           "'seeds': draw_seeds(3, x.device)})(x), h, use_reentrant=False, "
-           "preserve_rng_state=False)",
-           ("tests/test_training.py", "-k", "redraws")),
     Mutant("autograd: gradient of the wrong argument", "bert_fast/ops/registry.py",
            "grads[2 + i] = grad\n", "grads[1 + i] = grad\n", parity("bias_gelu and avx512")),
 ]  # fmt: skip
