@@ -41,12 +41,15 @@ class PackedHead:
 
     bert_fast_head: ClassVar[Head]
     bert_fast_original: ClassVar[type]
+    bert_fast_output: ClassVar[Any]
     bert_fast_arguments: ClassVar[tuple[str, ...]]
 
 
 @functools.cache
 def packed_head(original: type) -> type:
     """The packed class of a head class in `families.HEADS`."""
+
+    row = HEAD_BY_CLASS[original.__module__, original.__name__]
 
     @functools.wraps(original.forward)  # type: ignore[attr-defined]
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -59,7 +62,8 @@ def packed_head(original: type) -> type:
             "__module__": __name__,
             "__doc__": f"transformers' {original.__name__} with its loss on scored tokens only.",
             "forward": forward,
-            "bert_fast_head": HEAD_BY_CLASS[original.__module__, original.__name__],
+            "bert_fast_head": row,
+            "bert_fast_output": getattr(importlib.import_module(row.module), row.output),
             "bert_fast_original": original,
             "bert_fast_arguments": tuple(signature(original.forward).parameters)[1:],  # type: ignore
         },
@@ -148,7 +152,7 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if with_loss:
             other = F.cross_entropy(scores.view(-1, 2), pair_labels.view(-1))  # type: ignore[union-attr]
             fields["loss"] = fields["loss"] + other
-    output = getattr(importlib.import_module(row.module), row.output)(
+    output = model.bert_fast_output(
         **fields, hidden_states=states.hidden_states, attentions=states.attentions
     )
     return output if as_dict else output.to_tuple()

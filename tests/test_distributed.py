@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import BertForSequenceClassification
+from transformers import BertForMaskedLM, BertForSequenceClassification
 
 import bert_fast
 
@@ -55,3 +55,45 @@ def worker(rank: int, kind: str, rendezvous: str) -> None:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp2_layers"])
 def test_one_step_on_two_processes(kind: str, tmp_path: Path) -> None:
     mp.spawn(worker, args=(kind, f"file://{tmp_path}/rendezvous"), nprocs=2)
+
+
+def masked_lm_batch(step: int, rows: slice) -> dict[str, Tensor]:
+    """Two scored tokens a row, so that the mean over processes is the mean over the batch."""
+    tokens, mask = ids(BATCH, 11), masks(BATCH, 11)["right"]
+    tokens = (tokens + step) % 99
+    labels = torch.full_like(tokens, -100)
+    labels[:, 1:3] = tokens[:, 1:3]
+    found = {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+    return {name: value[rows] for name, value in found.items()}
+
+
+def training_worker(rank: int, kind: str, rendezvous: str) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    plain = tiny(BertForMaskedLM).train()
+    ours = bert_fast.accelerate(copy.deepcopy(plain), sparse_logits=True)
+    if kind == "ddp":
+        wrapped: nn.Module = DistributedDataParallel(ours)
+    else:
+        wrapped = fully_shard(ours, mesh=init_device_mesh("cpu", (2,)))
+    rate = 0.05
+    alone, together = (torch.optim.SGD(m.parameters(), lr=rate) for m in (plain, wrapped))
+    for i in range(4):
+        expected = plain(**masked_lm_batch(i, slice(0, BATCH))).loss
+        found = wrapped(**masked_lm_batch(i, slice(2 * rank, 2 * rank + 2))).loss
+        found.backward()
+        expected.backward()
+        mean = found.detach().clone()
+        dist.all_reduce(mean)
+        torch.testing.assert_close(mean / 2, expected.detach(), rtol=1e-5, atol=1e-5)
+        for optimizer in (alone, together):
+            optimizer.step()
+            optimizer.zero_grad()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_masked_lm_losses_of_two_processes(kind: str, tmp_path: Path) -> None:
+    """Four steps at equal global batch: the losses are those of one process."""
+    mp.spawn(training_worker, args=(kind, f"file://{tmp_path}/rendezvous"), nprocs=2)
