@@ -96,6 +96,27 @@ def test_batches_refuse():
         BalancedBatches(lambda epoch: np.array([1, 2]), 60, 4, 0)
 
 
+def test_every_epoch_is_announced_and_a_resumed_one_too(tmp_path):
+    class Announced(Texts):
+        epochs: list[int]
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epochs.append(epoch)
+
+    def epochs_of(resume: bool, **settings) -> list[int]:
+        texts = Announced()
+        texts.epochs = []
+        model = bert_fast.accelerate(tiny(BertForMaskedLM))
+        kept = Settings(tmp_path, epochs=3, batch_size=8, device="cpu", resume=resume, save_steps=4)
+        train(model, texts, kept, collate)
+        return list(dict.fromkeys(texts.epochs))
+
+    assert epochs_of(resume=False) == [0, 1, 2]  # three steps each
+    for step in (8, 9):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    assert epochs_of(resume=True) == [1, 2]  # from step 4, within epoch 1
+
+
 # -- the loss -------------------------------------------------------------------------------
 
 
