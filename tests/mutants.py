@@ -229,8 +229,6 @@ MUTANTS = [
            "share = self._counts(inputs, means.device) / num_items_in_batch",
            "share = torch.full_like(means, 1 / self.args.gradient_accumulation_steps)",
            (*LOOP, "-k", "split_batch")),
-    Mutant("loop: every epoch draws the first one's pairs", TRAINING + "monitor.py",
-           "listener.set_epoch(int(state.epoch or 0))", "pass", (*LOOP, "-k", "announced")),
     Mutant("loop: half a checkpoint is taken", TRAINING + "loop.py",
            "whole = [checkpoint for checkpoint in checkpoints if _whole(checkpoint)]",
            "whole = checkpoints", (*LOOP, "-k", "half")),
