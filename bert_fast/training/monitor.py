@@ -136,7 +136,7 @@ class Epochs(TrainerCallback):
         self.listeners, self.eval_steps = listeners, eval_steps
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Later versions of Trainer and accelerate do so too; earlier ones not for a batch sampler that
+        # Later versions of Trainer and accelerate do so too; earlier ones not for a sampler that
         # is sharded over processes.
         for listener in self.listeners:
             if hasattr(listener, "set_epoch"):
