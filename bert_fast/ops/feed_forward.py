@@ -78,6 +78,8 @@ def _kernel(first: Kernel, second: Kernel) -> Kernel:
 def samples(device, dtype) -> Iterable[Sample]:
     for sample in linear_samples(device, dtype):
         x, up, up_bias, activation = sample.args
+        if sample.name not in ("qkv", "no_bias", "odd", "empty", "relu"):
+            continue  # what they are for, the ops that this one is made of are tested with
         down = up.flip(0).t().contiguous()
         yield Sample(sample.name, (x, up, up_bias, down, activation, False))
         if sample.name in ("qkv", "empty"):

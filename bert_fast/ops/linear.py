@@ -74,7 +74,8 @@ def _packed_backward(dy, x, weight, bias, *, needs):
     return gradients(dy, x, weight, needs)
 
 
-def samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
+def samples(device: torch.device, dtype: torch.dtype, large: bool = True) -> Iterable[Sample]:
+    """large: also those that only the GEMM itself needs, not what is built on it."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
@@ -86,9 +87,9 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
         ("odd", 7, 37, 41, True),
         # A short sum: for one row ATen takes a split dot product, more exact than any GEMM.
         ("one_token", 1, 32, 64, True),
-        # More rows and a deeper sum than any kernel takes at once (the C++ ones: 192, 384).
-        ("blocks", 201, 500, 24, True),
         ("empty", 0, 64, 32, True),
+        # More rows and a deeper sum than any kernel takes at once (the C++ ones: 192, 384).
+        *((("blocks", 201, 500, 24, True),) if large else ()),
     ):
         weight = draw(outer, inner, scale=inner**-0.5)
         yield Sample(name, (draw(tokens, inner), weight, draw(outer) if has_bias else None))

@@ -75,7 +75,7 @@ def _one_gemm(kernel: Kernel) -> Kernel:
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
-    for sample in linear_samples(device, dtype):
+    for sample in linear_samples(device, dtype, large=False):
         x, weight, bias = sample.args
         weights = (weight, weight.flip(0), weight.roll(1, 1))
         biases = (None,) * 3 if bias is None else (bias, bias.flip(0), bias + 1)
