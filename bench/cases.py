@@ -87,6 +87,14 @@ def op_cases(model: Model, tokens: int, device: torch.device, dtype: torch.dtype
     yield case("qkv_linear", "", qkv_linear)
     yield case("linear", "out", lambda draw: linear(draw, hidden))
     yield case("linear_gelu", "", lambda draw: (*linear(draw, inner), "gelu"))
+    yield case("feed_forward", "", lambda draw: (
+        *linear(draw, inner), draw.normal(hidden, inner, scale=inner**-0.5), "gelu", False
+    ))  # fmt: skip
+    scored = max(1, tokens // 7)
+    yield case("masked_lm_loss", "", lambda draw: (
+        draw.normal(scored, hidden), draw.normal(model.vocab, hidden, scale=hidden**-0.5),
+        draw.normal(model.vocab), draw.ids(model.vocab, scored),
+    ))  # fmt: skip
     for workload in ATTENTION:
         make = functools.partial(attention, lengths=texts_of(WORKLOADS[workload], tokens))
         yield case("attention", workload, make)

@@ -217,7 +217,7 @@ def test_explain_lists_every_op_and_the_padding() -> None:
     assert explained.tokens == 3 + 5 + 7 + 9 and explained.padded_tokens == 44
     assert {c.op for c in explained.choices} == {
         *("embed_layernorm", "qkv_linear", "attention", "linear", "add_layernorm"),
-        *("linear_gelu", "pad"),
+        *("feed_forward", "pad"),
     }
     assert all(c.reasons for c in explained.choices)
     assert "padding spared" in str(explained) and "not cuda" in str(explained)

@@ -143,7 +143,7 @@ def test_autocast_is_as_exact_as_hugging_face(dtype: torch.dtype, kind: str) -> 
         results.append(run(model, inputs, rows, call))
     with torch.autocast(DEVICE.type, dtype):
         ran = {c.op: c.on for c in bert_fast.explain(ours, inputs).choices}
-    for op in ("qkv_linear", "attention", "linear", "linear_gelu"):
+    for op in ("qkv_linear", "attention", "linear", "feed_forward"):
         assert str(dtype).removeprefix("torch.") in ran[op], ran
     assert "float32" in ran["add_layernorm"], ran
     assert results[0]["last"].dtype == results[1]["last"].dtype == torch.float32

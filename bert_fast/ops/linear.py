@@ -89,7 +89,7 @@ def samples(device: torch.device, dtype: torch.dtype, large: bool = True) -> Ite
         ("one_token", 1, 32, 64, True),
         ("empty", 0, 64, 32, True),
         # More rows and a deeper sum than any kernel takes at once (the C++ ones: 192, 384).
-        *((("blocks", 201, 500, 24, True),) if large else ()),
+        *((("blocks", 201, 390, 24, True),) if large else ()),
     ):
         weight = draw(outer, inner, scale=inner**-0.5)
         yield Sample(name, (draw(tokens, inner), weight, draw(outer) if has_bias else None))
