@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import BertForSequenceClassification, BertModel
 
 import bert_fast
-
 from bert_fast.packed import _warn_once
 
 from .against_hf import compare
