@@ -22,9 +22,9 @@ from .results import Entry, Run
 WRONG = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2, "int8": 0.6}
 CHECKED = 4  # texts of a batch that are compared with fp64
 ROUNDS = 9
-# A pass of a contender over all batches may take this share of its workload's time: with half, the
-# three least rounds fill it one and a half times, and nobody waits minutes for one emulated dtype.
-LONGEST_PASS = 0.5
+# Seconds of a pass over all batches beyond which a contender is named instead of timed: three rounds
+# of one emulated dtype would take minutes of everybody's time.
+LONGEST_PASS = 20.0
 LARGE = ("single16", "single128", "full128", "full512", "sentence", "squad")
 
 Call = Callable[[Mapping[str, Tensor]], Tensor]
@@ -138,7 +138,7 @@ def _cell(
             run.missing[f"{peer.name} {peer.precision}"] = entry.failed = why
             continue
         try:
-            call = _prepared(entry, peer, model, folder, batches, exact, plan.seconds)
+            call = _prepared(entry, peer, model, folder, batches, exact)
         except Exception as error:  # a peer's failure is its own
             entry.failed = f"{type(error).__name__}: {error}"[:300]
             continue
@@ -161,12 +161,8 @@ def _prepared(
     folder: Path,
     batches: Sequence[Batch],
     exact: Tensor,
-    seconds: float,
 ) -> Call | None:
-    """Builds a contender, measures its first call and memory, and checks its values.
-
-    seconds: of the workload; a contender that would take most of it alone is not timed.
-    """
+    """Builds a contender, measures its first call and memory, and checks its values."""
     before = _reset_peak()
     call = peer.build(model, folder, batches)
     start = time.perf_counter()
@@ -175,7 +171,7 @@ def _prepared(
     start = time.perf_counter()
     call(batches[0])
     a_pass = (time.perf_counter() - start) * len(batches)
-    too_slow = a_pass > LONGEST_PASS * seconds
+    too_slow = a_pass > LONGEST_PASS
     for batch in batches[1:] if not too_slow else ():
         call(batch)
     entry.peak_mb = _peak() - before

@@ -147,6 +147,7 @@ def test_a_peer_too_slow_to_repeat_is_named_and_not_timed(monkeypatch: pytest.Mo
         return x
 
     plan = plan_with(monkeypatch, [peer("bert_fast", lambda x: x), peer("crawls", crawl)])
+    monkeypatch.setattr(models, "LONGEST_PASS", 0.5)
     found = results.new_run("test", DEVICE)
     for _ in models.bench_models(found, plan, DEVICE, noise.Probe(DEVICE), lambda line: None):
         pass
