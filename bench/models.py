@@ -22,8 +22,8 @@ from .results import Entry, Run
 WRONG = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2, "int8": 0.6}
 CHECKED = 4  # texts of a batch that are compared with fp64
 ROUNDS = 9
-# Seconds of a pass over all batches beyond which a contender is named instead of timed: three rounds
-# of one emulated dtype would take minutes of everybody's time.
+# Seconds of a pass over all batches beyond which a contender is named instead of timed: three
+# rounds of one emulated dtype would take minutes of everybody's time.
 LONGEST_PASS = 20.0
 LARGE = ("single16", "single128", "full128", "full512", "sentence", "squad")
 
