@@ -274,7 +274,7 @@ def feed_forward(
     """[T, H] -> [T, H] and the bias that is still to be added."""
     name = activation_name(m.activation)
     plain = type(m.up) is type(m.down) is nn.Linear
-    if name is None or not plain or not torch.is_grad_enabled():
+    if name is None or not plain:
         return without_bias(m.down, activated_linear(m.up, m.activation, h, backend), backend)
     up, up_bias, down = cast(m.up.weight), cast(m.up.bias), cast(m.down.weight)
     use = chosen(backend, "feed_forward")

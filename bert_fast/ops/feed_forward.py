@@ -1,7 +1,8 @@
 """feed_forward: y = activation(x U^T + b) D^T, both projections of a layer's feed-forward network.
 
-One op for training, so that the activation's output, the largest tensor of a layer, is not kept:
-with u = x U^T + b, a = activation(u), da = dy D and du = da * activation'(u),
+One op, so that the activation's output, the largest tensor of a layer, need not exist: in inference
+the C++ kernels make it a slice at a time in the cache, and training does not keep it. With
+u = x U^T + b, a = activation(u), da = dy D and du = da * activation'(u),
 
     dD = dy^T a,  dx = du U,  dU = du^T x,  db = sum_T du
 
@@ -14,10 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
+from .backends import ISAS
 from .bias_gelu import OP as BIAS_GELU
 from .bias_gelu import activate
 from .linear import OP as LINEAR
@@ -25,6 +28,7 @@ from .linear import check as check_linear
 from .linear import gradients
 from .linear_gelu import OP as LINEAR_GELU
 from .linear_gelu import samples as linear_samples
+from .packed_linear import panels
 from .registry import Chooser, Kernel, Op, Sample
 
 
@@ -45,11 +49,22 @@ def fake(x, up, up_bias, down, activation, recompute, *, save) -> tuple[Tensor, 
     return x.new_empty(x.shape[0], down.shape[0]), u
 
 
+def fused(
+    x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, activation: str, isa: int
+) -> Tensor:
+    """Both products in one C++ kernel that never holds [T, F]."""
+    packed = panels(up, isa), up_bias, panels(down, isa)
+    run = torch.ops.bert_fast_cpu.feed_forward_forward
+    return run(x, *packed, up.shape[0], down.shape[0], activation, isa)
+
+
 def _kernel(first: Kernel, second: Kernel) -> Kernel:
     """Of a kernel of `linear_gelu` and the one of `linear` on the same backend."""
 
     def forward(x, up, up_bias, down, activation, recompute, *, save) -> tuple[Tensor, ...]:
         keep = save and not recompute
+        if first.backend in ISAS and not keep:  # the inner states stay in the cache
+            return fused(x, up, up_bias, down, activation, ISAS[first.backend]), x.new_empty(0)
         a, *u = first.forward(x, up, up_bias, activation, save=keep)
         return second.forward(a, down, None, save=False)[0], u[0] if keep else x.new_empty(0)
 
@@ -84,6 +99,14 @@ def samples(device, dtype) -> Iterable[Sample]:
         yield Sample(sample.name, (x, up, up_bias, down, activation, False))
         if sample.name in ("qkv", "empty"):
             yield Sample(f"recompute_{sample.name}", (x, up, up_bias, down, activation, True))
+    # More rows and inner columns than any kernel takes at once (the C++ ones: 128 a thread, 192).
+    generator = torch.Generator().manual_seed(0)
+    shapes = (401, 40), (390, 40), (390,), (24, 390)
+    drawn = [
+        (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
+        for shape, scale in zip(shapes, (1.0, 0.16, 1.0, 0.05), strict=True)
+    ]
+    yield Sample("blocks", (*drawn, "gelu", False))
 
 
 def cost(x, up, up_bias, down, *rest) -> tuple[int, int]:

@@ -21,9 +21,14 @@ from .weight_copies import copy_of, reasons_against_copies
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, isa: int) -> Tensor:
     """activation(x W^T + b) in x's dtype; `activation` may be "none"."""
-    run = torch.ops.bert_fast_cpu
-    packed = copy_of((weight,), f"panels {isa}", lambda: run.pack_weight(weight.contiguous(), isa))
-    return run.linear_forward(x, packed, bias, weight.shape[0], activation, isa)
+    run = torch.ops.bert_fast_cpu.linear_forward
+    return run(x, panels(weight, isa), bias, weight.shape[0], activation, isa)
+
+
+def panels(weight: Tensor, isa: int) -> Tensor:
+    """The packed copy of a weight."""
+    pack = torch.ops.bert_fast_cpu.pack_weight
+    return copy_of((weight,), f"panels {isa}", lambda: pack(weight.contiguous(), isa))
 
 
 Forward = Callable[..., tuple[Tensor, ...]]

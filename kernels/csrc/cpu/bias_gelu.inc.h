@@ -16,6 +16,8 @@ namespace bert_fast::cpu::BERT_FAST_ISA {
 constexpr float kTanhLinear = 1.5957691216f;  // 2 k
 constexpr float kTanhCubic = 0.0713548163f;   // 2 k * 0.044715
 
+constexpr int kTogether = 4;  // vectors activated in lockstep
+
 ALWAYS_INLINE vf tanh_argument(vf u) { return u * fma(u * u, set1(kTanhCubic), kTanhLinear); }
 
 template <Activation A>
@@ -26,6 +28,19 @@ ALWAYS_INLINE vf activate(vf u) {
     return u * sigmoid(tanh_argument(u));
   if constexpr (A == Activation::relu) return u < 0.0f ? vf{} : u;
   return u * sigmoid(u);
+}
+
+// N vectors in place.
+template <Activation A, int N>
+ALWAYS_INLINE void activate(vf (&u)[N]) {
+  if constexpr (A == Activation::gelu) {
+    vf phi[N];
+    each<N>([&](int i) ALWAYS_INLINE_LAMBDA { phi[i] = u[i]; });
+    normal_cdf(phi);
+    each<N>([&](int i) ALWAYS_INLINE_LAMBDA { u[i] *= phi[i]; });
+  } else {
+    each<N>([&](int i) ALWAYS_INLINE_LAMBDA { u[i] = activate<A>(u[i]); });
+  }
 }
 
 template <Activation A>
@@ -55,8 +70,18 @@ void bias_gelu_forward(const BiasGelu& a) {
     for (int64_t row = begin; row < end; ++row) {
       const T* x = static_cast<const T*>(a.x) + row * a.cols;
       T* y = static_cast<T*>(a.y) + row * a.cols;
-      sweep(a.cols, [&](int64_t i, auto lanes) {
-        store(y + i, activate<A>(biased(x, static_cast<const T*>(a.bias), i, lanes)), lanes);
+      const T* bias = static_cast<const T*>(a.bias);
+      int64_t first = 0;
+      for (; first + kTogether * W <= a.cols; first += kTogether * W) {
+        vf u[kTogether];
+        each<kTogether>([&](int i) ALWAYS_INLINE_LAMBDA {
+          u[i] = biased(x, bias, first + i * W, Full{});
+        });
+        activate<A>(u);
+        each<kTogether>([&](int i) ALWAYS_INLINE_LAMBDA { store(y + first + i * W, u[i]); });
+      }
+      sweep(a.cols - first, [&](int64_t i, auto lanes) {
+        store(y + first + i, activate<A>(biased(x, bias, first + i, lanes)), lanes);
       });
     }
   });

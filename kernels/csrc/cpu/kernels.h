@@ -94,6 +94,17 @@ struct Linear {
   void* y;             // [rows, cols]
 };
 
+struct FeedForward {
+  Dtype dtype;
+  Activation activation;
+  int64_t rows, hidden, inner, cols;
+  const void* x;        // [rows, hidden]
+  const void* up;       // of PackWeight, [inner, hidden]
+  const void* up_bias;  // [inner] or null
+  const void* down;     // of PackWeight, [cols, inner]
+  void* y;              // [rows, cols]
+};
+
 struct Pool {
   Dtype dtype;
   bool mean, normalize;
@@ -132,6 +143,8 @@ struct Kernels {
   int64_t (*packed_columns)(int64_t cols);
   void (*pack_weight)(const PackWeight&);
   void (*linear_forward)(const Linear&);
+  bool (*feed_forward_fits)(int64_t rows);
+  void (*feed_forward_forward)(const FeedForward&);
   void (*pool_forward)(const Pool&);
   void (*pool_backward)(const Pool&);
   void (*attention_forward)(const Attention&);

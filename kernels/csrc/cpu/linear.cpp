@@ -1,4 +1,4 @@
-// Checking wrapper and registration of linear with a packed weight.
+// Checking wrappers and registration of linear and feed_forward with packed weights.
 #include "cpu/dispatch.h"
 
 namespace bert_fast::cpu {
@@ -40,6 +40,39 @@ static Tensor linear_forward(
   return y;
 }
 
+static Tensor feed_forward_forward(
+    const Tensor& x, const Tensor& up, const OptionalTensor& up_bias, const Tensor& down,
+    int64_t inner, int64_t cols, String activation, int64_t isa) {
+  const char* op = "feed_forward";
+  FeedForward a{};
+  a.activation = activation_of(op, take(activation));
+  require_rank(op, "x", x, 2);
+  a.dtype = float_dtype(op, "x", x);
+  a.rows = x.size(0);
+  a.hidden = x.size(1);
+  a.inner = inner;
+  a.cols = cols;
+  const Kernels& kernels = kernels_for(op, isa);
+  const ScalarType dtype = x.scalar_type();
+  a.x = checked(op, "x", x, dtype, {a.rows, a.hidden});
+  a.up = checked(op, "up", up, dtype, {kernels.packed_columns(inner), a.hidden});
+  a.up_bias = checked(op, "up_bias", up_bias, dtype, {inner});
+  a.down = checked(op, "down", down, dtype, {kernels.packed_columns(cols), inner});
+  Tensor y = uninitialised({a.rows, cols}, dtype);
+  a.y = y.data_ptr();
+  if (kernels.feed_forward_fits(a.rows)) {
+    kernels.feed_forward_forward(a);
+  } else {
+    Tensor states = uninitialised({a.rows, inner}, dtype);
+    void* between = states.data_ptr();
+    kernels.linear_forward(
+        {a.dtype, a.activation, a.rows, a.hidden, inner, a.x, a.up, a.up_bias, between});
+    kernels.linear_forward(
+        {a.dtype, Activation::none, a.rows, inner, cols, between, a.down, nullptr, a.y});
+  }
+  return y;
+}
+
 }  // namespace bert_fast::cpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bert_fast_cpu, m) {
@@ -47,9 +80,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bert_fast_cpu, m) {
   m.def(
       "linear_forward(Tensor x, Tensor packed, Tensor? bias, int cols, str activation, int isa) "
       "-> Tensor");
+  m.def(
+      "feed_forward_forward(Tensor x, Tensor up, Tensor? up_bias, Tensor down, int inner, int cols, "
+      "str activation, int isa) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bert_fast_cpu, CPU, m) {
   m.impl("pack_weight", TORCH_BOX(&bert_fast::cpu::pack_weight));
   m.impl("linear_forward", TORCH_BOX(&bert_fast::cpu::linear_forward));
+  m.impl("feed_forward_forward", TORCH_BOX(&bert_fast::cpu::feed_forward_forward));
 }

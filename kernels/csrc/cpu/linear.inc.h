@@ -47,7 +47,7 @@ struct LinearBuffers {
   Scratch memory;
   float *rows, *panel, *sums;
   LinearBuffers(int64_t block, int64_t depth, bool widen)
-      : memory((widen ? block * depth + kPanel * kDepth : 0) + block * kPanel),
+      : memory((widen ? block * depth + kPanel * kDepth : 0) + (block + kTogether) * kPanel),
         rows(memory.data), panel(rows + block * depth * widen),
         sums(panel + kPanel * kDepth * widen) {}
 };
@@ -60,66 +60,97 @@ const float* as_fp32(const T* p, int64_t n, float* buffer) {
   return buffer;
 }
 
-// sums[i, :] = x[i, :] . panel for `rows` rows of x, all of the depth.
-template <class T>
+// sums[i, :] (+)= x[i, :] . panel for `rows` rows of x, ldx apart, all of the depth.
+template <bool MORE, class T>
 void multiply_by_panel(
-    int64_t rows, int64_t depth, const float* x, const T* panel, float* buffer, float* sums) {
+    int64_t rows, int64_t depth, const float* x, int64_t ldx, const T* panel, float* buffer,
+    float* sums) {
   const int64_t blocks = larger<int64_t>(1, ceil_div(depth, kDepth));
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t first = depth * block / blocks, deep = depth * (block + 1) / blocks - first;
     const float* right = as_fp32(panel + first * kPanel, deep * kPanel, buffer);
     auto run = [&]<bool ADD>() {
       multiply_panel<Fp32Product, Layout::row_major, ADD, kMaxVectors>(
-          rows, deep, x + first, depth, right, kPanel, sums, kPanel);
+          rows, deep, x + first, ldx, right, kPanel, sums, kPanel);
     };
-    if (block == 0)
+    if (block == 0 && !MORE)
       run.template operator()<false>();
     else
       run.template operator()<true>();
   }
 }
 
+// activation(sums + bias) of one panel's strip, in place. `cols` of its columns exist.
 template <class T, Activation A>
-void finish_panel(
-    const Linear& a, int64_t row, int64_t rows, int64_t col, const float* sums) {
-  const T* bias = a.bias ? static_cast<const T*>(a.bias) + col : nullptr;
-  const int64_t wide = smaller(kPanel, a.cols - col);
-  for (int64_t i = 0; i < rows; ++i) {
-    T* y = static_cast<T*>(a.y) + (row + i) * a.cols + col;
-    sweep(wide, [&](int64_t j, auto lanes) {
-      vf u = load(sums + i * kPanel + j);
-      if (bias) u += load(bias + j, lanes);
-      store(y + j, activate<A>(u), lanes);
+void finish_sums(int64_t rows, int64_t cols, const T* bias, float* sums) {
+  constexpr int kRows = larger(1, kTogether / kMaxVectors), kVectors = kRows * kMaxVectors;
+  vf shift[kMaxVectors] = {};
+  if (bias)
+    sweep(cols, [&](int64_t j, auto lanes) { shift[j / W] = load(bias + j, lanes); });
+  for (int64_t i = 0; i < rows; i += kRows) {  // past the last row there is room for these
+    float* strip = sums + i * kPanel;
+    vf u[kVectors];
+    each<kVectors>([&](int j) ALWAYS_INLINE_LAMBDA {
+      u[j] = load(strip + j * W) + shift[j % kMaxVectors];
     });
+    activate<A>(u);
+    each<kVectors>([&](int j) ALWAYS_INLINE_LAMBDA { store(strip + j * W, u[j]); });
   }
+}
+
+template <class T>
+void copy_panel(int64_t rows, int64_t cols, const float* sums, T* y, int64_t ldy) {
+  for (int64_t i = 0; i < rows; ++i)
+    sweep(cols, [&](int64_t j, auto lanes) {
+      store(y + i * ldy + j, load(sums + i * kPanel + j), lanes);
+    });
+}
+
+// How rows and columns are dealt to threads: `across` shares of the rows, `along` of the columns.
+struct Lanes {
+  int64_t across, along;
+  Lanes(int64_t rows, int64_t work, int64_t panels) {
+    const int64_t threads = larger<int64_t>(1, smaller(thread_count(), work / kLaneWork));
+    across = larger<int64_t>(1, smaller(threads, rows / kLaneRows));
+    along = larger<int64_t>(1, smaller(threads / across, panels));
+  }
+};
+
+// Calls f(first, rows) for blocks of nearly equal height, at most `most`, of the rows [begin, end).
+template <class F>
+void for_row_blocks(int64_t begin, int64_t end, int64_t most, const F& f) {
+  const int64_t blocks = ceil_div(end - begin, most);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t first = begin + (end - begin) * b / blocks;
+    f(first, begin + (end - begin) * (b + 1) / blocks - first);
+  }
+}
+
+inline int64_t block_rows(int64_t floats_per_row) {
+  return smaller(kMaxBlock, larger(kLaneRows, kBlockBytes / 4 / larger<int64_t>(1, floats_per_row)));
 }
 
 template <class T, Activation A>
 void linear_forward(const Linear& a) {
-  const int64_t panels = ceil_div(a.cols, kPanel);
-  const int64_t threads = larger<int64_t>(
-      1, smaller(thread_count(), a.rows * a.depth * a.cols / kLaneWork));
-  const int64_t across = larger<int64_t>(1, smaller(threads, a.rows / kLaneRows));
-  const int64_t along = larger<int64_t>(1, smaller(threads / across, panels));
-  const int64_t fitting = kBlockBytes / 4 / larger<int64_t>(1, a.depth);
-  const int64_t block = smaller(kMaxBlock, larger(kLaneRows, fitting));
-  parallel(across * along, 1, [&](int64_t begin, int64_t end) {
+  const int64_t panels = ceil_div(a.cols, kPanel), block = block_rows(a.depth);
+  const Lanes lanes(a.rows, a.rows * a.depth * a.cols, panels);
+  parallel(lanes.across * lanes.along, 1, [&](int64_t begin, int64_t end) {
     LinearBuffers m(smaller(block, a.rows), a.depth, sizeof(T) < sizeof(float));
     for (int64_t lane = begin; lane < end; ++lane) {
-      const int64_t i = lane / along, j = lane % along;
-      const int64_t first = a.rows * i / across, last = a.rows * (i + 1) / across;
-      const int64_t blocks = ceil_div(last - first, block);
-      for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t row = first + (last - first) * b / blocks;
-        const int64_t rows = first + (last - first) * (b + 1) / blocks - row;
+      const int64_t i = lane / lanes.along, j = lane % lanes.along;
+      const int64_t top = a.rows * i / lanes.across, bottom = a.rows * (i + 1) / lanes.across;
+      for_row_blocks(top, bottom, block, [&](int64_t row, int64_t rows) {
         const float* x =
             as_fp32(static_cast<const T*>(a.x) + row * a.depth, rows * a.depth, m.rows);
-        for (int64_t p = panels * j / along; p < panels * (j + 1) / along; ++p) {
-          const T* panel = static_cast<const T*>(a.packed) + p * kPanel * a.depth;
-          multiply_by_panel(rows, a.depth, x, panel, m.panel, m.sums);
-          finish_panel<T, A>(a, row, rows, p * kPanel, m.sums);
+        for (int64_t p = panels * j / lanes.along; p < panels * (j + 1) / lanes.along; ++p) {
+          const int64_t col = p * kPanel, cols = smaller(kPanel, a.cols - col);
+          const T* panel = static_cast<const T*>(a.packed) + col * a.depth;
+          multiply_by_panel<false>(rows, a.depth, x, a.depth, panel, m.panel, m.sums);
+          const T* bias = a.bias ? static_cast<const T*>(a.bias) + col : nullptr;
+          finish_sums<T, A>(rows, cols, bias, m.sums);
+          copy_panel(rows, cols, m.sums, static_cast<T*>(a.y) + row * a.cols + col, a.cols);
         }
-      }
+      });
     }
   });
 }

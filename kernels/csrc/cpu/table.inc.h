@@ -3,8 +3,8 @@
 
 #include "cpu/attention_backward.inc.h"
 #include "cpu/bias_gelu.inc.h"
+#include "cpu/feed_forward.inc.h"
 #include "cpu/layernorm.inc.h"
-#include "cpu/linear.inc.h"
 #include "cpu/pool.inc.h"
 
 namespace bert_fast::cpu::BERT_FAST_ISA {
@@ -13,8 +13,8 @@ constexpr Kernels kernels = {
     embed_layernorm_forward, embed_layernorm_backward, add_layernorm_forward,
     add_layernorm_backward,  bias_gelu_forward,        bias_gelu_backward,
     packed_columns,          pack_weight,              linear_forward,
-    pool_forward,            pool_backward,            attention_forward,
-    attention_backward,
+    feed_forward_fits,       feed_forward_forward,     pool_forward,
+    pool_backward,           attention_forward,        attention_backward,
 };
 
 }  // namespace bert_fast::cpu::BERT_FAST_ISA

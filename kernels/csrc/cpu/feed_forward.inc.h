@@ -1,0 +1,81 @@
+// feed_forward: y = activation(x U^T + b) D^T, the inner states never in memory as a whole.
+//
+// For a block of rows, kSlice of the inner columns at a time: the slice of a = activation(x U^T + b)
+// is made from the panels of U that hold it, stays in L2, and is multiplied by its depths of D's
+// panels into sums that stay there too. Nothing of [T, F] is written to memory or read from it, and
+// each weight still streams once per block of rows. Rows are dealt to threads; with too few of them
+// for every thread, the caller runs the two products one after the other, which can share columns.
+#pragma once
+
+#include "cpu/linear.inc.h"
+
+namespace bert_fast::cpu::BERT_FAST_ISA {
+
+constexpr int64_t kSlice = 192;            // inner columns, a multiple of the panel
+constexpr int64_t kFeedForwardRows = 128;  // higher blocks leave L2, lower ones read weights more often
+
+inline bool feed_forward_fits(int64_t rows) { return rows >= thread_count() * kLaneRows; }
+
+struct FeedForwardBuffers {
+  Scratch memory;
+  float *rows, *panel, *sums, *inner, *out;
+  FeedForwardBuffers(int64_t block, const FeedForward& a, bool widen)
+      : memory(
+            (widen ? block * a.hidden + kPanel * kDepth : 0) + (block + kTogether) * kPanel +
+            block * (kSlice + round_up(a.cols, kPanel))),
+        rows(memory.data), panel(rows + block * a.hidden * widen),
+        sums(panel + kPanel * kDepth * widen), inner(sums + (block + kTogether) * kPanel),
+        out(inner + block * kSlice) {}
+};
+
+// inner[i, :] = activation(x[i, :] U^T + b) for the columns [first, first + wide) of U.
+template <class T, Activation A>
+void make_slice(
+    const FeedForward& a, FeedForwardBuffers& m, const float* x, int64_t rows, int64_t first,
+    int64_t wide) {
+  for (int64_t j = 0; j < wide; j += kPanel) {
+    const int64_t col = first + j, cols = smaller(kPanel, wide - j);
+    const T* panel = static_cast<const T*>(a.up) + col * a.hidden;
+    multiply_by_panel<false>(rows, a.hidden, x, a.hidden, panel, m.panel, m.sums);
+    const T* bias = a.up_bias ? static_cast<const T*>(a.up_bias) + col : nullptr;
+    finish_sums<T, A>(rows, cols, bias, m.sums);
+    copy_panel(rows, cols, m.sums, m.inner + j, kSlice);
+  }
+}
+
+template <class T, Activation A>
+void feed_forward_forward(const FeedForward& a) {
+  const int64_t threads = thread_count();
+  parallel(threads, 1, [&](int64_t begin, int64_t end) {
+    const int64_t top = a.rows * begin / threads, bottom = a.rows * end / threads;
+    FeedForwardBuffers m(smaller(kFeedForwardRows, bottom - top), a, sizeof(T) < sizeof(float));
+    for_row_blocks(top, bottom, kFeedForwardRows, [&](int64_t row, int64_t rows) {
+      const T* from = static_cast<const T*>(a.x) + row * a.hidden;
+      const float* x = as_fp32(from, rows * a.hidden, m.rows);
+      for (int64_t first = 0; first < a.inner; first += kSlice) {
+        const int64_t wide = smaller(kSlice, a.inner - first);
+        make_slice<T, A>(a, m, x, rows, first, wide);
+        for (int64_t col = 0; col < a.cols; col += kPanel) {
+          const T* panel = static_cast<const T*>(a.down) + col * a.inner + first * kPanel;
+          float* sums = m.out + col * rows;
+          if (first == 0)
+            multiply_by_panel<false>(rows, wide, m.inner, kSlice, panel, m.panel, sums);
+          else
+            multiply_by_panel<true>(rows, wide, m.inner, kSlice, panel, m.panel, sums);
+        }
+      }
+      for (int64_t col = 0; col < a.cols; col += kPanel)
+        copy_panel(
+            rows, smaller(kPanel, a.cols - col), m.out + col * rows,
+            static_cast<T*>(a.y) + row * a.cols + col, a.cols);
+    });
+  });
+}
+
+inline void feed_forward_forward(const FeedForward& a) {
+  with_dtype(a.dtype, [&]<class T>() {
+    with_activation(a.activation, [&]<Activation A>() { feed_forward_forward<T, A>(a); });
+  });
+}
+
+}  // namespace bert_fast::cpu::BERT_FAST_ISA
