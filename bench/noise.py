@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from .results import Interval, Noise
 
 DISTURBED = 1.25  # a probe this much slower than the median so far marks its round
 DRAWS = 2_000
+# Rounds at least: from the least to the largest of fewer is no 95 % interval of their median.
+LEAST = 5
+FEW = 3  # rounds of a contender that is so much slower that no more are needed to see it
 
 
 class Probe:
@@ -57,25 +60,31 @@ class Probe:
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], object]], probe: Probe, rounds: int, seconds: float
+    runs: Mapping[str, Callable[[], object]],
+    probe: Probe,
+    rounds: int,
+    seconds: float,
+    slow: Collection[str] = (),
 ) -> dict[str, list[float]]:
     """Seconds of each contender in each kept round, taking turns; who begins changes.
 
-    rounds: at most; after three the time budget `seconds` ends it too. A disturbed round is
+    rounds: at most; after LEAST the time budget `seconds` ends it too. A disturbed round is
         dropped and repeated, up to as many again.
+    slow: contenders that leave after FEW rounds; their times belong to the first ones.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
-    order, start, kept, tried = list(runs), time.perf_counter(), 0, 0
+    start, kept, tried = time.perf_counter(), 0, 0
     while kept < rounds and tried < 2 * rounds:
-        if kept >= 3 and time.perf_counter() - start > seconds:
+        if kept >= LEAST and time.perf_counter() - start > seconds:
             break
+        order = [name for name in runs if kept < FEW or name not in slow]
         quiet, found = probe.quiet(), {}
         for name in order[tried % len(order) :] + order[: tried % len(order)]:
             begin = time.perf_counter()
             runs[name]()
             found[name] = time.perf_counter() - begin
         tried += 1
-        last_chance = tried >= 2 * rounds - 3 and kept < 3
+        last_chance = tried >= 2 * rounds - LEAST and kept < LEAST
         if (quiet and probe.quiet()) or last_chance:
             kept += 1
             for name, taken in found.items():
@@ -86,12 +95,21 @@ def interleaved(
 
 
 def ratio(theirs: Sequence[float], ours: Sequence[float], floor: float) -> Interval:
-    """The median ratio of paired times with its 95 % bootstrap interval.
+    """The median ratio of times paired by round, with its 95 % bootstrap interval.
 
     floor: relative, added to both ends: what the machine varies by between rounds, which a few
         paired rounds cannot show.
     """
-    ratios = np.asarray(theirs) / np.asarray(ours)
+    both = min(len(theirs), len(ours))  # a slow one left after the first rounds
+    ratios = np.asarray(theirs[:both]) / np.asarray(ours[:both])
     draws = np.random.default_rng(0).choice(ratios, (DRAWS, len(ratios)))
     low, high = np.percentile(np.median(draws, 1), (2.5, 97.5))
     return Interval(float(np.median(ratios)), float(low) * (1 - floor), float(high) * (1 + floor))
+
+
+def spread_of_median(samples: Sequence[float]) -> float:
+    """Half the 95 % interval of the samples' median, relative to it, from their order alone."""
+    ranked, reach = sorted(samples), 0.98 * len(samples) ** 0.5
+    low = max(0, int(len(ranked) / 2 - reach))
+    high = min(len(ranked) - 1, int(len(ranked) / 2 + reach))
+    return (ranked[high] - ranked[low]) / 2 / statistics.median(ranked)

@@ -36,12 +36,15 @@ class Peer:
         what is exported of that model. `batches` are those to come: a static shape is the largest
         of them, and int8 weights and activations are calibrated on them when first exported.
         Raises RuntimeError where the library would run in another precision.
+    lasting: built once for all workloads of a model, as that takes longer than timing it. The
+        others are built anew, so that memory they never give back is counted where it is taken.
     """
 
     name: str
     precision: str
     missing: Callable[[], str | None]
     build: Callable[[nn.Module, Path, Sequence[Batch]], Forward]
+    lasting: bool = False
 
 
 def packages_missing(*names: str) -> str | None:
@@ -84,7 +87,7 @@ def _torch_compile(precision: str) -> Peer:
     def build(model: nn.Module, folder: Path, batches: Sequence[Batch]) -> Forward:
         return inside.build_compiled(model, batches, DTYPES[precision])
 
-    return Peer("torch_compile", precision, compiler_missing, build)
+    return Peer("torch_compile", precision, compiler_missing, build, lasting=True)
 
 
 def _onnxruntime(precision: str) -> Peer:

@@ -19,7 +19,7 @@ import torch
 
 from bert_fast import doctor
 
-SCHEMA = 2
+SCHEMA = 3
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 
@@ -82,7 +82,11 @@ class Entry:
 
 @dataclass
 class OpEntry:
-    """One kernel of one op on one case; `share` of the machine's ceiling that binds it."""
+    """One kernel of one op on one case.
+
+    ms: the median call; spread: half its 95 % interval, relative to it.
+    share: of the machine's ceiling that binds it, memory or arithmetic.
+    """
 
     op: str
     case: str
@@ -92,6 +96,7 @@ class OpEntry:
     flop: float
     bytes: float
     ms: float | None = None
+    spread: float | None = None
     tflop_per_s: float | None = None
     gb_per_s: float | None = None
     share: float | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -106,6 +106,19 @@ def texts_of(workload: Workload, tokens: int) -> list[int]:
     """The lengths of texts with about `tokens` real tokens in all."""
     mean = sum(spread(workload.quantiles, 1000)) / 1000
     return spread(workload.quantiles, max(1, round(tokens / mean)))
+
+
+def fitted(workload: Workload, model: Model, batches: int, most: float) -> Workload:
+    """`workload` with its batch halved until `batches`, padded, take no more FLOPs than `most`.
+
+    A large model on a small CPU would take minutes a pass otherwise.
+    """
+    while workload.batch > 2:
+        padded = [[max(batch)] * len(batch) for batch in lengths(workload, batches, "arrival")]
+        if sum(flop(model, batch) for batch in padded) <= most:
+            break
+        workload = replace(workload, batch=workload.batch // 2)
+    return workload
 
 
 def lengths(workload: Workload, batches: int, order: str) -> list[list[int]]:
