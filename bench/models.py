@@ -27,7 +27,8 @@ CHECKED = 4  # texts of a batch that are compared with fp64
 ROUNDS = 25
 # Seconds of a pass over all batches beyond which a contender is named instead of timed: a few
 # rounds of one emulated dtype would take minutes of everybody's time.
-LONGEST_PASS = 8.0
+LONGEST_PASS = 5.5
+TELLING = 128  # tokens of a batch whose time grows with tokens, and foretells larger ones
 SLOW = 5.0  # times bert_fast's pass: so much is seen in a few rounds
 LARGE = ("single16", "single128", "full128", "full512", "sentence", "squad")
 
@@ -48,8 +49,8 @@ class Plan:
     contenders: tuple[str, ...] = ()  # empty: all that are here
     precisions: tuple[str, ...] = ("fp32", "bf16", "int8")
     batches: int = 2
-    flop: float = 0.3e12
-    seconds: float = 25.0
+    flop: float = 0.2e12
+    seconds: float = 20.0
 
     def peers(self) -> list[Peer]:
         return [
@@ -69,7 +70,7 @@ QUICK = Plan(
     models=("minilm-l6",),
     workloads=("single16", "full128", "sentence", "squad"),
     contenders=("bert_fast", "hf_sdpa"),
-    flop=0.15e12,
+    flop=0.1e12,
     seconds=10.0,
 )
 
@@ -129,7 +130,7 @@ class Contenders:
     """The peers of one model, and what is known of them from the workloads so far.
 
     kept: the built ones that are used again, with the MB of each.
-    pace: seconds for a padded token.
+    pace: seconds for a padded token, of batches large enough to tell.
     """
 
     model: nn.Module
@@ -166,24 +167,21 @@ def _cell(
             run.missing[f"{peer.name} {peer.precision}"] = entry.failed = why
             continue
         try:
-            call = _prepared(entry, peer, contenders, batches, exact)
+            made = _prepared(entry, peer, contenders, batches, exact)
         except Exception as error:  # a peer's failure is its own
             entry.failed = f"{type(error).__name__}: {error}"[:300]
             continue
-        if call is not None:
-            ready[peer] = (entry, _all(call, batches))
-    by_name = {f"{peer.name} {peer.precision}": peer for peer in ready}
+        if made:
+            ready[peer.name, peer.precision] = entry, _all(made[0], batches), made[1]
     slow = [
-        name
-        for name, peer in by_name.items()
-        if (ours := by_name.get(f"{OURS} {peer.precision}"))
-        and contenders.pace[peer] > SLOW * contenders.pace[ours]
+        key
+        for key, (_, _, a_pass) in ready.items()
+        if (ours := ready.get((OURS, key[1]))) and a_pass > SLOW * ours[2]
     ]
-    runs = {name: ready[peer][1] for name, peer in by_name.items()}
+    runs = {key: run for key, (_, run, _) in ready.items()}
     times = interleaved(runs, probe, ROUNDS, plan.seconds, slow)
-    for name, peer in by_name.items():
-        entry, ours_s = ready[peer][0], times.get(f"{OURS} {peer.precision}")
-        entry.seconds = times[name]
+    for key, (entry, _, _) in ready.items():
+        entry.seconds, ours_s = times[key], times.get((OURS, key[1]))
         if ours_s and entry.contender != OURS:
             entry.ratio = ratio(entry.seconds, ours_s, probe.spread)
     return entries
@@ -191,8 +189,11 @@ def _cell(
 
 def _prepared(
     entry: Entry, peer: Peer, contenders: Contenders, batches: Sequence[Batch], exact: Tensor
-) -> Call | None:
-    """Builds a contender, measures its first call and memory, and checks its values."""
+) -> tuple[Call, float] | None:
+    """Builds a contender, measures its first call and memory, and checks its values.
+
+    Returns the call and the seconds of a pass, None where it is not to be timed.
+    """
     expected = contenders.pace.get(peer, 0.0) * entry.padded_tokens
     if expected > LONGEST_PASS and entry.contender != OURS:
         entry.failed = f"too slow to repeat: about {expected:.0f} s a pass"
@@ -204,8 +205,11 @@ def _prepared(
     entry.first_call_s = time.perf_counter() - start
     start = time.perf_counter()
     call(batches[0])
-    contenders.pace[peer] = (time.perf_counter() - start) / batches[0]["input_ids"].numel()
-    a_pass = contenders.pace[peer] * entry.padded_tokens
+    numel = batches[0]["input_ids"].numel()
+    pace = (time.perf_counter() - start) / numel
+    if numel >= TELLING:
+        contenders.pace[peer] = pace
+    a_pass = pace * entry.padded_tokens
     too_slow = a_pass > LONGEST_PASS
     for batch in batches[1:] if not too_slow else ():
         call(batch)
@@ -221,7 +225,7 @@ def _prepared(
     if too_slow and entry.contender != OURS:
         entry.failed = f"too slow to repeat: {a_pass:.0f} s a pass"
         return None
-    return call
+    return call, a_pass
 
 
 @torch.inference_mode()

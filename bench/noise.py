@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from .results import Interval, Noise
 
+Name = TypeVar("Name", bound=Hashable)
+Found = TypeVar("Found")
 DISTURBED = 1.25  # a probe this much slower than the median so far marks its round
+FOREIGN = 0.05  # of the processors' time, taken by others: so much disturbs a round
+TICKS = 0.03  # seconds: what the kernel's clock ticks may be off by
 DRAWS = 2_000
 # Rounds at least: from the least to the largest of fewer is no 95 % interval of their median.
 LEAST = 5
@@ -27,7 +34,7 @@ class Probe:
         self.b = torch.randn(1 << 20, generator=generator).to(device)
         self.device = device
         self.times: list[float] = []
-        self.kept = self.dropped = 0
+        self.kept = self.dropped = self.forced = 0
         for _ in range(12):
             self()
 
@@ -56,37 +63,81 @@ class Probe:
         return float((high - low) / 2 / middle)
 
     def summary(self) -> Noise:
-        return Noise(statistics.median(self.times), self.spread, self.kept, self.dropped)
+        middle = statistics.median(self.times)
+        return Noise(middle, self.spread, self.kept, self.dropped, self.forced)
+
+
+class Others:
+    """Processor time that other processes, or the host of a virtual machine, took since `start`.
+
+    A probe of a millisecond fits between two turns of another process and sees nothing; a pass of
+    a second does not. Linux only; elsewhere nobody is seen.
+    """
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        self.taken, self.at = self._taken(), time.perf_counter()
+
+    def disturbed(self) -> bool:
+        wall = time.perf_counter() - self.at
+        return self._taken() - self.taken > FOREIGN * wall * (os.cpu_count() or 1) + TICKS
+
+    @staticmethod
+    def _taken() -> float:
+        try:
+            fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+            user, nice, system, _, _, irq, softirq, steal = map(int, fields)
+        except (OSError, ValueError):
+            return 0.0
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return busy - time.process_time()
+
+
+def undisturbed(measure: Callable[[], Found], tries: int = 3) -> Found:
+    """What `measure` finds while nobody else computes; after `tries`, what it found last."""
+    others = Others()
+    for _ in range(tries):
+        others.start()
+        found = measure()
+        if not others.disturbed():
+            break
+    return found
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], object]],
+    runs: Mapping[Name, Callable[[], object]],
     probe: Probe,
     rounds: int,
     seconds: float,
-    slow: Collection[str] = (),
-) -> dict[str, list[float]]:
+    slow: Collection[Name] = (),
+) -> dict[Name, list[float]]:
     """Seconds of each contender in each kept round, taking turns; who begins changes.
 
     rounds: at most; after LEAST the time budget `seconds` ends it too. A disturbed round is
-        dropped and repeated, up to as many again.
+        dropped and repeated, up to as many again and for twice the time; then disturbed ones are
+        kept and counted, up to LEAST.
     slow: contenders that leave after FEW rounds; their times belong to the first ones.
     """
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    start, kept, tried = time.perf_counter(), 0, 0
+    times: dict[Name, list[float]] = {name: [] for name in runs}
+    start, kept, tried, others = time.perf_counter(), 0, 0, Others()
     while kept < rounds and tried < 2 * rounds:
         if kept >= LEAST and time.perf_counter() - start > seconds:
             break
         order = [name for name in runs if kept < FEW or name not in slow]
         quiet, found = probe.quiet(), {}
+        others.start()
         for name in order[tried % len(order) :] + order[: tried % len(order)]:
             begin = time.perf_counter()
             runs[name]()
             found[name] = time.perf_counter() - begin
         tried += 1
-        last_chance = tried >= 2 * rounds - LEAST and kept < LEAST
-        if (quiet and probe.quiet()) or last_chance:
+        quiet = not others.disturbed() and quiet and probe.quiet()
+        late = tried >= 2 * rounds - LEAST or time.perf_counter() - start > 2 * seconds
+        if quiet or (late and kept < LEAST):
             kept += 1
+            probe.forced += not quiet
             for name, taken in found.items():
                 times[name].append(taken)
     probe.kept += kept

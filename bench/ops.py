@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from bert_fast.ops.registry import Op
 
 from .cases import Case
 from .measure import Clock, Yardstick, short
-from .noise import spread_of_median
+from .noise import spread_of_median, undisturbed
 from .results import OpEntry, Run
 
 COMPILED = "torch.compile"
@@ -68,7 +69,7 @@ def bench_op(
             else:
                 timed[name] = yardstick.step(call)
         with torch.inference_mode(step == "forward"):
-            times = clock.times_ms(timed)
+            times = undisturbed(partial(clock.times_ms, timed))
         for entry in entries:
             if entry.step == step and entry.kernel in times:
                 entry.ms = statistics.median(times[entry.kernel])

@@ -22,6 +22,16 @@ from . import peers_exported as exported
 from . import peers_torch as inside
 from .peers_torch import Batch, Forward
 
+ABOUT = {
+    "bert_fast": "this package: Hugging Face's model after bert_fast.accelerate",
+    "hf_eager": "Hugging Face transformers, attention written out in PyTorch",
+    "hf_sdpa": "Hugging Face transformers as it comes, on PyTorch's fused attention",
+    "torch_compile": "hf_sdpa compiled by torch.compile, with its weights frozen",
+    "onnxruntime": "ONNX Runtime on the exported graph, after its own BERT fusions",
+    "openvino": "Intel OpenVINO, shapes left open",
+    "openvino_static": "Intel OpenVINO, compiled for the largest batch; smaller ones are padded",
+    "ctranslate2": "CTranslate2, which drops padding too",
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

@@ -96,12 +96,12 @@ class OpEntry:
     flop: float
     bytes: float
     ms: float | None = None
-    spread: float | None = None
     tflop_per_s: float | None = None
     gb_per_s: float | None = None
     share: float | None = None
     error: float | None = None
     budget: float | None = None
+    spread: float | None = None
     failed: str | None = None
 
     @property
@@ -126,12 +126,16 @@ class Scaling:
 
 @dataclass
 class Noise:
-    """How quiet the machine was: the probe's median and spread, windows kept and dropped."""
+    """How quiet the machine was: the probe's median and spread, windows kept and dropped.
+
+    forced: of the kept ones, how many were disturbed too, where no quiet time came.
+    """
 
     probe_ms: float
     probe_spread: float
     kept: int
     dropped: int
+    forced: int = 0
 
 
 @dataclass

@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--workloads", help=f"of {','.join(WORKLOADS)}")
     parser.add_argument("--contenders", help="names of peers; all that are installed otherwise")
     parser.add_argument("--precisions", help="of fp32,bf16,int8")
-    parser.add_argument("--seconds", type=float, help="for each workload, about (40)")
+    parser.add_argument("--seconds", type=float, help="for each workload, about (20; --quick: 10)")
     parser.add_argument("--out", type=Path, help="bench/results/cpu-<machine>-<commit>.json")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"))
     return parser
@@ -140,10 +141,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = results.new_run(" ".join(("bert-fast bench", *given)), device)
     path = options.out or results.default_path(run, device.type)
-    bench(run, path, plan, parts, device, options.quick)
+    bench(run, path, plan, parts, device, options.quick, partial(print, flush=True))
     noise = run.noise
     assert noise is not None
-    print(f"{path}: {noise.kept} rounds kept, {noise.dropped} dropped as disturbed")
+    forced = f", {noise.forced} kept though disturbed" if noise.forced else ""
+    print(f"{path}: {noise.kept} rounds kept, {noise.dropped} dropped as disturbed{forced}")
     for told in run.failed:
         print(f"failed: {told}")
     return 1 if run.failed else 0

@@ -65,6 +65,61 @@ def test_disturbed_rounds_are_dropped_and_counted(monkeypatch: pytest.MonkeyPatc
     assert order[:4] == ["a", "b", "b", "a"]  # they take turns in going first
 
 
+def test_rounds_beside_another_process_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = iter([0.0] * 4 + [5.0] * 40)  # before and after each round
+    monkeypatch.setattr(noise.Others, "_taken", staticmethod(lambda: next(taken)))
+    probe = noise.Probe(DEVICE)
+    monkeypatch.setattr(probe, "quiet", lambda: True)
+    noise.interleaved({"a": lambda: None}, probe, 4, 60.0)
+    assert (probe.kept, probe.dropped, probe.forced) == (4, 1, 0)
+    count = iter(range(1_000))  # never a quiet moment
+    monkeypatch.setattr(noise.Others, "_taken", staticmethod(lambda: next(count)))
+    probe.kept = probe.dropped = 0
+    times = noise.interleaved({"a": lambda: None}, probe, 20, 60.0)
+    assert (len(times["a"]), probe.kept, probe.forced) == (noise.LEAST,) * 3
+
+
+def test_others_sees_a_process_that_computes() -> None:
+    if noise.Others._taken() == 0.0:
+        pytest.skip("no /proc/stat")
+    line = [sys.executable, "-c", "while True: pass"]
+    other = subprocess.Popen(line)
+    try:
+        others = noise.Others()
+        time.sleep(1.0)
+        assert others.disturbed()
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_a_much_slower_contender_leaves_after_the_first_rounds() -> None:
+    runs = {"a": lambda: None, "slow": lambda: time.sleep(0.002)}
+    times = noise.interleaved(runs, noise.Probe(DEVICE), 8, 60.0, {"slow"})
+    assert len(times["a"]) == 8 and len(times["slow"]) == noise.FEW
+    found = noise.ratio(times["slow"], times["a"], 0.0)
+    assert found.verdict == "faster" and found.high >= found.value >= found.low
+
+
+def test_spread_of_a_median_covers_it() -> None:
+    draw, held = np.random.default_rng(0), 0
+    for _ in range(400):
+        samples = draw.normal(1.0, 0.1, 25)
+        held += abs(float(np.median(samples)) - 1.0) <= noise.spread_of_median(samples.tolist())
+    assert 0.9 < held / 400 < 0.99
+    assert noise.spread_of_median([2.0]) == 0.0
+
+
+def test_batches_shrink_until_a_pass_fits() -> None:
+    base, squad = workloads.MODELS["bert-base"], workloads.WORKLOADS["squad"]
+    assert workloads.fitted(squad, base, 2, float("inf")) == squad
+    small = workloads.fitted(squad, base, 2, 0.2e12)
+    assert small.batch == 2 and small.quantiles == squad.quantiles
+    assert workloads.fitted(squad, workloads.MODELS["minilm-l6"], 2, 0.3e12) == squad
+    full = workloads.fitted(workloads.WORKLOADS["full512"], base, 2, 0.0)
+    assert full.batch == 1 and workloads.fitted(squad, base, 2, 0.0).batch == 2
+
+
 def plan_with(monkeypatch: pytest.MonkeyPatch, peers: Sequence[Peer]) -> models.Plan:
     monkeypatch.setattr(models, "PEERS", tuple(peers))
     tiny = workloads.Model("tiny", 2, 64, 2, 128, vocab=2_000)
