@@ -16,13 +16,10 @@ from pathlib import Path
 
 from . import figures
 from .peers import ABOUT
-from .results import RESULTS, ROOT, Entry, Interval, OpEntry, Run, load
-from .standings import KINDS, OURS, Standing, cell, fill, ordered, standings, summary
+from .readme import NONE, interval, number, relative, write_readme
+from .results import RESULTS, Entry, OpEntry, Run, load
+from .standings import KINDS, OURS, cell, fill, standings, summary
 from .workloads import WORKLOADS
-
-README = ROOT / "README.md"
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-NONE = "–"  # noqa: RUF001
 
 CSS = """
 :root { color-scheme: light }
@@ -107,7 +104,7 @@ def _names(run: Run) -> str:
             places[e.workload, e.model] = e
     rows = [
         (e.workload, e.model, WORKLOADS[e.workload].about if e.workload in WORKLOADS else NONE,
-         f"{e.texts}", _number(e.tokens / e.texts, ".0f"), _number(fill(e), ".0%"))
+         f"{e.texts}", number(e.tokens / e.texts, ".0f"), number(fill(e), ".0%"))
         for e in places.values()
     ]  # fmt: skip
     texts = _table(("workload", "model", "what", "#texts a pass", "#mean tokens a text",
@@ -187,9 +184,9 @@ def _standings(run: Run) -> str:
     for s in standings(run):
         peer = s.peer
         rows.append((
-            *cell(s.ours), s.ours.precision, KINDS[s.kind], _number(s.ours.tokens_per_s, ",.0f"),
-            peer.contender if peer else NONE, _number(peer.tokens_per_s if peer else None, ",.0f"),
-            _interval(peer.ratio if peer else None), _verdict(s.verdict),
+            *cell(s.ours), s.ours.precision, KINDS[s.kind], number(s.ours.tokens_per_s, ",.0f"),
+            peer.contender if peer else NONE, number(peer.tokens_per_s if peer else None, ",.0f"),
+            interval(peer.ratio if peer else None), _verdict(s.verdict),
         ))  # fmt: skip
     columns = ("model", "workload", "order", "precision", "kind", "#bert_fast tokens/s",
                "fastest peer", "#its tokens/s", "#ratio", "bert_fast is")  # fmt: skip
@@ -208,10 +205,10 @@ MODEL_COLUMNS = ("workload", "order", "contender", "#tokens/s", "#median ms", "#
 
 def _model_row(e: Entry) -> tuple[str, ...]:
     return (
-        e.workload, e.order, e.contender, _number(e.tokens_per_s, ",.0f"),
-        _number(e.median_s, ",.2f", 1e3), _number(e.p95_s, ",.2f", 1e3), _interval(e.ratio),
-        _number(e.tflop_per_s, ".3f"), _number(fill(e), ".2f"), _number(e.first_call_s, ".2f"),
-        _number(e.peak_mb, ",.0f"), _number(e.relative_l2, ".1e"), _number(e.cosine, ".6f"),
+        e.workload, e.order, e.contender, number(e.tokens_per_s, ",.0f"),
+        number(e.median_s, ",.2f", 1e3), number(e.p95_s, ",.2f", 1e3), interval(e.ratio),
+        number(e.tflop_per_s, ".3f"), number(fill(e), ".2f"), number(e.first_call_s, ".2f"),
+        number(e.peak_mb, ",.0f"), number(e.relative_l2, ".1e"), number(e.cosine, ".6f"),
         f"{e.texts}", f"{len(e.seconds)}",
     )  # fmt: skip
 
@@ -250,10 +247,10 @@ OP_COLUMNS = ("op", "case", "dtype", "step", "kernel", "#ms", "#±", "#reference
 def _op_row(e: OpEntry, reference: float | None) -> tuple[str, ...]:
     gain = reference / e.ms if reference and e.ms else None
     return (
-        e.op, e.case, e.dtype, e.step, e.kernel, _number(e.ms, ",.4g"),
-        _number(e.spread, ".1%"), _number(gain, ".2f"), _number(e.tflop_per_s, ".3g"),
-        _number(e.gb_per_s, ".3g"), _number(e.share, ".0%"), _number(e.error, ".1e"),
-        _number(e.budget, ".1e"),
+        e.op, e.case, e.dtype, e.step, e.kernel, number(e.ms, ",.4g"),
+        number(e.spread, ".1%"), number(gain, ".2f"), number(e.tflop_per_s, ".3g"),
+        number(e.gb_per_s, ".3g"), number(e.share, ".0%"), number(e.error, ".1e"),
+        number(e.budget, ".1e"),
     )  # fmt: skip
 
 
@@ -299,73 +296,6 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     )
 
 
-def _number(value: float | None, form: str, scale: float = 1.0) -> str:
-    return NONE if value is None or math.isnan(value) else format(value * scale, form)
-
-
-def _interval(ratio: Interval | None) -> str:
-    return f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]" if ratio else NONE
-
-
-def readme_table(run: Run, path: Path) -> str:
-    """Markdown: for each model a row a workload and order, with the columns of each precision.
-
-    path: the run's file, named in the text.
-    """
-    found = standings(run)
-    said = [
-        f"From `{_relative(path)}`, made by `{run.command}` on {run.device}, with {run.threads} "
-        f"threads, at commit {(run.commit or 'unknown')[:10]}"
-        f"{' (modified)' if run.modified else ''}. "
-        "Each is compared with the fastest peer of the same precision; the ratio is the peer's "
-        "time over bert_fast's, with its 95 % interval."
-    ]
-    kinds = ordered(s.ours.precision for s in found)
-    for model in dict.fromkeys(s.ours.model for s in found):
-        head = [f"| {model} |"]
-        head += [
-            f" {kind} tokens/s | fastest {kind} peer | ratio | bert_fast is |" for kind in kinds
-        ]
-        said += ["", "".join(head), "| --- |" + " ---: | --- | ---: | --- |" * len(kinds)]
-        mine = {(*cell(s.ours), s.ours.precision): s for s in found if s.ours.model == model}
-        for place in dict.fromkeys(key[:3] for key in mine):
-            cells = (_readme_cells(mine.get((*place, kind))) for kind in kinds)
-            said.append(f"| {place[1]}, {place[2]} |{''.join(cells)}")
-    return "\n".join(said)
-
-
-def _readme_cells(s: Standing | None) -> str:
-    if s is None:
-        return f" {NONE} |" * 4
-    peer = s.peer
-    rate, name = _number(s.ours.tokens_per_s, ",.0f"), peer.contender if peer else NONE
-    return f" {rate} | {name} | {_interval(peer.ratio if peer else None)} | {s.verdict} |"
-
-
-def _relative(path: Path) -> str:
-    path = path.resolve()
-    return (path.relative_to(ROOT) if path.is_relative_to(ROOT) else path).as_posix()
-
-
-def readme_section(text: str) -> str | None:
-    """What stands between the markers, None where they are not there."""
-    if BEGIN not in text or END not in text:
-        return None
-    return text.partition(BEGIN)[2].partition(END)[0].strip("\n")
-
-
-def write_readme(run: Run, path: Path, readme: Path = README) -> None:
-    """Replaces what stands between the markers. Raises: ValueError where they are not there."""
-    text = readme.read_text()
-    if readme_section(text) is None:
-        raise ValueError(f"{readme} has no {BEGIN} and {END}")
-    if not standings(run):
-        raise ValueError(f"{path} timed no whole model")
-    head, _, rest = text.partition(BEGIN)
-    tail = rest.partition(END)[2]
-    readme.write_text(f"{head}{BEGIN}\n{readme_table(run, path)}\n{END}{tail}")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("result", type=Path, metavar="RESULT.json")
@@ -380,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if RESULTS not in options.result.resolve().parents:
                 raise ValueError(
                     f"README.md quotes committed results: {options.result} is not "
-                    f"under {_relative(RESULTS)}"
+                    f"under {relative(RESULTS)}"
                 )
             write_readme(run, options.result)
         if options.out or not options.readme:

@@ -112,8 +112,8 @@ def summary(run: Run) -> list[str]:
         if unrated := [s for s in mine if s.verdict == "no peer"]:
             named = "; ".join(_name(s) for s in unrated)
             said.append(
-                f"{precision}: no peer of this precision was timed beside bert_fast on {named}; "
-                "“Missing and failed” says why."
+                f"{precision}: every peer of this precision was too slow to be timed, or did not "
+                f"run, beside bert_fast on {named}."
             )
         if failed := [s for s in mine if s.verdict == "failed"]:
             named = "; ".join(f"{_name(s)} ({s.ours.failed or 'no times'})" for s in failed)

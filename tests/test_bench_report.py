@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import compare, noise, report, standings
+from bench import compare, noise, readme, report, results, standings
 from bench.compare import IMPROVEMENT, NOISE, REGRESSION
 from bench.results import Entry, Interval, Noise, OpEntry, Run, Scaling, load, output_of
 
@@ -299,17 +299,17 @@ def test_fastest_peer_is_of_the_same_precision() -> None:
 
 
 def test_readme_is_replaced_between_its_markers(tmp_path: Path) -> None:
-    readme, file = tmp_path / "README.md", tmp_path / "run.json"
+    page, file = tmp_path / "README.md", tmp_path / "run.json"
     made_up().save(file)
-    readme.write_text("no markers\n")
+    page.write_text("no markers\n")
     with pytest.raises(ValueError, match="bench:begin"):
-        report.write_readme(load(file), file, readme)
-    readme.write_text(f"head\n{report.BEGIN}\nold\n{report.END}\ntail\n")
+        readme.write_readme(load(file), file, page)
+    page.write_text(f"head\n{readme.BEGIN}\nold\n{readme.END}\ntail\n")
     for _ in range(2):
-        report.write_readme(load(file), file, readme)
-        text = readme.read_text()
+        readme.write_readme(load(file), file, page)
+        text = page.read_text()
         assert text.startswith("head\n") and text.endswith("\ntail\n") and "old" not in text
-        assert report.readme_section(text) == report.readme_table(load(file), file)
+        assert readme.section(text) == readme.table(load(file), file)
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 4 and len({line.count("|") for line in table}) == 1
     assert str(file) in text and "`bert-fast bench`" in text and "| slower |" in text
@@ -331,20 +331,20 @@ def test_readme_quotes_results_of_the_repository_only(
 ) -> None:
     file = tmp_path / "run.json"
     made_up().save(file)
-    before = report.README.read_text()
+    before = readme.README.read_text()
     assert report.main(["--readme", str(file)]) == 2
     assert "not under bench/results" in capsys.readouterr().err
-    assert report.README.read_text() == before
+    assert readme.README.read_text() == before
 
 
 def test_readme_matches_the_committed_json() -> None:
     committed = output_of("git", "ls-files", "bench/results/*.json")
-    section = report.readme_section(report.README.read_text())
+    section = readme.section(readme.README.read_text())
     assert section is not None, "README.md lost the markers of the bench"
     named = re.search(r"`(bench/results/[^`]+\.json)`", section)
     if not committed and not named:
         pytest.skip("no result is committed and README.md quotes none")
     assert named, f"bench/results holds {committed}, and README.md quotes none of it"
-    path = report.ROOT / named[1]
+    path = results.ROOT / named[1]
     assert committed is None or named[1] in committed.split(), f"{named[1]} is not committed"
-    assert section == report.readme_table(load(path), path)
+    assert section == readme.table(load(path), path)
