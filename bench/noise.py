@@ -122,8 +122,9 @@ def interleaved(
     """
     times: dict[Name, list[float]] = {name: [] for name in runs}
     start, kept, tried, others = time.perf_counter(), 0, 0, Others()
+    least = min(LEAST, rounds)
     while kept < rounds and tried < 2 * rounds:
-        if kept >= LEAST and time.perf_counter() - start > seconds:
+        if kept >= least and time.perf_counter() - start > seconds:
             break
         order = [name for name in runs if kept < FEW or name not in slow]
         quiet, found = probe.quiet(), {}
@@ -134,8 +135,8 @@ def interleaved(
             found[name] = time.perf_counter() - begin
         tried += 1
         quiet = not others.disturbed() and quiet and probe.quiet()
-        late = tried >= 2 * rounds - LEAST or time.perf_counter() - start > 2 * seconds
-        if quiet or (late and kept < LEAST):
+        late = tried >= 2 * rounds - least or time.perf_counter() - start > 2 * seconds
+        if quiet or (late and kept < least):
             kept += 1
             probe.forced += not quiet
             for name, taken in found.items():
