@@ -221,11 +221,11 @@ def judge(ratio: Interval) -> str:
 
 def agreement(old: Run, new: Run) -> list[tuple[tuple[str, ...], Interval, Interval, bool]]:
     """Every ratio to bert_fast that both runs printed, and whether the intervals overlap."""
-    after = {e.key: e.ratio for e in new.models}
+    after = {(e.key, e.tokens, e.padded_tokens): e.ratio for e in new.models}
     return [
         (e.key, e.ratio, now, e.ratio.low <= now.high and now.low <= e.ratio.high)
         for e in old.models
-        if e.ratio and (now := after.get(e.key))
+        if e.ratio and (now := after.get((e.key, e.tokens, e.padded_tokens)))
     ]
 
 
