@@ -37,6 +37,7 @@ TORCH = ("reference", "torch.compile")  # kernels that are not ours
 DRAWS = 2_000
 # Fewer have no 95 % interval of their median: even from the least to the largest is less likely.
 LEAST_WINDOWS = 5
+SHORT_MS = 1.0
 LEAST_UNCHANGED = 5  # entries, to tell their spread
 
 REGRESSION, IMPROVEMENT, NOISE = "regression", "improvement", "within noise"
@@ -181,10 +182,19 @@ def _medians(
 def _ops(old: Run, new: Run) -> list[Change]:
     after = {e.key: e for e in new.ops}
     pairs = [(was, after.get(was.key)) for was in old.ops]
-    references = [
-        now.ms / was.ms for was, now in pairs if was.kernel in TORCH and was.ms and now and now.ms
+    torches = [
+        (was.ms, now.ms / was.ms)
+        for was, now in pairs
+        if was.kernel in TORCH and was.ms and now and now.ms
     ]
-    scale, note, drift = 1.0, "not normalised", _drift(references)
+    references = [ratio for _, ratio in torches]
+    # Short calls, which live in the caches, differ more from run to run than long ones.
+    drift = {
+        short: _drift([ratio for ms, ratio in torches if (ms < SHORT_MS) is short])
+        or _drift(references)
+        for short in (True, False)
+    }
+    scale, note = 1.0, "not normalised"
     if len(references) >= LEAST_UNCHANGED:
         scale, note = statistics.median(references), "relative to the reference kernels"
     changes = []
@@ -192,7 +202,7 @@ def _ops(old: Run, new: Run) -> list[Change]:
         change = _without_times(was, now, was.ms, now.ms if now else None)
         if change is None and now is not None and was.ms and now.ms:
             value = now.ms / was.ms / scale
-            spreads = (was.spread or 0.0, now.spread or 0.0, drift)
+            spreads = (was.spread or 0.0, now.spread or 0.0, drift[was.ms < SHORT_MS])
             ratio = widened(Interval(value, value, value), *spreads)
             change = Change(was.key, was.ms, now.ms, ratio, judge(ratio), note)
         if change:
