@@ -1,15 +1,23 @@
 """`python -m bench.compare OLD NEW`: what became slower or faster between two runs of the bench.
 
-Of a model, the ratio of bert_fast's median times, new over old, with its bootstrap interval (95 %)
-over windows. As the machine itself may be slower today, the ratio is divided by that of hf_sdpa on
-the same batches, where both runs have it. A regression is an interval wholly above 1.03. Ops have
-one time each: there the ratio itself must be beyond 5 %, after division by the median ratio of the
-reference kernels. The exit code is 1 if anything regressed, 2 if a file cannot be read.
+Of a model, the ratio of bert_fast's median times, new over old. As the machine itself may be slower
+today, it is divided by that of hf_sdpa on the same batches, where both runs have it. Of an op, the
+ratio of its kernels' times, divided by the median ratio of the reference kernels. A regression is
+an interval wholly above 1.03.
+
+Windows of one run lie closer together than two runs do: a process lays its memory out once, and the
+machine's neighbours change by the hour. How much that is shows in code that is the same in both
+runs: transformers and the other peers, and the reference kernels. The spread of their ratios is
+added to every interval, in quadrature.
+
+Then the ratios to bert_fast that each run printed are compared: two agree where their intervals
+overlap. The exit code is 1 if anything regressed, 2 if a file cannot be read.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -24,11 +32,13 @@ from rich.table import Table
 from .results import Entry, Interval, OpEntry, Run, load
 
 OURS, YARDSTICK = "bert_fast", "hf_sdpa"
-MODEL_MARGIN, OP_MARGIN = 0.03, 0.05
+MARGIN = 0.03
+TORCH = ("reference", "torch.compile")  # kernels that are not ours
 DRAWS = 2_000
 # Fewer have no 95 % interval of their median: even from the least to the largest is less likely.
 LEAST_WINDOWS = 5
-LEAST_REFERENCES = 5
+SHORT_MS = 1.0
+LEAST_UNCHANGED = 5  # entries, to tell their spread
 
 REGRESSION, IMPROVEMENT, NOISE = "regression", "improvement", "within noise"
 VANISHED, FEW, OTHER = "vanished", "too few windows", "another workload"
@@ -39,8 +49,7 @@ class Change:
     """One entry in two runs.
 
     old, new: milliseconds; None where it failed or is not there.
-    ratio: new over old, normalised; None where there is nothing to compare. Of an op both ends of
-        the interval are the value.
+    ratio: new over old, normalised; None where there is nothing to compare.
     verdict: "regression", "improvement", "within noise", "vanished", "too few windows" or
         "another workload".
     note: what the ratio was divided by, or why there is none.
@@ -61,6 +70,15 @@ def compare(old: Run, new: Run) -> list[Change]:
 
 def _models(old: Run, new: Run) -> list[Change]:
     before, after = ({e.key: e for e in run.models} for run in (old, new))
+    drift = _drift(
+        [
+            change.ratio.value
+            for key, was in before.items()
+            if was.contender not in (OURS, YARDSTICK) and was.seconds and key in after
+            for change in [_model(was, after[key], *_yardsticks(key, before, after), 0.0)]
+            if change and change.ratio
+        ]
+    )
     changes = []
     for key, was in before.items():
         if was.contender != OURS:
@@ -68,14 +86,27 @@ def _models(old: Run, new: Run) -> list[Change]:
         now = after.get(key)
         change = _without_times(was, now, _ms(was), _ms(now))
         if change is None and now is not None:
-            peer = (*key[:3], YARDSTICK, key[4])
-            change = _model(was, now, before.get(peer), after.get(peer))
+            change = _model(was, now, *_yardsticks(key, before, after), drift)
         if change:
             changes.append(change)
     return changes
 
 
-def _model(was: Entry, now: Entry, peer_was: Entry | None, peer_now: Entry | None) -> Change | None:
+def _yardsticks(
+    key: tuple[str, ...], before: dict[tuple[str, ...], Entry], after: dict[tuple[str, ...], Entry]
+) -> tuple[Entry | None, Entry | None]:
+    """hf_sdpa on the same batches in both runs; in fp32 where it is emulated or absent."""
+    for precision in (key[4], "fp32"):
+        peer = (*key[:3], YARDSTICK, precision)
+        sides = before.get(peer), after.get(peer)
+        if all(side and len(side.seconds) >= LEAST_WINDOWS for side in sides):
+            return sides
+    return None, None
+
+
+def _model(
+    was: Entry, now: Entry, peer_was: Entry | None, peer_now: Entry | None, drift: float
+) -> Change | None:
     def change(ratio: Interval | None, verdict: str, note: str) -> Change:
         return Change(was.key, _ms(was), _ms(now), ratio, verdict, note)
 
@@ -89,7 +120,29 @@ def _model(was: Entry, now: Entry, peer_was: Entry | None, peer_now: Entry | Non
         note = f"relative to {YARDSTICK}"
     else:
         ratio, note = ratio_of_medians(was.seconds, now.seconds), "not normalised"
-    return change(ratio, judge(ratio, MODEL_MARGIN), note)
+    ratio = widened(ratio, drift)
+    return change(ratio, judge(ratio), note)
+
+
+def _drift(ratios: Sequence[float]) -> float:
+    """Half the 95 % interval of the logarithm of the ratios of code that did not change.
+
+    From the median deviation, as a few wild ones are not what every entry has to bear.
+    """
+    if len(ratios) < LEAST_UNCHANGED:
+        return 0.0
+    logs = np.log(ratios)
+    return float(1.96 * 1.4826 * np.median(np.abs(logs - np.median(logs))))
+
+
+def widened(ratio: Interval, *drifts: float) -> Interval:
+    """Both ends moved out: independent errors add as squares of their logarithms."""
+
+    def moved(end: float) -> float:
+        return math.hypot(math.log(end / ratio.value), *drifts)
+
+    low, high = (math.exp(moved(end)) for end in (ratio.low, ratio.high))
+    return Interval(ratio.value, ratio.value / low, ratio.value * high)
 
 
 def _ms(entry: Entry | None) -> float | None:
@@ -129,21 +182,29 @@ def _medians(
 def _ops(old: Run, new: Run) -> list[Change]:
     after = {e.key: e for e in new.ops}
     pairs = [(was, after.get(was.key)) for was in old.ops]
-    references = [
-        now.ms / was.ms
+    torches = [
+        (was.ms, now.ms / was.ms)
         for was, now in pairs
-        if was.kernel == "reference" and was.ms and now and now.ms
+        if was.kernel in TORCH and was.ms and now and now.ms
     ]
+    references = [ratio for _, ratio in torches]
+    # Short calls, which live in the caches, differ more from run to run than long ones.
+    drift = {
+        short: _drift([ratio for ms, ratio in torches if (ms < SHORT_MS) is short])
+        or _drift(references)
+        for short in (True, False)
+    }
     scale, note = 1.0, "not normalised"
-    if len(references) >= LEAST_REFERENCES:
+    if len(references) >= LEAST_UNCHANGED:
         scale, note = statistics.median(references), "relative to the reference kernels"
     changes = []
     for was, now in pairs:
         change = _without_times(was, now, was.ms, now.ms if now else None)
         if change is None and now is not None and was.ms and now.ms:
             value = now.ms / was.ms / scale
-            ratio = Interval(value, value, value)
-            change = Change(was.key, was.ms, now.ms, ratio, judge(ratio, OP_MARGIN), note)
+            spreads = (was.spread or 0.0, now.spread or 0.0, drift[was.ms < SHORT_MS])
+            ratio = widened(Interval(value, value, value), *spreads)
+            change = Change(was.key, was.ms, now.ms, ratio, judge(ratio), note)
         if change:
             changes.append(change)
     return changes
@@ -162,10 +223,34 @@ def _without_times(
     return None
 
 
-def judge(ratio: Interval, margin: float) -> str:
-    if ratio.low > 1 + margin:
+def judge(ratio: Interval) -> str:
+    if ratio.low > 1 + MARGIN:
         return REGRESSION
-    return IMPROVEMENT if ratio.high < 1 - margin else NOISE
+    return IMPROVEMENT if ratio.high < 1 - MARGIN else NOISE
+
+
+def agreement(old: Run, new: Run) -> list[tuple[tuple[str, ...], Interval, Interval, bool]]:
+    """Every ratio to bert_fast that both runs printed, and whether the intervals overlap."""
+    after = {(e.key, e.tokens, e.padded_tokens): e.ratio for e in new.models}
+    return [
+        (e.key, e.ratio, now, e.ratio.low <= now.high and now.low <= e.ratio.high)
+        for e in old.models
+        if e.ratio and (now := after.get((e.key, e.tokens, e.padded_tokens)))
+    ]
+
+
+def show_agreement(old: Run, new: Run, console: Console) -> None:
+    found = agreement(old, new)
+    for key, was, now, agrees in found:
+        if not agrees:
+            spans = (f"{i.value:.3f} [{i.low:.3f}, {i.high:.3f}]" for i in (was, now))
+            console.print(f"disagrees: {' '.join(key)}: {' and '.join(spans)}", markup=False)
+    if found:
+        share = sum(agrees for *_, agrees in found)
+        console.print(
+            f"printed ratios to bert_fast: {share} of {len(found)} agree within their intervals "
+            f"({share / len(found):.1%})"
+        )
 
 
 def differences(old: Run, new: Run) -> list[str]:
@@ -218,6 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"differs: {difference}", markup=False)
     changes = compare(old, new)
     show(changes, console)
+    show_agreement(old, new, console)
     return int(any(change.verdict == REGRESSION for change in changes))
 
 

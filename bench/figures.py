@@ -182,6 +182,8 @@ def rooflines(name: str, run: Run) -> str:
     columns = 3
     rows = math.ceil(len(ops) / columns)
     reach = [e.flop / e.bytes for e in entries]
+    top = max((rate for _, rate, _ in _matmuls(run)), default=1.0)
+    unit, scale = ("TFLOP/s", 1.0) if top >= 1 else ("GFLOP/s", 1e3)
     x = np.geomspace(min(reach) / 2, max(reach) * 2, 200)
 
     def draw(figure: Figure) -> None:
@@ -190,17 +192,17 @@ def rooflines(name: str, run: Run) -> str:
             axes.set_visible(False)
         for i, op in enumerate(ops):
             axes = grid.flat[i]
-            _roofs(axes, run, x)
+            _roofs(axes, run, x, scale)
             for e in (e for e in entries if e.op == op):
                 face = "white" if e.step != "forward" else color[e.kernel]
                 style = {"color": color[e.kernel], "mfc": face, "ms": 6, "ls": ""}
-                axes.plot(e.flop / e.bytes, e.tflop_per_s, marker[e.dtype], **style)
+                axes.plot(e.flop / e.bytes, (e.tflop_per_s or 0) * scale, marker[e.dtype], **style)
             axes.set(title=op, xscale="log", yscale="log", xlim=(x[0], x[-1]))
             if i + columns >= len(ops):
                 axes.tick_params(labelbottom=True)
                 axes.set_xlabel("flop / byte")
             if i % columns == 0:
-                axes.set_ylabel("TFLOP/s")
+                axes.set_ylabel(unit)
         _log_labels(grid[0][0].xaxis)
         _log_labels(grid[0][0].yaxis)
         hues = [_shape("o", tint, k) for k, tint in color.items()]
@@ -210,6 +212,14 @@ def rooflines(name: str, run: Run) -> str:
         _legend(figure, hues + shapes + steps + roofs)
 
     return svg(name, draw, 1.0 + 2.3 * rows)
+
+
+def ceiling(name: str, value: float) -> str:
+    """One of `Run.ceilings` in words."""
+    if name == "copy_gb_per_s":
+        return f"copy {value:,.1f} GB/s"
+    what = name.removesuffix("_tflop_per_s").replace("_", " ")
+    return f"{what} {value:,.1f} TFLOP/s" if value >= 1 else f"{what} {value * 1e3:,.0f} GFLOP/s"
 
 
 def _matmuls(run: Run) -> list[tuple[str, float, str]]:
@@ -222,12 +232,12 @@ def _matmuls(run: Run) -> list[tuple[str, float, str]]:
     return [(label, value, styles[i % 4]) for i, (label, value) in enumerate(found)]
 
 
-def _roofs(axes: Axes, run: Run, x: np.ndarray) -> None:
-    """min(bandwidth times intensity, matmul rate): a line a dtype."""
+def _roofs(axes: Axes, run: Run, x: np.ndarray, scale: float) -> None:
+    """min(bandwidth times intensity, matmul rate): a line a dtype. scale: of TFLOP/s."""
     slope = run.ceilings.get("copy_gb_per_s", math.inf) * x / 1e3
     for _, roof, style in _matmuls(run) or [("", math.inf, "-")]:
         if np.isfinite(line := np.minimum(slope, roof)).all():
-            axes.plot(x, line, style, color="#444444", lw=1)
+            axes.plot(x, line * scale, style, color="#444444", lw=1)
 
 
 def scaling(name: str, run: Run) -> str:
@@ -243,7 +253,9 @@ def scaling(name: str, run: Run) -> str:
                 label += f": {s.axis}^{s.exponents[contender]:.2f}"
             seconds = s.seconds[contender]
             axes.plot(s.x, seconds, "o-", ms=4, color=color[contender], label=label)
-        axes.set(title=f"{s.model} {s.precision}", xlabel=s.axis, ylabel="seconds")
+        axes.set(
+            title=f"{s.model} {s.precision}, against {s.axis}", xlabel=s.axis, ylabel="seconds"
+        )
         axes.set(xscale="log", yscale="log")
         axes.set_xticks(s.x, [f"{x:g}" for x in s.x], minor=False)
         axes.xaxis.set_minor_formatter(lambda *_: "")

@@ -6,13 +6,14 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bert_fast.ops.products import has_native
 from bert_fast.ops.registry import Op
 
 
@@ -23,7 +24,7 @@ def short(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Clock:
-    """Times calls on a device; `quick` runs each only a few times, to exercise the code."""
+    """Times calls on a device; `quick` gives each a quarter of the time."""
 
     device: torch.device
     quick: bool
@@ -39,9 +40,27 @@ class Clock:
 
             rep = 5 if self.quick else 40
             return float(do_bench(run, warmup=rep // 4, rep=rep, return_mode="median"))
-        first = self.once_ms(run)
-        count = 3 if self.quick else max(3, min(30, int(200 / max(first, 1e-3))))
-        return statistics.median(self.once_ms(run) for _ in range(count))
+        return statistics.median(self.times_ms({"": run})[""])
+
+    def times_ms(self, runs: Mapping[str, Callable[[], Any]]) -> dict[str, list[float]]:
+        """Times of single calls; on a CPU in turns, as what disturbs one disturbs its neighbours.
+
+        Each takes its turn until it had its share of time, three times at least, 50 at most.
+        """
+        if self.device.type == "cuda":
+            return {name: [self.median_ms(run)] for name, run in runs.items()}
+        share = 60.0 if self.quick else 250.0  # ms
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for run in runs.values():
+            run()
+        waiting = dict(runs)
+        while waiting:
+            for name, run in list(waiting.items()):
+                found = times[name]
+                found.append(self.once_ms(run))
+                if len(found) == 50 or (len(found) >= 3 and sum(found) > share):
+                    del waiting[name]
+        return times
 
     def once_ms(self, run: Callable[[], Any], calls: int = 1) -> float:
         """The mean time of `calls` calls in a row, from idle to idle."""
@@ -53,17 +72,19 @@ class Clock:
         return (time.perf_counter() - start) * 1e3 / calls
 
     def ceilings(self, dtypes: Iterable[torch.dtype]) -> dict[str, float]:
-        """This machine's copy bandwidth (reads and writes counted) and matmul rate by dtype."""
+        """This machine's copy bandwidth (reads and writes counted) and matmul rate by dtype.
+
+        A dtype that the CPU has no instructions for is computed in fp32, whose rate is its ceiling.
+        """
         on_gpu = self.device.type == "cuda"
         elements, size = (1 << 30, 8192) if on_gpu else (1 << 27, 1536)
-        if self.quick:
-            elements, size = 1 << 22, 512
         source = torch.randint(-128, 127, (elements,), dtype=torch.int8, device=self.device)
         target = torch.empty_like(source)
         copy = self.median_ms(lambda: target.copy_(source))
         found = {"copy_gb_per_s": 2 * elements / copy / 1e6}
         for dtype in dtypes:
-            a, b = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
+            inside = dtype if on_gpu or has_native(dtype) else torch.float32
+            a, b = (torch.randn(size, size, device=self.device).to(inside) for _ in range(2))
             product = self.median_ms(functools.partial(torch.matmul, a, b))
             found[f"matmul_{short(dtype)}_tflop_per_s"] = 2 * size**3 / product / 1e9
         return found
@@ -119,6 +140,14 @@ class Yardstick:
     @property
     def wanted(self) -> tuple[str, ...]:
         return self.op.differentiable if self.backward else ()
+
+    def step(self, run: Callable[..., Tensor]) -> Callable[[], Any]:
+        """What is timed: the call, with the gradients of its output where there is a backward."""
+        if not self.backward:
+            return lambda: run(*self.args)
+        leaves = self.leaves(self.args)
+        inputs = [a for a in leaves if isinstance(a, Tensor) and a.requires_grad]
+        return lambda: torch.autograd.grad(run(*leaves), inputs, self.dy)
 
     def check(self, run: Callable[..., Tensor]) -> list[Errors]:
         """Errors of the output and of every gradient of `run`."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +19,17 @@ from . import assets, workloads
 from .noise import Probe, interleaved, ratio
 from .peers import PEERS, Peer
 from .results import Entry, Run
+from .standings import OURS
 
 # Relative L2 to fp64 over the real tokens above which an answer is wrong, not merely rounded.
 WRONG = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2, "int8": 0.6}
 CHECKED = 4  # texts of a batch that are compared with fp64
-ROUNDS = 9
-# Seconds of a pass over all batches beyond which a contender is named instead of timed: three
+ROUNDS = 25
+# Seconds of a pass over all batches beyond which a contender is named instead of timed: a few
 # rounds of one emulated dtype would take minutes of everybody's time.
-LONGEST_PASS = 20.0
+LONGEST_PASS = 5.5
+TELLING = 128  # tokens of a batch whose time grows with tokens, and foretells larger ones
+SLOW = 5.0  # times bert_fast's pass: so much is seen in a few rounds
 LARGE = ("single16", "single128", "full128", "full512", "sentence", "squad")
 
 Call = Callable[[Mapping[str, Tensor]], Tensor]
@@ -33,17 +38,19 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run: each workload takes about `seconds`, and at least three rounds.
+    """What to run: the rounds of a workload take about `seconds`, or five rounds if that is more.
 
     workloads: of every model; empty: all of a small model, those of LARGE of a larger one.
+    batches: a pass; flop: of a padded pass at most: batches get fewer texts until they fit.
     """
 
     models: tuple[str, ...] = ("minilm-l6", "bert-base")
     workloads: tuple[str, ...] = ()
     contenders: tuple[str, ...] = ()  # empty: all that are here
     precisions: tuple[str, ...] = ("fp32", "bf16", "int8")
-    batches: int = 3
-    seconds: float = 40.0
+    batches: int = 2
+    flop: float = 0.2e12
+    seconds: float = 20.0
 
     def peers(self) -> list[Peer]:
         return [
@@ -63,8 +70,8 @@ QUICK = Plan(
     models=("minilm-l6",),
     workloads=("single16", "full128", "sentence", "squad"),
     contenders=("bert_fast", "hf_sdpa"),
-    batches=2,
-    seconds=12.0,
+    flop=0.1e12,
+    seconds=10.0,
 )
 
 
@@ -77,16 +84,18 @@ def bench_models(
         model = load(shape).to(device)
         folder = Path(__file__).resolve().parents[1] / ".cache" / "bench" / name
         folder.mkdir(parents=True, exist_ok=True)
-        for workload in workloads_of(plan, shape):
+        contenders = Contenders(model, folder, plan.peers())
+        for named in workloads_of(plan, shape):
+            workload = workloads.fitted(named, shape, plan.batches, plan.flop)
             for order in workload.orders:
                 texts = workloads.lengths(workload, plan.batches, order)
                 batches = [
                     {k: v.to(device) for k, v in workloads.padded(shape, batch, i).items()}
                     for i, batch in enumerate(texts)
                 ]
-                entries = _cell(run, plan, shape, model, folder, batches, probe)
+                entries = _cell(run, plan, contenders, batches, probe)
                 for entry in entries:
-                    entry.workload, entry.order = workload.name, order
+                    entry.model, entry.workload, entry.order = name, workload.name, order
                     entry.texts = sum(map(len, texts))
                     entry.flop = sum(workloads.flop(shape, batch) for batch in texts)
                     _rates(entry)
@@ -116,20 +125,40 @@ def load(shape: workloads.Model) -> nn.Module:
     return BertModel(config).eval()
 
 
+@dataclass
+class Contenders:
+    """The peers of one model, and what is known of them from the workloads so far.
+
+    kept: the built ones that are used again, with the MB of each.
+    pace: seconds for a padded token, of batches large enough to tell.
+    """
+
+    model: nn.Module
+    folder: Path
+    peers: Sequence[Peer]
+    kept: dict[Peer, tuple[Call, float]] = field(default_factory=dict)
+    pace: dict[Peer, float] = field(default_factory=dict)
+
+    def build(self, peer: Peer, batches: Sequence[Batch]) -> tuple[Call, float]:
+        """The contender, and the MB that it holds."""
+        if peer in self.kept:
+            return self.kept[peer]
+        before = _reset_peak()
+        call = peer.build(self.model, self.folder, batches)
+        made = call, _held() - before
+        if peer.lasting:
+            self.kept[peer] = made
+        return made
+
+
 def _cell(
-    run: Run,
-    plan: Plan,
-    shape: workloads.Model,
-    model: nn.Module,
-    folder: Path,
-    batches: Sequence[Batch],
-    probe: Probe,
+    run: Run, plan: Plan, contenders: Contenders, batches: Sequence[Batch], probe: Probe
 ) -> list[Entry]:
     """Every contender on the same batches."""
-    exact = _truth(model, batches[0])
+    exact = _truth(contenders.model, batches[0])
     entries, ready = [], {}
-    for peer in plan.peers():
-        entry = Entry(shape.name, "", "", peer.name, peer.precision)
+    for peer in contenders.peers:
+        entry = Entry("", "", "", peer.name, peer.precision)
         entry.tokens = sum(workloads.real_tokens(b) for b in batches)
         entry.padded_tokens = sum(b["input_ids"].numel() for b in batches)
         entries.append(entry)
@@ -138,43 +167,53 @@ def _cell(
             run.missing[f"{peer.name} {peer.precision}"] = entry.failed = why
             continue
         try:
-            call = _prepared(entry, peer, model, folder, batches, exact)
+            made = _prepared(entry, peer, contenders, batches, exact)
         except Exception as error:  # a peer's failure is its own
             entry.failed = f"{type(error).__name__}: {error}"[:300]
             continue
-        if call is not None:
-            ready[f"{peer.name} {peer.precision}"] = (entry, _all(call, batches))
-    times = interleaved({n: r for n, (_, r) in ready.items()}, probe, ROUNDS, plan.seconds)
-    for name, (entry, _) in ready.items():
-        entry.seconds = times[name]
-    for entry, _ in ready.values():
-        ours = times.get(f"bert_fast {entry.precision}")
-        if ours and entry.contender != "bert_fast":
-            entry.ratio = ratio(entry.seconds, ours, probe.spread)
+        if made:
+            ready[peer.name, peer.precision] = entry, _all(made[0], batches), made[1]
+    slow = [
+        key
+        for key, (_, _, a_pass) in ready.items()
+        if (ours := ready.get((OURS, key[1]))) and a_pass > SLOW * ours[2]
+    ]
+    runs = {key: run for key, (_, run, _) in ready.items()}
+    times = interleaved(runs, probe, ROUNDS, plan.seconds, slow)
+    for key, (entry, _, _) in ready.items():
+        entry.seconds, ours_s = times[key], times.get((OURS, key[1]))
+        if ours_s and entry.contender != OURS:
+            entry.ratio = ratio(entry.seconds, ours_s, probe.spread)
     return entries
 
 
 def _prepared(
-    entry: Entry,
-    peer: Peer,
-    model: nn.Module,
-    folder: Path,
-    batches: Sequence[Batch],
-    exact: Tensor,
-) -> Call | None:
-    """Builds a contender, measures its first call and memory, and checks its values."""
+    entry: Entry, peer: Peer, contenders: Contenders, batches: Sequence[Batch], exact: Tensor
+) -> tuple[Call, float] | None:
+    """Builds a contender, measures its first call and memory, and checks its values.
+
+    Returns the call and the seconds of a pass, None where it is not to be timed.
+    """
+    expected = contenders.pace.get(peer, 0.0) * entry.padded_tokens
+    if expected > LONGEST_PASS and entry.contender != OURS:
+        entry.failed = f"too slow to repeat: about {expected:.0f} s a pass"
+        return None
+    call, held = contenders.build(peer, batches)
     before = _reset_peak()
-    call = peer.build(model, folder, batches)
     start = time.perf_counter()
     found = call(batches[0])
     entry.first_call_s = time.perf_counter() - start
     start = time.perf_counter()
     call(batches[0])
-    a_pass = (time.perf_counter() - start) * len(batches)
+    numel = batches[0]["input_ids"].numel()
+    pace = (time.perf_counter() - start) / numel
+    if numel >= TELLING:
+        contenders.pace[peer] = pace
+    a_pass = pace * entry.padded_tokens
     too_slow = a_pass > LONGEST_PASS
     for batch in batches[1:] if not too_slow else ():
         call(batch)
-    entry.peak_mb = _peak() - before
+    entry.peak_mb = held + _peak() - before
     kept = batches[0]["attention_mask"][:CHECKED].bool()
     found = found[:CHECKED].to(exact.device).double()
     difference = (found - exact)[kept].square().sum().sqrt()
@@ -183,10 +222,10 @@ def _prepared(
     if not entry.relative_l2 <= WRONG[entry.precision]:  # NaN is wrong too
         entry.failed = f"wrong: relative L2 to fp64 is {entry.relative_l2:.1e}"
         return None
-    if too_slow and entry.contender != "bert_fast":
+    if too_slow and entry.contender != OURS:
         entry.failed = f"too slow to repeat: {a_pass:.0f} s a pass"
         return None
-    return call
+    return call, a_pass
 
 
 @torch.inference_mode()
@@ -222,14 +261,23 @@ def _rates(entry: Entry) -> None:
 
 
 def _reset_peak() -> float:
-    """MB resident now; the peak of Linux's accounting starts anew."""
+    """MB held now; the peak is counted anew."""
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 2**20
+        return _held()
     try:
+        # What earlier contenders freed would hide what this one takes: back to the system with it.
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
+    except (OSError, AttributeError):  # not Linux, or not with glibc
         return float("nan")
+    return _held()
+
+
+def _held() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / 2**20
     return _status("VmRSS")
 
 

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from .results import Interval, Noise
 
+Name = TypeVar("Name", bound=Hashable)
+Found = TypeVar("Found")
 DISTURBED = 1.25  # a probe this much slower than the median so far marks its round
+FOREIGN = 0.05  # of the processors' time, taken by others: so much disturbs a round
+TICKS = 0.03  # seconds: what the kernel's clock ticks may be off by
 DRAWS = 2_000
+# Rounds at least: from the least to the largest of fewer is no 95 % interval of their median.
+LEAST = 5
+FEW = 3  # rounds of a contender that is so much slower that no more are needed to see it
 
 
 class Probe:
@@ -24,7 +34,7 @@ class Probe:
         self.b = torch.randn(1 << 20, generator=generator).to(device)
         self.device = device
         self.times: list[float] = []
-        self.kept = self.dropped = 0
+        self.kept = self.dropped = self.forced = 0
         for _ in range(12):
             self()
 
@@ -53,31 +63,82 @@ class Probe:
         return float((high - low) / 2 / middle)
 
     def summary(self) -> Noise:
-        return Noise(statistics.median(self.times), self.spread, self.kept, self.dropped)
+        middle = statistics.median(self.times)
+        return Noise(middle, self.spread, self.kept, self.dropped, self.forced)
+
+
+class Others:
+    """Processor time that other processes, or the host of a virtual machine, took since `start`.
+
+    A probe of a millisecond fits between two turns of another process and sees nothing; a pass of
+    a second does not. Linux only; elsewhere nobody is seen.
+    """
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        self.taken, self.at = self._taken(), time.perf_counter()
+
+    def disturbed(self) -> bool:
+        wall = time.perf_counter() - self.at
+        return self._taken() - self.taken > FOREIGN * wall * (os.cpu_count() or 1) + TICKS
+
+    @staticmethod
+    def _taken() -> float:
+        try:
+            fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+            user, nice, system, _, _, irq, softirq, steal = map(int, fields)
+        except (OSError, ValueError):
+            return 0.0
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return busy - time.process_time()
+
+
+def undisturbed(measure: Callable[[], Found], tries: int = 3) -> Found:
+    """What `measure` finds while nobody else computes; after `tries`, what it found last."""
+    others = Others()
+    for _ in range(tries):
+        others.start()
+        found = measure()
+        if not others.disturbed():
+            break
+    return found
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], object]], probe: Probe, rounds: int, seconds: float
-) -> dict[str, list[float]]:
+    runs: Mapping[Name, Callable[[], object]],
+    probe: Probe,
+    rounds: int,
+    seconds: float,
+    slow: Collection[Name] = (),
+) -> dict[Name, list[float]]:
     """Seconds of each contender in each kept round, taking turns; who begins changes.
 
-    rounds: at most; after three the time budget `seconds` ends it too. A disturbed round is
-        dropped and repeated, up to as many again.
+    rounds: at most; after LEAST the time budget `seconds` ends it too. A disturbed round is
+        dropped and repeated, up to as many again and for twice the time; then disturbed ones are
+        kept and counted, up to LEAST.
+    slow: contenders that leave after FEW rounds; their times belong to the first ones.
     """
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    order, start, kept, tried = list(runs), time.perf_counter(), 0, 0
+    times: dict[Name, list[float]] = {name: [] for name in runs}
+    start, kept, tried, others = time.perf_counter(), 0, 0, Others()
+    least = min(LEAST, rounds)
     while kept < rounds and tried < 2 * rounds:
-        if kept >= 3 and time.perf_counter() - start > seconds:
+        if kept >= least and time.perf_counter() - start > seconds:
             break
+        order = [name for name in runs if kept < FEW or name not in slow]
         quiet, found = probe.quiet(), {}
+        others.start()
         for name in order[tried % len(order) :] + order[: tried % len(order)]:
             begin = time.perf_counter()
             runs[name]()
             found[name] = time.perf_counter() - begin
         tried += 1
-        last_chance = tried >= 2 * rounds - 3 and kept < 3
-        if (quiet and probe.quiet()) or last_chance:
+        quiet = not others.disturbed() and quiet and probe.quiet()
+        late = tried >= 2 * rounds - least or time.perf_counter() - start > 2 * seconds
+        if quiet or (late and kept < least):
             kept += 1
+            probe.forced += not quiet
             for name, taken in found.items():
                 times[name].append(taken)
     probe.kept += kept
@@ -86,12 +147,21 @@ def interleaved(
 
 
 def ratio(theirs: Sequence[float], ours: Sequence[float], floor: float) -> Interval:
-    """The median ratio of paired times with its 95 % bootstrap interval.
+    """The median ratio of times paired by round, with its 95 % bootstrap interval.
 
     floor: relative, added to both ends: what the machine varies by between rounds, which a few
         paired rounds cannot show.
     """
-    ratios = np.asarray(theirs) / np.asarray(ours)
+    both = min(len(theirs), len(ours))  # a slow one left after the first rounds
+    ratios = np.asarray(theirs[:both]) / np.asarray(ours[:both])
     draws = np.random.default_rng(0).choice(ratios, (DRAWS, len(ratios)))
     low, high = np.percentile(np.median(draws, 1), (2.5, 97.5))
     return Interval(float(np.median(ratios)), float(low) * (1 - floor), float(high) * (1 + floor))
+
+
+def spread_of_median(samples: Sequence[float]) -> float:
+    """Half the 95 % interval of the samples' median, relative to it, from their order alone."""
+    ranked, reach = sorted(samples), 0.98 * len(samples) ** 0.5
+    low = max(0, int(len(ranked) / 2 - reach))
+    high = min(len(ranked) - 1, int(len(ranked) / 2 + reach))
+    return (ranked[high] - ranked[low]) / 2 / statistics.median(ranked)

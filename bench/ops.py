@@ -6,8 +6,10 @@ compiled. A rate is put beside the ceiling that was measured in the same run.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from bert_fast.ops.registry import Op
 
 from .cases import Case
 from .measure import Clock, Yardstick, short
+from .noise import spread_of_median, undisturbed
 from .results import OpEntry, Run
 
 COMPILED = "torch.compile"
@@ -50,6 +53,7 @@ def bench_op(
             # Those two loop over sequences in the reference: a graph for every batch.
             torch._dynamo.reset()
             ready[COMPILED] = torch.compile(op.reference, dynamic=False)
+        timed = {}
         for name, call in ready.items():
             entry = OpEntry(op.name, case.name, short(dtype), name, step, flop, moved)
             entries.append(entry)
@@ -57,30 +61,30 @@ def bench_op(
                 entry.failed = "; ".join(call)
                 continue
             try:
-                _time(entry, yardstick, call, clock)
+                _check(entry, yardstick, call)
             except Exception as error:
                 entry.failed = f"{type(error).__name__}: {error}"[:300]
             if entry.failed:
-                run.failed.append(f"op {op.name} {case.name} {name}")
-            if entry.ms is not None and step == "forward":
-                _rates(run, entry)
+                run.failed.append(f"op {op.name} {case.name} {name}: {entry.failed}")
+            else:
+                timed[name] = yardstick.step(call)
+        with torch.inference_mode(step == "forward"):
+            times = undisturbed(partial(clock.times_ms, timed))
+        for entry in entries:
+            if entry.step == step and entry.kernel in times:
+                entry.ms = statistics.median(times[entry.kernel])
+                entry.spread = spread_of_median(times[entry.kernel])
+                if step == "forward":
+                    _rates(run, entry)
     return entries
 
 
-def _time(entry: OpEntry, yardstick: Yardstick, call: Runner, clock: Clock) -> None:
+def _check(entry: OpEntry, yardstick: Yardstick, call: Runner) -> None:
     errors = yardstick.check(call)
     entry.error, entry.budget = errors[0].error, errors[0].budget
     # The compiled reference is a peer, not ours: its rounding is its own.
     if not all(e.holds for e in errors) and entry.kernel != COMPILED:
         entry.failed = f"wrong: error {entry.error:.2e} over budget {entry.budget:.2e}"
-        return
-    if not yardstick.backward:
-        with torch.inference_mode():
-            entry.ms = clock.median_ms(lambda: call(*yardstick.args))
-        return
-    leaves = yardstick.leaves(yardstick.args)
-    inputs = [a for a in leaves if isinstance(a, Tensor) and a.requires_grad]
-    entry.ms = clock.median_ms(lambda: torch.autograd.grad(call(*leaves), inputs, yardstick.dy))
 
 
 def _rates(run: Run, entry: OpEntry) -> None:

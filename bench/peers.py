@@ -22,6 +22,16 @@ from . import peers_exported as exported
 from . import peers_torch as inside
 from .peers_torch import Batch, Forward
 
+ABOUT = {
+    "bert_fast": "this package: Hugging Face's model after bert_fast.accelerate",
+    "hf_eager": "Hugging Face transformers, attention written out in PyTorch",
+    "hf_sdpa": "Hugging Face transformers as it comes, on PyTorch's fused attention",
+    "torch_compile": "hf_sdpa compiled by torch.compile, with its weights frozen",
+    "onnxruntime": "ONNX Runtime on the exported graph, after its own BERT fusions",
+    "openvino": "Intel OpenVINO, shapes left open",
+    "openvino_static": "Intel OpenVINO, compiled for the largest batch; smaller ones are padded",
+    "ctranslate2": "CTranslate2, which drops padding too",
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -36,12 +46,15 @@ class Peer:
         what is exported of that model. `batches` are those to come: a static shape is the largest
         of them, and int8 weights and activations are calibrated on them when first exported.
         Raises RuntimeError where the library would run in another precision.
+    lasting: built once for all workloads of a model, as that takes longer than timing it. The
+        others are built anew, so that memory they never give back is counted where it is taken.
     """
 
     name: str
     precision: str
     missing: Callable[[], str | None]
     build: Callable[[nn.Module, Path, Sequence[Batch]], Forward]
+    lasting: bool = False
 
 
 def packages_missing(*names: str) -> str | None:
@@ -84,7 +97,7 @@ def _torch_compile(precision: str) -> Peer:
     def build(model: nn.Module, folder: Path, batches: Sequence[Batch]) -> Forward:
         return inside.build_compiled(model, batches, DTYPES[precision])
 
-    return Peer("torch_compile", precision, compiler_missing, build)
+    return Peer("torch_compile", precision, compiler_missing, build, lasting=True)
 
 
 def _onnxruntime(precision: str) -> Peer:

@@ -11,15 +11,15 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from html import escape
+from itertools import starmap
 from pathlib import Path
 
 from . import figures
-from .results import ROOT, Entry, Interval, OpEntry, Run, load
-from .standings import KINDS, OURS, Standing, cell, fill, ordered, standings, summary
-
-README = ROOT / "README.md"
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-NONE = "–"  # noqa: RUF001
+from .peers import ABOUT
+from .readme import NONE, interval, number, relative, write_readme
+from .results import RESULTS, Entry, OpEntry, Run, load
+from .standings import KINDS, OURS, cell, fill, standings, summary
+from .workloads import WORKLOADS
 
 CSS = """
 :root { color-scheme: light }
@@ -77,7 +77,8 @@ def _facts(run: Run) -> str:
     if run.noise:
         n = run.noise
         noise = (
-            f"{n.kept} windows kept, {n.dropped} dropped because the machine was disturbed; "
+            f"{n.kept} windows kept, {n.dropped} dropped because the machine was disturbed"
+            f"{f', {n.forced} kept though it was' if n.forced else ''}; "
             f"a probe took {n.probe_ms:.3g} ms, give or take {n.probe_spread:.1%}"
         )
     facts = {
@@ -87,7 +88,7 @@ def _facts(run: Run) -> str:
         "device": f"{run.device}; torch runs {run.threads} threads",
         "machine": "; ".join(f"{k}: {v}" for k, v in run.machine.items()),
         "versions": ", ".join(f"{k} {v}" for k, v in run.versions.items()),
-        "ceilings": ", ".join(f"{k} {v:,.4g}" for k, v in run.ceilings.items()),
+        "ceilings": ", ".join(starmap(figures.ceiling, run.ceilings.items())),
         "noise": noise,
         "tests": ", ".join(f"{k}: {v}" for k, v in (run.tests or {}).items()),
     }
@@ -95,7 +96,26 @@ def _facts(run: Run) -> str:
     return f"<h2>The run</h2><dl>{''.join(rows)}</dl>"
 
 
+def _names(run: Run) -> str:
+    """What the workloads and contenders of the run are."""
+    places = {}
+    for e in run.models:
+        if e.texts and e.order == "arrival":
+            places[e.workload, e.model] = e
+    rows = [
+        (e.workload, e.model, WORKLOADS[e.workload].about if e.workload in WORKLOADS else NONE,
+         f"{e.texts}", number(e.tokens / e.texts, ".0f"), number(fill(e), ".0%"))
+        for e in places.values()
+    ]  # fmt: skip
+    texts = _table(("workload", "model", "what", "#texts a pass", "#mean tokens a text",
+                    "#real tokens among the padded, as texts arrive"), rows)  # fmt: skip
+    contenders = dict.fromkeys(e.contender for e in run.models)
+    peers = _table(("contender", "what"), [(c, ABOUT.get(c, NONE)) for c in contenders])
+    return f"{texts}{peers}"
+
+
 def _model_sections(run: Run) -> Iterable[Section]:
+    yield "names", "What was run", _names(run) if run.models else ""
     found, tables = [], []
     classes = dict.fromkeys((e.model, e.precision) for e in run.models if e.median_s)
     for i, (model, precision) in enumerate(classes):
@@ -113,7 +133,8 @@ def _model_sections(run: Run) -> Iterable[Section]:
     yield "standings", "bert_fast and the fastest peer", _standings(run) if run.models else ""
     svg = figures.scaling("scaling", run) if run.scaling else ""
     yield "scaling", "Scaling", svg and _figure(svg, SCALING)
-    yield "models", "All models", "".join(tables)
+    head = f"<p>{escape(MODELS)}</p>" if tables else ""
+    yield "models", "All models", head + "".join(tables)
 
 
 BARS = (
@@ -125,10 +146,31 @@ SPEEDUPS = (
     "that is real tokens. Above the line bert_fast is faster than the fastest peer of its "
     "precision."
 )
-SCALING = "Exponents are fitted on the upper half of the points: 1 is linear, 2 quadratic."
+SCALING = (
+    "Seconds of one batch. Left: more and more tokens, in texts of 64 (or fewer). Middle: always "
+    "the same number of tokens, in fewer but longer texts, so that only attention has more to do. "
+    "Right: 1,024 tokens on more threads. Exponents are fitted on the upper half of the points: "
+    "1 is linear, 0 a constant, -1 a perfect gain from threads."
+)
+MODELS = (
+    "Tokens are real ones, without padding. Median and p95 are of a pass over all batches of the "
+    "workload; windows is how many passes were kept. Ratio: this contender's time over "
+    "bert_fast's, with its 95 % interval. Fill: the share of real tokens in the padded batches. "
+    "First call: of the workload, with what is compiled or packed then. Peak MB: what building and "
+    "running the contender added to the process at most. Relative L2 and cosine compare its output "
+    "with transformers in fp64: 0 and 1 are exact."
+)
 ROOFS = (
-    "Achieved rate against arithmetic intensity, both on logarithmic axes. The roofs are the "
-    "bandwidth of a copy and the rate of a large matmul, measured in the same run."
+    "A mark is a kernel at one shape: its rate against FLOPs per byte it has to move, both axes "
+    "logarithmic. The line is what this machine can do at most: the bandwidth of a copy, then the "
+    "rate of a large matmul, both measured in the same run; what fits in the cache may exceed it. "
+    "“reference” is plain PyTorch; the others are bert_fast's kernels for the same op."
+)
+OPS = (
+    "T is the number of packed tokens. An op is timed after its result was compared with fp64: "
+    "error is the largest difference, allowed is twice that of plain PyTorch (the reference) plus "
+    "one rounding step. Share of its roof: of the rate that memory or arithmetic allows here; what "
+    "fits in the cache may exceed it. ± is half the 95 % interval of the median."
 )
 
 
@@ -142,9 +184,9 @@ def _standings(run: Run) -> str:
     for s in standings(run):
         peer = s.peer
         rows.append((
-            *cell(s.ours), s.ours.precision, KINDS[s.kind], _number(s.ours.tokens_per_s, ",.0f"),
-            peer.contender if peer else NONE, _number(peer.tokens_per_s if peer else None, ",.0f"),
-            _interval(peer.ratio if peer else None), _verdict(s.verdict),
+            *cell(s.ours), s.ours.precision, KINDS[s.kind], number(s.ours.tokens_per_s, ",.0f"),
+            peer.contender if peer else NONE, number(peer.tokens_per_s if peer else None, ",.0f"),
+            interval(peer.ratio if peer else None), _verdict(s.verdict),
         ))  # fmt: skip
     columns = ("model", "workload", "order", "precision", "kind", "#bert_fast tokens/s",
                "fastest peer", "#its tokens/s", "#ratio", "bert_fast is")  # fmt: skip
@@ -163,10 +205,10 @@ MODEL_COLUMNS = ("workload", "order", "contender", "#tokens/s", "#median ms", "#
 
 def _model_row(e: Entry) -> tuple[str, ...]:
     return (
-        e.workload, e.order, e.contender, _number(e.tokens_per_s, ",.0f"),
-        _number(e.median_s, ",.2f", 1e3), _number(e.p95_s, ",.2f", 1e3), _interval(e.ratio),
-        _number(e.tflop_per_s, ".3f"), _number(fill(e), ".2f"), _number(e.first_call_s, ".2f"),
-        _number(e.peak_mb, ",.0f"), _number(e.relative_l2, ".1e"), _number(e.cosine, ".6f"),
+        e.workload, e.order, e.contender, number(e.tokens_per_s, ",.0f"),
+        number(e.median_s, ",.2f", 1e3), number(e.p95_s, ",.2f", 1e3), interval(e.ratio),
+        number(e.tflop_per_s, ".3f"), number(fill(e), ".2f"), number(e.first_call_s, ".2f"),
+        number(e.peak_mb, ",.0f"), number(e.relative_l2, ".1e"), number(e.cosine, ".6f"),
         f"{e.texts}", f"{len(e.seconds)}",
     )  # fmt: skip
 
@@ -190,7 +232,7 @@ def _op_sections(run: Run) -> Iterable[Section]:
         f"PyTorch: {'; '.join(slower) or 'nowhere'}."
     )
     rows = (_op_row(e, reference.get(_place(e))) for e in timed)
-    table = f"<p>{escape(said)}</p>{_table(OP_COLUMNS, rows)}" if timed else ""
+    table = f"<p>{escape(OPS)}</p><p>{escape(said)}</p>{_table(OP_COLUMNS, rows)}" if timed else ""
     yield "ops", "All ops", table
 
 
@@ -198,32 +240,40 @@ def _place(e: OpEntry) -> tuple[str, ...]:
     return e.op, e.case, e.dtype, e.step
 
 
-OP_COLUMNS = ("op", "case", "dtype", "step", "kernel", "#ms", "#reference ms / ms", "#TFLOP/s",
-              "#GB/s", "#share of its roof", "#error", "#allowed")  # fmt: skip
+OP_COLUMNS = ("op", "case", "dtype", "step", "kernel", "#ms", "#±", "#reference ms / ms",
+              "#TFLOP/s", "#GB/s", "#share of its roof", "#error", "#allowed")  # fmt: skip
 
 
 def _op_row(e: OpEntry, reference: float | None) -> tuple[str, ...]:
     gain = reference / e.ms if reference and e.ms else None
     return (
-        e.op, e.case, e.dtype, e.step, e.kernel, _number(e.ms, ",.4g"), _number(gain, ".2f"),
-        _number(e.tflop_per_s, ".3g"), _number(e.gb_per_s, ".3g"), _number(e.share, ".0%"),
-        _number(e.error, ".1e"), _number(e.budget, ".1e"),
+        e.op, e.case, e.dtype, e.step, e.kernel, number(e.ms, ",.4g"),
+        number(e.spread, ".1%"), number(gain, ".2f"), number(e.tflop_per_s, ".3g"),
+        number(e.gb_per_s, ".3g"), number(e.share, ".0%"), number(e.error, ".1e"),
+        number(e.budget, ".1e"),
     )  # fmt: skip
 
 
 def _not_measured(run: Run) -> Section:
-    """Peers that are not here, and each failure with the places that it is from."""
-    rows: dict[tuple[str, str], list[str]] = {(name, why): [] for name, why in run.missing.items()}
+    """What failed, then what cannot run here, each with the places that it is from."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    wrong = [op for op in run.ops if not op.ms and (op.failed or "").startswith("wrong")]
+    for op in wrong:
+        why = (f"{op.op} {op.kernel} {op.dtype}", op.failed or "")
+        rows.setdefault(why, []).append(f"{op.case} {op.step}")
     for e in run.models:
-        if not e.median_s:
+        if not e.median_s and f"{e.contender} {e.precision}" not in run.missing:
             why = (f"{e.contender} {e.precision}", e.failed or "no times")
             rows.setdefault(why, []).append(" ".join(cell(e)))
+    for told in run.failed:
+        rows.setdefault((told, "failed"), [])
+    for name, reason in run.missing.items():
+        rows.setdefault((name, reason), [])
     for op in run.ops:
-        if not op.ms:
-            why = (f"{op.op} {op.kernel} {op.dtype}", op.failed or "no time")
-            rows.setdefault(why, []).append(f"{op.case} {op.step}")
-    for name in run.failed:
-        rows.setdefault((name, "failed"), [])
+        if not op.ms and op not in wrong:
+            places = rows.setdefault((f"{op.kernel} kernels", op.failed or "no time"), [])
+            if op.op not in places:
+                places.append(op.op)
     cells = ((name, why, "; ".join(places) or NONE) for (name, why), places in rows.items())
     table = _table(("what", "why", "where"), cells) if rows else "<p>Nothing.</p>"
     return "failures", "Missing and failed", table
@@ -246,71 +296,6 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     )
 
 
-def _number(value: float | None, form: str, scale: float = 1.0) -> str:
-    return NONE if value is None or math.isnan(value) else format(value * scale, form)
-
-
-def _interval(ratio: Interval | None) -> str:
-    return f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]" if ratio else NONE
-
-
-def readme_table(run: Run, path: Path) -> str:
-    """Markdown: for each model a row a workload and order, with the columns of each precision.
-
-    path: the run's file, named in the text.
-    """
-    found = standings(run)
-    said = [
-        f"From `{_relative(path)}`, made by `{run.command}` on {run.device}, with {run.threads} "
-        f"threads, at commit {(run.commit or 'unknown')[:10]}"
-        f"{' (modified)' if run.modified else ''}. "
-        "Each is compared with the fastest peer of the same precision; the ratio is the peer's "
-        "time over bert_fast's, with its 95 % interval."
-    ]
-    kinds = ordered(s.ours.precision for s in found)
-    for model in dict.fromkeys(s.ours.model for s in found):
-        head = [f"| {model} |"]
-        head += [
-            f" {kind} tokens/s | fastest {kind} peer | ratio | bert_fast is |" for kind in kinds
-        ]
-        said += ["", "".join(head), "| --- |" + " ---: | --- | ---: | --- |" * len(kinds)]
-        mine = {(*cell(s.ours), s.ours.precision): s for s in found if s.ours.model == model}
-        for place in dict.fromkeys(key[:3] for key in mine):
-            cells = (_readme_cells(mine.get((*place, kind))) for kind in kinds)
-            said.append(f"| {place[1]}, {place[2]} |{''.join(cells)}")
-    return "\n".join(said)
-
-
-def _readme_cells(s: Standing | None) -> str:
-    if s is None:
-        return f" {NONE} |" * 4
-    peer = s.peer
-    rate, name = _number(s.ours.tokens_per_s, ",.0f"), peer.contender if peer else NONE
-    return f" {rate} | {name} | {_interval(peer.ratio if peer else None)} | {s.verdict} |"
-
-
-def _relative(path: Path) -> str:
-    path = path.resolve()
-    return (path.relative_to(ROOT) if path.is_relative_to(ROOT) else path).as_posix()
-
-
-def readme_section(text: str) -> str | None:
-    """What stands between the markers, None where they are not there."""
-    if BEGIN not in text or END not in text:
-        return None
-    return text.partition(BEGIN)[2].partition(END)[0].strip("\n")
-
-
-def write_readme(run: Run, path: Path, readme: Path = README) -> None:
-    """Replaces what stands between the markers. Raises: ValueError where they are not there."""
-    text = readme.read_text()
-    if readme_section(text) is None:
-        raise ValueError(f"{readme} has no {BEGIN} and {END}")
-    head, _, rest = text.partition(BEGIN)
-    tail = rest.partition(END)[2]
-    readme.write_text(f"{head}{BEGIN}\n{readme_table(run, path)}\n{END}{tail}")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("result", type=Path, metavar="RESULT.json")
@@ -322,6 +307,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run = load(options.result)
         if options.readme:
+            if RESULTS not in options.result.resolve().parents:
+                raise ValueError(
+                    f"README.md quotes committed results: {options.result} is not "
+                    f"under {relative(RESULTS)}"
+                )
             write_readme(run, options.result)
         if options.out or not options.readme:
             out = options.out or options.result.with_suffix(".html")

@@ -19,7 +19,7 @@ import torch
 
 from bert_fast import doctor
 
-SCHEMA = 2
+SCHEMA = 3
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 
@@ -82,7 +82,11 @@ class Entry:
 
 @dataclass
 class OpEntry:
-    """One kernel of one op on one case; `share` of the machine's ceiling that binds it."""
+    """One kernel of one op on one case.
+
+    ms: the median call; spread: half its 95 % interval, relative to it.
+    share: of the machine's ceiling that binds it, memory or arithmetic.
+    """
 
     op: str
     case: str
@@ -97,6 +101,7 @@ class OpEntry:
     share: float | None = None
     error: float | None = None
     budget: float | None = None
+    spread: float | None = None
     failed: str | None = None
 
     @property
@@ -121,12 +126,16 @@ class Scaling:
 
 @dataclass
 class Noise:
-    """How quiet the machine was: the probe's median and spread, windows kept and dropped."""
+    """How quiet the machine was: the probe's median and spread, windows kept and dropped.
+
+    forced: of the kept ones, how many were disturbed too, where no quiet time came.
+    """
 
     probe_ms: float
     probe_spread: float
     kept: int
     dropped: int
+    forced: int = 0
 
 
 @dataclass

@@ -11,10 +11,13 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from bert_fast.ops.products import has_native
 
 from . import cases, results
 from .measure import Clock
@@ -38,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--workloads", help=f"of {','.join(WORKLOADS)}")
     parser.add_argument("--contenders", help="names of peers; all that are installed otherwise")
     parser.add_argument("--precisions", help="of fp32,bf16,int8")
-    parser.add_argument("--seconds", type=float, help="for each workload, about (40)")
+    parser.add_argument("--seconds", type=float, help="for each workload, about (20; --quick: 10)")
     parser.add_argument("--out", type=Path, help="bench/results/cpu-<machine>-<commit>.json")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"))
     return parser
@@ -69,14 +72,23 @@ def check(name: str, values: Iterable[str], allowed: Iterable[str]) -> None:
 
 def op_cases(device: torch.device, quick: bool) -> Iterator[tuple[cases.Case, torch.dtype, bool]]:
     """(case, dtype, with its backward); what matters most first, in case time runs out."""
-    on_gpu = device.type == "cuda"
-    sizes = {"1k": 1_024} if quick else cases.TOKENS if on_gpu else {"1k": 1_024, "8k": 8_192}
-    names = ("minilm-l6",) if quick else ("bert-base", "bert-large" if on_gpu else "minilm-l6")
-    for dtype in (torch.bfloat16,) if on_gpu else (torch.float32, torch.bfloat16):
-        for size in sizes.values():
-            for name in names:
-                for case in cases.op_cases(MODELS[name], size, device, dtype):
-                    yield case, dtype, size == 8_192 and on_gpu
+    small, large = "minilm-l6", "bert-base"
+    shapes: list[tuple[str, int, torch.dtype]]
+    if device.type == "cuda" and not quick:
+        shapes = [
+            (name, tokens, torch.bfloat16)
+            for tokens in cases.TOKENS.values()
+            for name in (large, "bert-large")
+        ]
+    else:
+        shapes = [(small, 1_024, torch.float32), (small, 1_024, torch.bfloat16)]
+        if not quick:
+            shapes += [(large, 1_024, torch.float32), (large, 8_192, torch.float32)]
+            if has_native(torch.bfloat16):  # emulated products take minutes
+                shapes += [(large, 1_024, torch.bfloat16), (large, 8_192, torch.bfloat16)]
+    for name, tokens, dtype in shapes:
+        for case in cases.op_cases(MODELS[name], tokens, device, dtype):
+            yield case, dtype, tokens == 8_192 and device.type == "cuda"
 
 
 def bench(
@@ -92,12 +104,15 @@ def bench(
     probe, clock = Probe(device), Clock(device, quick)
     dtypes = [DTYPES[p] for p in plan.precisions if p in DTYPES]
     run.ceilings = clock.ceilings(dtypes)
+    # The narrowest dtype that this machine multiplies in: in another the peer would be emulated.
+    usable = [d for d in dtypes if device.type == "cuda" or has_native(d)]
+    native = (usable or [torch.float32])[-1]
     steps: dict[str, Callable[[], Iterable[None]]] = {
         "models": lambda: bench_models(run, plan, device, probe, tell),
         "ops": lambda: bench_ops(
-            run, op_cases(device, quick), clock, 60.0 if quick else 600.0, not quick, tell
+            run, op_cases(device, quick), clock, 60.0 if quick else 420.0, not quick, tell
         ),
-        "scaling": lambda: bench_scaling(run, plan.models[0], dtypes[-1], quick, tell),
+        "scaling": lambda: bench_scaling(run, plan.models[0], native, quick, tell),
     }
     for part in parts:
         for _ in steps[part]():
@@ -126,10 +141,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = results.new_run(" ".join(("bert-fast bench", *given)), device)
     path = options.out or results.default_path(run, device.type)
-    bench(run, path, plan, parts, device, options.quick)
+    bench(run, path, plan, parts, device, options.quick, partial(print, flush=True))
     noise = run.noise
     assert noise is not None
-    print(f"{path}: {noise.kept} rounds kept, {noise.dropped} dropped as disturbed")
+    forced = f", {noise.forced} kept though disturbed" if noise.forced else ""
+    print(f"{path}: {noise.kept} rounds kept, {noise.dropped} dropped as disturbed{forced}")
     for told in run.failed:
         print(f"failed: {told}")
     return 1 if run.failed else 0

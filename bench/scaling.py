@@ -6,6 +6,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ import bert_fast
 from . import workloads
 from .measure import short
 from .models import load
+from .noise import undisturbed
 from .results import Run, Scaling
 
 LENGTH = 64  # of every text on the axis of tokens
@@ -41,7 +43,8 @@ def bench_scaling(
         for x, texts in points:
             before = torch.get_num_threads()
             torch.set_num_threads(x if axis == "threads" else before)
-            for name, found in _measure(sides, shape, texts).items():
+            measured = undisturbed(partial(_measure, sides, shape, texts))
+            for name, found in measured.items():
                 seconds[name].append(found)
             torch.set_num_threads(before)
         xs = [float(x) for x, _ in points]

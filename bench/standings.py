@@ -11,6 +11,7 @@ from .results import Entry, Run
 OURS = "bert_fast"
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 FULL = 0.98  # of a batch are real tokens: nothing to gain from dropping the padding
+FULL_NAMES = {"bf16": "bfloat16", "fp16": "float16"}
 KINDS = {
     "ragged": "on ragged text as it arrives",
     "sorted": "on ragged text sorted by length",
@@ -48,6 +49,13 @@ def standings(run: Run) -> list[Standing]:
         for entry in run.models
         if entry.contender == OURS
     ]
+
+
+def emulated(run: Run, precision: str) -> bool:
+    """Whether the run was on a CPU without arithmetic of this precision."""
+    native = run.machine.get("oneDNN natively in")
+    on_cpu = run.machine.get("GPU") == "none" and native is not None
+    return on_cpu and FULL_NAMES.get(precision, "float32") not in str(native)
 
 
 def peers_of(run: Run, ours: Entry) -> list[Entry]:
@@ -90,6 +98,12 @@ def summary(run: Run) -> list[str]:
     for precision in ordered(s.ours.precision for s in found):
         mine = [s for s in found if s.ours.precision == precision]
         rated = [s for s in mine if s.peer and s.peer.ratio]
+        if emulated(run, precision):
+            said.append(
+                f"{precision}: this processor does not multiply in {precision}. bert_fast computes "
+                "such a model in fp32; most peers emulate the products, which is slow: what is "
+                "said here of their ratios does not hold for a processor that can."
+            )
         if rated:
             groups = [[s for s in rated if s.kind == kind] for kind in KINDS]
             means = [_mean(KINDS[group[0].kind], group) for group in groups if group]
@@ -97,7 +111,10 @@ def summary(run: Run) -> list[str]:
             said.append(f"{precision}, workload by workload: {_tally(rated)}.")
         if unrated := [s for s in mine if s.verdict == "no peer"]:
             named = "; ".join(_name(s) for s in unrated)
-            said.append(f"{precision}: no peer of this precision ran beside bert_fast on {named}.")
+            said.append(
+                f"{precision}: every peer of this precision was too slow to be timed, or did not "
+                f"run, beside bert_fast on {named}."
+            )
         if failed := [s for s in mine if s.verdict == "failed"]:
             named = "; ".join(f"{_name(s)} ({s.ours.failed or 'no times'})" for s in failed)
             said.append(f"{precision}: bert_fast itself failed on {named}.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -63,6 +63,7 @@ class Workload:
     name: str
     quantiles: tuple[int, ...]
     batch: int
+    about: str
 
     @property
     def ragged(self) -> bool:
@@ -77,15 +78,15 @@ class Workload:
 WORKLOADS = {
     w.name: w
     for w in (
-        Workload("single16", (16,), 1),
-        Workload("single128", (128,), 1),
-        Workload("full128", (128,), 8),
-        Workload("full512", (512,), 8),
-        Workload("sentence", SENTENCE, 32),
-        Workload("rerank", RERANK, 32),
-        Workload("squad", SQUAD, 16),
-        Workload("wiki512", WIKI512, 16),
-        Workload("docs", DOCS, 16),
+        Workload("single16", (16,), 1, "one text of 16 tokens at a time"),
+        Workload("single128", (128,), 1, "one text of 128 tokens at a time"),
+        Workload("full128", (128,), 8, "texts of exactly 128 tokens: no padding to spare"),
+        Workload("full512", (512,), 8, "texts of exactly 512 tokens: no padding to spare"),
+        Workload("sentence", SENTENCE, 32, "lengths of sentences from movie reviews"),
+        Workload("rerank", RERANK, 32, "lengths of a query with a passage"),
+        Workload("squad", SQUAD, 16, "lengths of SQuAD's questions with their contexts"),
+        Workload("wiki512", WIKI512, 16, "lengths of Wikipedia sequences of at most 512"),
+        Workload("docs", DOCS, 16, "lengths of news articles cut at 512"),
     )
 }
 
@@ -106,6 +107,19 @@ def texts_of(workload: Workload, tokens: int) -> list[int]:
     """The lengths of texts with about `tokens` real tokens in all."""
     mean = sum(spread(workload.quantiles, 1000)) / 1000
     return spread(workload.quantiles, max(1, round(tokens / mean)))
+
+
+def fitted(workload: Workload, model: Model, batches: int, most: float) -> Workload:
+    """`workload` with its batch halved until `batches`, padded, take no more FLOPs than `most`.
+
+    A large model on a small CPU would take minutes a pass otherwise.
+    """
+    while workload.batch > (2 if workload.ragged else 1):
+        padded = [[max(batch)] * len(batch) for batch in lengths(workload, batches, "arrival")]
+        if sum(flop(model, batch) for batch in padded) <= most:
+            break
+        workload = replace(workload, batch=workload.batch // 2)
+    return workload
 
 
 def lengths(workload: Workload, batches: int, order: str) -> list[list[int]]:

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import compare, noise, report, standings
+from bench import compare, noise, readme, report, results, standings
 from bench.compare import IMPROVEMENT, NOISE, REGRESSION
-from bench.results import Entry, Noise, OpEntry, Run, Scaling, load
+from bench.results import Entry, Interval, Noise, OpEntry, Run, Scaling, load, output_of
 
 WORKLOADS = {"single16": (16, 16), "full128": (1_024, 1_024), "sentence": (864, 2_528)}
 # Seconds for 1,000 tokens; a padded token costs the peers as much as a real one.
@@ -170,6 +170,37 @@ def test_compare_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "none.json" in capsys.readouterr().err
 
 
+def test_what_did_not_change_widens_what_is_said_of_the_rest() -> None:
+    old, slow = made_up(0), made_up(1, slowdown=1.06)
+    assert set(verdicts(old, slow)["ops"]) == {NOISE, REGRESSION}
+    factors = (0.9, 1.1, 0.93, 1.07, 1.0, 1.08)
+    references = [e for e in slow.ops if e.kernel == "reference"]
+    for e, factor in zip(references, factors, strict=True):
+        e.ms = (e.ms or 0) * factor
+    assert set(verdicts(old, slow)["ops"]) == {NOISE}
+    noisy = made_up(1, slowdown=1.06)
+    for e in noisy.ops:
+        e.spread = 0.1
+    assert set(verdicts(old, noisy)["ops"]) == {NOISE}
+
+
+def test_agreement_counts_ratios_whose_intervals_meet(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = made_up(0), made_up(1)
+    found = compare.agreement(old, new)
+    assert len(found) == sum(e.ratio is not None for e in old.models) > 10
+    rated = [e for e in new.models if e.ratio]
+    rated[0].ratio = Interval(9.0, 8.9, 9.1)
+    assert [agrees for *_, agrees in compare.agreement(old, new)].count(False) == 1
+    for name, run in (("old", old), ("new", new)):
+        run.save(tmp_path / f"{name}.json")
+    compare.main([str(tmp_path / "old.json"), str(tmp_path / "new.json")])
+    told = capsys.readouterr().out
+    assert f"disagrees: {' '.join(rated[0].key)}" in told
+    assert f"{len(found) - 1} of {len(found)} agree within their intervals" in told
+
+
 # -- report -----------------------------------------------------------------------------------
 
 
@@ -268,17 +299,17 @@ def test_fastest_peer_is_of_the_same_precision() -> None:
 
 
 def test_readme_is_replaced_between_its_markers(tmp_path: Path) -> None:
-    readme, file = tmp_path / "README.md", tmp_path / "run.json"
+    page, file = tmp_path / "README.md", tmp_path / "run.json"
     made_up().save(file)
-    readme.write_text("no markers\n")
+    page.write_text("no markers\n")
     with pytest.raises(ValueError, match="bench:begin"):
-        report.write_readme(load(file), file, readme)
-    readme.write_text(f"head\n{report.BEGIN}\nold\n{report.END}\ntail\n")
+        readme.write_readme(load(file), file, page)
+    page.write_text(f"head\n{readme.BEGIN}\nold\n{readme.END}\ntail\n")
     for _ in range(2):
-        report.write_readme(load(file), file, readme)
-        text = readme.read_text()
+        readme.write_readme(load(file), file, page)
+        text = page.read_text()
         assert text.startswith("head\n") and text.endswith("\ntail\n") and "old" not in text
-        assert report.readme_section(text) == report.readme_table(load(file), file)
+        assert readme.section(text) == readme.table(load(file), file)
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 4 and len({line.count("|") for line in table}) == 1
     assert str(file) in text and "`bert-fast bench`" in text and "| slower |" in text
@@ -295,11 +326,25 @@ def test_report_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "schema" in capsys.readouterr().err
 
 
+def test_readme_quotes_results_of_the_repository_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.json"
+    made_up().save(file)
+    before = readme.README.read_text()
+    assert report.main(["--readme", str(file)]) == 2
+    assert "not under bench/results" in capsys.readouterr().err
+    assert readme.README.read_text() == before
+
+
 def test_readme_matches_the_committed_json() -> None:
-    section = report.readme_section(report.README.read_text())
-    if section is None:
-        pytest.skip("README.md has no bench markers yet")
+    committed = output_of("git", "ls-files", "bench/results/*.json")
+    section = readme.section(readme.README.read_text())
+    assert section is not None, "README.md lost the markers of the bench"
     named = re.search(r"`(bench/results/[^`]+\.json)`", section)
-    assert named, "the section names no file under bench/results"
-    path = report.ROOT / named[1]
-    assert section == report.readme_table(load(path), path)
+    if not committed and not named:
+        pytest.skip("no result is committed and README.md quotes none")
+    assert named, f"bench/results holds {committed}, and README.md quotes none of it"
+    path = results.ROOT / named[1]
+    assert committed is None or named[1] in committed.split(), f"{named[1]} is not committed"
+    assert section == readme.table(load(path), path)

@@ -1,0 +1,81 @@
+"""The bench's table in README.md, between its markers; numbers in words, as the page has them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from .results import ROOT, Interval, Run
+from .standings import Standing, cell, ordered, standings, summary
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+NONE = "–"  # noqa: RUF001
+
+
+def number(value: float | None, form: str, scale: float = 1.0) -> str:
+    return NONE if value is None or math.isnan(value) else format(value * scale, form)
+
+
+def interval(ratio: Interval | None) -> str:
+    return f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]" if ratio else NONE
+
+
+def table(run: Run, path: Path) -> str:
+    """Markdown: what the run says, then a row a workload and order, for each model.
+
+    path: the run's file, named in the text.
+    """
+    found = standings(run)
+    said = [
+        f"From `{relative(path)}`, made by `{run.command}` on {run.device}, with {run.threads} "
+        f"threads, at commit {(run.commit or 'unknown')[:10]}"
+        f"{' (modified)' if run.modified else ''}. "
+        "Each is compared with the fastest peer of the same precision; the ratio is the peer's "
+        "time over bert_fast's, with its 95 % interval."
+    ]
+    said += ["", *(f"- {sentence}" for sentence in summary(run))]
+    kinds = ordered(s.ours.precision for s in found)
+    for model in dict.fromkeys(s.ours.model for s in found):
+        head = [f"| {model} |"]
+        head += [
+            f" {kind} tokens/s | fastest {kind} peer | ratio | bert_fast is |" for kind in kinds
+        ]
+        said += ["", "".join(head), "| --- |" + " ---: | --- | ---: | --- |" * len(kinds)]
+        mine = {(*cell(s.ours), s.ours.precision): s for s in found if s.ours.model == model}
+        for place in dict.fromkeys(key[:3] for key in mine):
+            cells = (_cells(mine.get((*place, kind))) for kind in kinds)
+            said.append(f"| {place[1]}, {place[2]} |{''.join(cells)}")
+    return "\n".join(said)
+
+
+def _cells(s: Standing | None) -> str:
+    if s is None:
+        return f" {NONE} |" * 4
+    peer = s.peer
+    rate, name = number(s.ours.tokens_per_s, ",.0f"), peer.contender if peer else NONE
+    return f" {rate} | {name} | {interval(peer.ratio if peer else None)} | {s.verdict} |"
+
+
+def relative(path: Path) -> str:
+    path = path.resolve()
+    return (path.relative_to(ROOT) if path.is_relative_to(ROOT) else path).as_posix()
+
+
+def section(text: str) -> str | None:
+    """What stands between the markers, None where they are not there."""
+    if BEGIN not in text or END not in text:
+        return None
+    return text.partition(BEGIN)[2].partition(END)[0].strip("\n")
+
+
+def write_readme(run: Run, path: Path, readme: Path = README) -> None:
+    """Replaces what stands between the markers. Raises: ValueError where they are not there."""
+    text = readme.read_text()
+    if section(text) is None:
+        raise ValueError(f"{readme} has no {BEGIN} and {END}")
+    if not standings(run):
+        raise ValueError(f"{path} timed no whole model")
+    head, _, rest = text.partition(BEGIN)
+    tail = rest.partition(END)[2]
+    readme.write_text(f"{head}{BEGIN}\n{table(run, path)}\n{END}{tail}")
