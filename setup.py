@@ -34,16 +34,12 @@ class BuildByISA(BuildExtension):
     """BuildExtension, with extra flags for the files that name an instruction set."""
 
     def finalize_options(self):
-        # Kept, where an editable install would compile into a folder that it deletes: after a
-        # change, and for a wheel, ninja then compiles only what is not compiled yet.
-        self.build_temp = "build/objects"
+        self.build_temp = "build/objects"  # kept: an editable install would delete its own
         super().finalize_options()
 
     def build_extension(self, ext):
         for suffix, flags in X86_FLAGS.items() if IS_X86 else ():
             sources = [s for s in ext.sources if Path(s).stem.endswith(suffix)]
-            if not sources:
-                continue
             args = ext.extra_compile_args
             ext.extra_objects += self.compiler.compile(
                 sources,
