@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -151,6 +152,7 @@ def test_a_peer_too_slow_to_repeat_is_named_and_not_timed(monkeypatch: pytest.Mo
     found = results.new_run("test", DEVICE)
     for _ in models.bench_models(found, plan, DEVICE, noise.Probe(DEVICE), lambda line: None):
         pass
-    failed = {e.failed for e in found.models if e.contender == "crawls"}
-    assert failed == {"too slow to repeat: 1 s a pass"}
+    failed = [str(e.failed) for e in found.models if e.contender == "crawls"]
+    # How slow it was is the machine's affair: a busy one takes several seconds.
+    assert failed and all(re.fullmatch(r"too slow to repeat: \d+ s a pass", f) for f in failed)
     assert all(e.seconds for e in found.models if e.contender == "bert_fast")
