@@ -38,15 +38,14 @@ test: setup assets
 
 # The tests of models against the oldest transformers that is supported with every feature.
 OLDER = .cache/transformers-5.17
+OF_MODELS = $(filter-out tests/test_bench_report.py tests/test_packaging.py tests/test_peers.py, \
+  $(shell grep -lE 'transformers|\.models import' tests/test_*.py))
 
 $(OLDER): | .venv/.deps
 	$(PY) -m pip install -q --target $(OLDER) transformers==5.17.0
 
 test-older: setup assets $(OLDER)
-	PYTHONPATH=$(OLDER) $(PY) -m pytest -n 2 --dist worksteal tests/test_families.py \
-	  tests/test_model.py tests/test_accelerate.py tests/test_compile.py tests/test_ecosystem.py \
-	  tests/test_random_configs.py tests/test_bad_input.py tests/test_encode.py tests/test_cli.py \
-	  tests/test_distributed.py tests/test_real_weights.py
+	PYTHONPATH=$(OLDER) $(PY) -m pytest -n 2 --dist worksteal $(OF_MODELS)
 
 # Everything that can be timed here, against the peers that are installed: `make bench ARGS=--quick`.
 bench: setup assets

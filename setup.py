@@ -33,11 +33,13 @@ HAS_CUDA = HAS_CUDA and shutil.which("nvcc", path=f"{CUDA_HOME}/bin") is not Non
 class BuildByISA(BuildExtension):
     """BuildExtension, with extra flags for the files that name an instruction set."""
 
+    def finalize_options(self):
+        self.build_temp = "build/objects"  # kept: an editable install would delete its own
+        super().finalize_options()
+
     def build_extension(self, ext):
         for suffix, flags in X86_FLAGS.items() if IS_X86 else ():
             sources = [s for s in ext.sources if Path(s).stem.endswith(suffix)]
-            if not sources:
-                continue
             args = ext.extra_compile_args
             ext.extra_objects += self.compiler.compile(
                 sources,

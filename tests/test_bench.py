@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -212,7 +213,9 @@ def test_a_peer_too_slow_to_repeat_is_named_and_not_timed(monkeypatch: pytest.Mo
     found = results.new_run("test", DEVICE)
     for _ in models.bench_models(found, plan, DEVICE, noise.Probe(DEVICE), lambda line: None):
         pass
-    failed = {e.failed for e in found.models if e.contender == "crawls"}
-    # Measured on the texts as they arrive, foretold when they come again sorted.
-    assert failed == {f"too slow to repeat: {about}1 s a pass" for about in ("", "about ")}
+    failed = {str(e.failed) for e in found.models if e.contender == "crawls"}
+    # Measured on the texts as they arrive, foretold when they come again sorted. How slow it was
+    # is the machine's affair: a busy one takes several seconds.
+    assert len(failed) == 2
+    assert all(re.fullmatch(r"too slow to repeat: (about )?\d+ s a pass", f) for f in failed)
     assert all(e.seconds for e in found.models if e.contender == "bert_fast")

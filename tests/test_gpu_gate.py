@@ -24,6 +24,13 @@ def small_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_gate, "op_cases", few)
 
 
+@pytest.fixture
+def ops_only(monkeypatch: pytest.MonkeyPatch, small_ops: None) -> None:
+    """The other sections are those of `test_whole_gate`."""
+    monkeypatch.setattr(gpu_gate, "run_tests", lambda *args: None)
+    monkeypatch.setattr(gpu_gate, "bench_models", lambda *args: [])
+
+
 def run(out: Path, *more: str) -> tuple[int, results.Run]:
     code = gpu_gate.main([*QUICK, "--out", str(out), *more])
     return code, results.load(out)
@@ -75,7 +82,7 @@ def test_failures_are_recorded_and_do_not_stop_the_rest(
 
 
 def test_wrong_values_get_no_time(
-    tmp_path: Path, small_ops: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, ops_only: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measure.Errors, "holds", property(lambda errors: False))
     code, result = run(tmp_path / "gate.json")
@@ -83,7 +90,7 @@ def test_wrong_values_get_no_time(
     assert any(row.failed and row.failed.startswith("wrong") for row in result.ops)
 
 
-def test_no_time_left_is_recorded(tmp_path: Path, small_ops: None) -> None:
+def test_no_time_left_is_recorded(tmp_path: Path, ops_only: None) -> None:
     code, result = run(tmp_path / "gate.json", "--budget", "0")
     assert code == 0 and "the time was up" in result.missing["ops"]
 

@@ -88,7 +88,7 @@ def samples(dtype: torch.dtype, device: torch.device, full: bool):
     def new(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    shapes = [(16384, 3072, 768), (16384, 768, 768), (16, 768, 768)]
+    shapes = [(16, 768, 768), (16384, 768, 768), (16384, 3072, 768)]
     if full:
         shapes += [(256, 768, 768), (100, 37, 37)]
     for m, n, k in shapes:
