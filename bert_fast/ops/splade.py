@@ -32,7 +32,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor
     nothing = x.new_zeros(1, weight.shape[0])
     parts = scores.split(cu_seqlens.diff().tolist())
     found = [torch.cat([nothing, part]).amax(0) for part in parts]
-    return torch.stack(found) if found else nothing[:0]
+    return torch.stack(found) if found else scores[:0]
 
 
 def check(x, weight, bias, cu_seqlens) -> None:
@@ -96,9 +96,9 @@ def _backward(dy, x, weight, bias, cu_seqlens, won, slope, *, needs) -> tuple[Te
     had = (slope > 0).any(0).nonzero().flatten()
     for words in _chunks(x, had.shape[0]) if needs[0] or needs[1] else ():
         some = had[words]
-        # [T, words]: one value per sequence and word, where the token that won stands.
+        # [T, words]: one value per sequence and word, in the row of the token that won.
         dense = x.new_zeros(x.shape[0], some.shape[0], dtype=slope.dtype)
-        dense.scatter_(0, won[:, some], g[:, some])
+        dense.scatter_add_(0, won[:, some], g[:, some])
         dense = dense.to(x.dtype)
         if needs[0]:
             dx += product_fp32(dense, weight[some])
