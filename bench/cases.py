@@ -95,6 +95,13 @@ def op_cases(model: Model, tokens: int, device: torch.device, dtype: torch.dtype
         draw.normal(scored, hidden), draw.normal(model.vocab, hidden, scale=hidden**-0.5),
         draw.normal(model.vocab), draw.ids(model.vocab, scored),
     ))  # fmt: skip
+    lengths = texts_of(WORKLOADS["squad"], tokens)
+    yield case("splade", "", lambda draw: (
+        draw.normal(sum(lengths), hidden),
+        draw.normal(model.vocab, hidden, scale=hidden**-0.5),
+        draw.normal(model.vocab) - 4.0,  # most words absent, as training makes them
+        draw.bounds(lengths),
+    ))  # fmt: skip
     for workload in ATTENTION:
         make = functools.partial(attention, lengths=texts_of(WORKLOADS[workload], tokens))
         yield case("attention", workload, make)

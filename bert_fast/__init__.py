@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         BertLMHeadModel,
         BertModel,
     )
+    from .masked_lm import splade
     from .verification import verify
 
 __all__ = [
@@ -42,13 +43,14 @@ __all__ = [
     "register_attention",
     "report",
     "restore",
+    "splade",
     "verify",
 ]
 
 _HOMES = {name: "heads" for name in __all__ if name.startswith("Bert")}
 _HOMES |= {"accelerate": "convert", "report": "convert", "restore": "convert"}
 _HOMES |= {"explain": "explanation", "verify": "verification"}
-_HOMES |= {"register_attention": "attention_interface"}
+_HOMES |= {"register_attention": "attention_interface", "splade": "masked_lm"}
 
 
 def __getattr__(name: str) -> Any:

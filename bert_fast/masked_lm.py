@@ -1,7 +1,8 @@
 """The packed class of Hugging Face's masked-LM heads: same name, keys, signature, outputs, loss.
 
 The head runs on packed tokens, and the loss on scored ones only, without their logits
-(`ops.masked_lm_loss`). Where that does not apply, Hugging Face's own head runs.
+(`ops.masked_lm_loss`). Where that does not apply, Hugging Face's own head runs. `splade` pools the
+logits of such a model without making them.
 """
 
 from __future__ import annotations
@@ -202,6 +203,47 @@ def _logits(model: Any, states: PackedStates, labels: Tensor | None) -> Tensor |
         h = h[packing.labels(labels, IGNORED) != IGNORED]
     logits = linear(parts.decoder, _transformed(model, parts, h), options.backend)
     return logits if sparse else packing.pad(logits, chosen(options.backend, "pad"))
+
+
+def splade(model: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """SPLADE's sparse vectors: max over a text's tokens of log(1 + relu(logits)), arXiv 2109.10086.
+
+    The logits, [B, S, V], are never held, in training neither (`ops.splade`).
+
+    Args:
+        model: a masked-LM model of transformers that `accelerate` has taken.
+        args, kwargs: what its forward takes, without labels; attention_mask is 2D or None.
+
+    Returns: [B, V] in the dtype of the hidden states; zeros for a text that is masked whole.
+    Raises: ValueError for another model, or one whose head cannot run packed, with the reason.
+    """
+    if not isinstance(model, PackedHead):
+        raise ValueError(
+            f"bert_fast.splade: {type(model).__name__} is no masked-LM model that "
+            "bert_fast.accelerate has taken"
+        )
+    if why := reasons_against_head(model):
+        raise ValueError(f"bert_fast.splade: {'; '.join(why)}")
+    given = arguments(model, args, kwargs)
+    mask = given.get("attention_mask")
+    if mask is not None and mask.dim() != 2:
+        raise ValueError(
+            f"bert_fast.splade: attention_mask has shape {tuple(mask.shape)}, expected [B, S]"
+        )
+    states = _states(_encoder(model)(**given, **{AS_PACKED: True}, return_dict=True))
+    packing, h = states.packing, states.h
+    bounds = packing.cu_seqlens
+    if mask is not None and (packing.indices is None or packing.key_start is not None):
+        # Rows that are packed but masked: a first column, or padding of transformers' own forward.
+        real = mask.bool()
+        h = ops.unpad(h, packing.unpad_ids(real).nonzero().flatten())
+        bounds = F.pad(real.sum(1).cumsum(0, dtype=torch.int32), (1, 0))
+    parts = model.bert_fast_head.parts(model)
+    return ops.splade(
+        cast(_transformed(model, parts, h)),
+        *(cast(parts.decoder.weight), cast(parts.decoder.bias), bounds),
+        chosen(options_of(model).backend, "splade"),
+    )
 
 
 def _transformed(model: Any, parts: HeadParts, h: Tensor) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 from bert_fast.ops import OPS
 
 from .guard import guarded_allocations
-from .parity import DTYPES, results, sample_names, trainable, truth, violations
+from .parity import DEVICE, DTYPES, leaves_of, results, sample_names, trainable, truth, violations
 
 CASES = [
     pytest.param(op, kernel.backend, sample, id=f"{op}-{kernel.backend}-{sample}")
@@ -42,6 +44,18 @@ def test_eager(name: str, backend: str, sample: str, dtype: torch.dtype) -> None
     assert not guard.broken()
     assert not violations(expected, found, dtype, wanted)
     assert not violations(expected, [inferred, *found[1:]], dtype, wanted)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_gradcheck(name: str) -> None:
+    """The references, which are the truth, and every kernel that takes fp64: finite differences."""
+    op = OPS[name]
+    for sample in op.samples(DEVICE, torch.float64):
+        leaves = leaves_of(op, sample.args, op.differentiable)
+        for backend, why in op.reasons(leaves):
+            if not why:
+                run = functools.partial(op, backend=backend)
+                assert torch.autograd.gradcheck(run, leaves, fast_mode=True), sample.name
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -15,8 +15,10 @@ from typer.testing import CliRunner
 from bert_fast.cli import app
 from bert_fast.training import corpus as corpora
 from bert_fast.training.corpus import load_corpus
+from bert_fast.training.loop import Settings
 from bert_fast.training.masking import Masking
 from bert_fast.training.pairs import SentencePairs
+from bert_fast.training.pretrain import Recipe, prepare
 from bert_fast.training.text import find_files, read_documents, split_sentences
 from bert_fast.training.tokenizer import train_tokenizer
 
@@ -206,22 +208,23 @@ def test_pairs_refuse(tokenizer, tmp_path):
 # -- masks ----------------------------------------------------------------------------------
 
 
-def test_masking_is_80_10_10_of_15_percent(tokenizer):
-    masking = Masking.of(tokenizer)
+@pytest.mark.parametrize("share", [0.15, 0.3])
+def test_masking_is_80_10_10_of_a_share(tokenizer, share):
+    masking = Masking.of(tokenizer, share=share)
     random = np.random.default_rng(0)
     ordinary = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
     ids = random.choice(ordinary, 200_000)
     ids[::40] = tokenizer.sep_token_id
     masked, labels = masking(ids, np.random.default_rng(1))
     chosen = labels != -100
-    assert chosen.sum() == round(0.15 * (ids != tokenizer.sep_token_id).sum())
+    assert chosen.sum() == round(share * (ids != tokenizer.sep_token_id).sum())
     assert not chosen[::40].any()
     np.testing.assert_array_equal(labels[chosen], ids[chosen])
     np.testing.assert_array_equal(masked[~chosen], ids[~chosen])
     became = masked[chosen]
-    share = (became == tokenizer.mask_token_id).mean()
+    hidden = (became == tokenizer.mask_token_id).mean()
     kept = (became == ids[chosen]).mean()
-    assert share == pytest.approx(0.8, abs=0.01)
+    assert hidden == pytest.approx(0.8, abs=0.01)
     assert kept == pytest.approx(0.1 + 0.1 / len(ordinary), abs=0.01)
     others = became[(became != tokenizer.mask_token_id) & (became != ids[chosen])]
     assert not np.isin(others, tokenizer.all_special_ids).any()
@@ -282,6 +285,19 @@ def test_pretrain_from_text_to_a_checkpoint(tmp_path):
     assert row["mlm_loss"] < 0.9 * first["mlm_loss"]
 
 
+def test_held_back_text_is_masked_as_ever(tmp_path):
+    text = prose.write(tmp_path / "text.txt", 120)
+    recipe = Recipe([text], vocab_size=100, layers=1, hidden=32, heads=2, mlm_probability=0.4)
+    prepared = prepare(recipe, Settings(tmp_path / "out", device="cpu"))
+
+    def share(pairs):
+        batch = prepared.collate([pairs[i] for i in range(len(pairs))])
+        return ((batch["labels"] != -100).sum() / batch["attention_mask"].sum()).item()
+
+    assert share(prepared.pairs) == pytest.approx(0.4, abs=0.04)
+    assert share(prepared.held) == pytest.approx(0.15, abs=0.02)
+
+
 def test_train_tokenizer(tmp_path):
     text, out = prose.write(tmp_path / "text.txt"), tmp_path / "out"
     done = invoke("train-tokenizer", text, "-o", out, "--vocab-size", 60)
@@ -312,6 +328,7 @@ def test_pretrain_refuses(tmp_path):
     refused(invoke(*small, "--dtype", "fp8"), "unknown dtype 'fp8'")
     refused(invoke(*small, "--optimizer", "sgd"), "unknown optimizer 'sgd'")
     refused(invoke(*small, "--validation-fraction", 1.5), "validation_fraction is 1.5")
+    refused(invoke(*small, "--mlm-probability", 1), "mlm_probability is 1.0, expected more than 0")
     refused(invoke(*small, "--tokenizer", tmp_path / "none"), "no folder")
     refused(invoke(*small, "--model", tmp_path / "none"), "no folder")
     refused(invoke(*small, "--config", tmp_path / "none.json"), "no file")

@@ -12,6 +12,7 @@ from .padding import pad, unpad
 from .pool import pool
 from .qkv_linear import qkv_linear
 from .registry import OPS
+from .splade import splade
 
 __all__ = [
     "OPS",
@@ -26,5 +27,6 @@ __all__ = [
     "pad",
     "pool",
     "qkv_linear",
+    "splade",
     "unpad",
 ]

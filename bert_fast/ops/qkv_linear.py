@@ -57,7 +57,8 @@ def _one_gemm(kernel: Kernel) -> Kernel:
     """A kernel of `linear` on the packed weights."""
 
     def forward(x, *weights, save: bool) -> tuple[Tensor, ...]:
-        trained = torch.is_grad_enabled() and any(w.requires_grad for w in weights[:3])
+        # Not by the grad mode, which is off inside an autograd node.
+        trained = save and any(w.requires_grad for w in weights[:3])
         return kernel.forward(x, *packed(weights, keep=not trained), save=save)
 
     def backward(dy, x, *weights, needs: list[bool]) -> Sequence[Tensor | None]:

@@ -58,6 +58,7 @@ def pretrain(
     dtype: Annotated[str, typer.Option(help="fp32, or bf16: autocast.")] = "fp32",
     seed: Annotated[int, typer.Option(help="Of weights, data order, masks and dropout.")] = 0,
     whole_word: Annotated[bool, typer.Option(help="Mask all pieces of a word or none.")] = False,
+    mlm_probability: Annotated[float, typer.Option(help="Share of the tokens to predict.")] = 0.15,
     validation_fraction: Annotated[float, typer.Option(help="Documents held back.")] = 0.05,
     save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     eval_steps: Annotated[
@@ -90,7 +91,8 @@ def pretrain(
 
         recipe = Recipe(
             texts, text_field, tokenizer, vocab_size, model, config, layers, hidden, heads,
-            intermediate, dropout, max_length, whole_word, validation_fraction,
+            intermediate, dropout, max_length, whole_word, mlm_probability,
+            validation_fraction,
         )  # fmt: skip
         settings = Settings(
             output, epochs=epochs, max_steps=steps, lr=lr, warmup=warmup, batch_size=batch_size,

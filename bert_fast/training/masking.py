@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 IGNORED = -100  # the label of a token that is not predicted
+SHARE = 0.15
 
 
 @dataclass(frozen=True)
@@ -19,17 +20,18 @@ class Masking:
     """Which tokens are chosen, and what they become.
 
     mask: id of [MASK]; special: bool [V], tokens that are neither chosen nor put in; continues:
-    bool [V], tokens that go on with a word ("##ing"), or None, where words are not kept whole.
+    bool [V], tokens that go on with a word ("##ing"), or None, where words are not kept whole;
+    share: how many of the tokens are chosen.
     """
 
     mask: int
     special: np.ndarray
     ordinary: np.ndarray
     continues: np.ndarray | None = None
-    share: float = 0.15
+    share: float = SHARE
 
     @classmethod
-    def of(cls, tokenizer: Any, whole_words: bool = False) -> Masking:
+    def of(cls, tokenizer: Any, whole_words: bool = False, share: float = SHARE) -> Masking:
         """For a tokenizer of the WordPiece kind.
 
         Raises: ValueError where it has no [MASK], or no "##" pieces to make words of.
@@ -46,6 +48,7 @@ class Masking:
             special,
             np.flatnonzero(~special),
             continues if whole_words else None,
+            share,
         )
 
     def __call__(self, ids: np.ndarray, random: np.random.Generator) -> tuple[Any, Any]:
@@ -55,7 +58,7 @@ class Masking:
             ids: int64 [S], with special tokens.
             random: all choices come from it.
         Returns: ids with the chosen tokens replaced, and labels: the id where chosen, else -100.
-            round(0.15 x ordinary tokens) are chosen, one at least; with whole words all pieces of
+            round(share x ordinary tokens) are chosen, one at least; with whole words all pieces of
             a word or none, in random order while they fit.
         """
         candidates = np.flatnonzero(~self.special[ids])

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, BertConfig, BertForPreTraining
 from .. import accelerate
 from .corpus import load_corpus
 from .loop import Objective, Settings, train
-from .masking import IGNORED, Masking
+from .masking import IGNORED, SHARE, Masking
 from .monitor import write_metrics
 from .pairs import LEAST, SPECIALS, SentencePairs
 from .text import find_files, read_documents
@@ -40,6 +40,8 @@ class Recipe:
     model: a folder with weights to go on from; config: a config.json to start from; neither: a
         new BERT of the sizes below.
     max_length: tokens of a pair, specials included.
+    mlm_probability: share of the tokens to predict. What is held back is measured at BERT's 0.15,
+        whatever this is, so that runs compare.
     validation_fraction: of the documents, held back; 0 for none.
 
     Raises: ValueError for values out of range.
@@ -58,12 +60,17 @@ class Recipe:
     dropout: float = 0.1
     max_length: int = 128
     whole_words: bool = False
+    mlm_probability: float = SHARE
     validation_fraction: float = 0.05
 
     def __post_init__(self) -> None:
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(
                 f"validation_fraction is {self.validation_fraction}, expected 0 or more, below 1"
+            )
+        if not 0 < self.mlm_probability < 1:
+            raise ValueError(
+                f"mlm_probability is {self.mlm_probability}, expected more than 0, below 1"
             )
         if self.max_length < SPECIALS + LEAST:
             raise ValueError(
@@ -123,15 +130,16 @@ def prepare(recipe: Recipe, settings: Settings) -> Prepared:
         tokenizer = _tokenizer(recipe, files, settings)
         corpus = load_corpus(files, tokenizer, settings.output_dir / "corpus", recipe.text_field)
     model = new_model(recipe, tokenizer, settings.seed)
-    masking = Masking.of(tokenizer, recipe.whole_words)
     kept, held = corpus.split(recipe.validation_fraction, settings.seed)
 
-    def pairs(documents: np.ndarray) -> SentencePairs:
+    def pairs(documents: np.ndarray, share: float) -> SentencePairs:
         length, seed = recipe.max_length, settings.seed
+        masking = Masking.of(tokenizer, recipe.whole_words, share)
         return SentencePairs(corpus, documents, tokenizer, masking, length, seed)
 
-    others = pairs(held) if len(held) else None
-    return Prepared(tokenizer, model, pairs(kept), others, Collate(tokenizer.pad_token_id))
+    trained = pairs(kept, recipe.mlm_probability)
+    others = pairs(held, SHARE) if len(held) else None
+    return Prepared(tokenizer, model, trained, others, Collate(tokenizer.pad_token_id))
 
 
 def new_model(recipe: Recipe, tokenizer: Any, seed: int) -> Any:
