@@ -146,11 +146,15 @@ def embed_tokens(
             running: tuple[np.ndarray, Tensor] | None = None
             for rows in batches(lengths, batch_tokens):
                 ids, cu_seqlens = _packed(tokens, rows, bert.device)
+                read = cu_seqlens[:-1].long() if pooling == "cls" else None
                 hidden = encode(
-                    bert, ids, cu_seqlens, int(lengths[rows[0]]), backend=backend
-                )  # [T, H]
+                    bert, ids, cu_seqlens, int(lengths[rows[0]]), backend=backend, rows=read
+                )  # [T, H], or [B, H] of the first tokens
+                bounds = cu_seqlens
+                if read is not None:
+                    bounds = torch.arange(len(read) + 1, dtype=torch.int32, device=read.device)
                 vectors = ops.pool(
-                    hidden.float(), cu_seqlens, pooling, normalize, chosen(backend, "pool")
+                    hidden.float(), bounds, pooling, normalize, chosen(backend, "pool")
                 )  # [B, H]
                 # One batch behind: a GPU has the next one queued while this one is copied out.
                 if running is not None:
