@@ -180,7 +180,7 @@ def embed_tokens(
 
 
 def batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
-    """Positions in `lengths`, longest texts first, cut where a batch would exceed `batch_tokens`."""
+    """Positions in `lengths`, longest first, cut where a batch would exceed `batch_tokens`."""
     order = np.argsort(-lengths, kind="stable")
     ends = np.cumsum(lengths[order])
     start = used = 0
