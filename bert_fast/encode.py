@@ -49,7 +49,8 @@ class Tokens:
     def distinct(self) -> tuple[np.ndarray, np.ndarray]:
         """A text number for each distinct token sequence; for each text, which of these it is."""
         numbers: dict[bytes, int] = {}
-        firsts, which = [], np.empty(len(self), np.int64)
+        firsts: list[int] = []
+        which = np.empty(len(self), np.int64)
         for text in range(len(self)):
             tokens = self.ids[self.bounds[text] : self.bounds[text + 1]].tobytes()
             which[text] = numbers.setdefault(tokens, len(numbers))

@@ -69,7 +69,7 @@ def is_first_token_head(model: Any) -> bool:
 def swap_first_token_head(model: Any) -> None:
     """Makes a module that `is_first_token_head` run so."""
     if not isinstance(model, FirstTokenHead):
-        model.__class__ = first_token_head(type(model))
+        model.__class__ = first_token_head(type(model))  # type: ignore[arg-type]
 
 
 def restore_first_token_head(model: Any) -> None:
