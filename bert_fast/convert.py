@@ -16,6 +16,12 @@ from torch import nn
 from . import ops
 from .attention_interface import accelerate_attention, restore_attention
 from .families import ATTENTION_ONLY, BY_CLASS, REFUSED, Family
+from .first_token import (
+    FirstTokenHead,
+    is_first_token_head,
+    restore_first_token_head,
+    swap_first_token_head,
+)
 from .masked_lm import PackedHead, is_head, reasons_against_head, restore_head, swap_head
 from .modeling import CHECKPOINTS, Backend
 from .packed import (
@@ -28,7 +34,7 @@ from .packed import (
     reasons_against,
     reasons_against_structure,
 )
-from .probe import strange, strange_head
+from .probe import strange, strange_first_token_head, strange_head
 
 
 def accelerate(
@@ -100,6 +106,11 @@ def accelerate(
             _warn_once(told)
         else:
             swap_head(head, Options(backend, sparse_logits=sparse_logits))
+    for head in filter(is_first_token_head, model.modules()):
+        if told := strange_first_token_head(head):
+            _warn_once(told)
+        else:
+            swap_first_token_head(head)
     if len(refused) == len(found):
         told = "; ".join(sorted({reason for why in refused.values() for reason in why}))
         raise ValueError(f"bert_fast.accelerate: cannot accelerate this model: {told}")
@@ -113,6 +124,7 @@ def restore(model: nn.Module) -> nn.Module:
     for module in model.modules():
         restore_attention(module)
         restore_head(module)
+        restore_first_token_head(module)
         if isinstance(module, Packed) and OPTIONS in module.__dict__:
             forget_copies(module)
             del module.__dict__[OPTIONS]
@@ -148,6 +160,9 @@ def report(model: nn.Module) -> Report:
                 result.skipped[name] = why
             else:
                 result.swapped[name] = "loss on scored tokens only"
+            continue
+        if isinstance(module, FirstTokenHead):
+            result.swapped[name] = "the last layer computes first tokens only"
             continue
         if row is None:
             if _other(module):

@@ -46,6 +46,18 @@ class Tokens:
     def lengths(self) -> np.ndarray:
         return np.diff(self.bounds)
 
+    def distinct(self) -> tuple[np.ndarray, np.ndarray]:
+        """A text number for each distinct token sequence; for each text, which of these it is."""
+        numbers: dict[bytes, int] = {}
+        firsts: list[int] = []
+        which = np.empty(len(self), np.int64)
+        for text in range(len(self)):
+            tokens = self.ids[self.bounds[text] : self.bounds[text + 1]].tobytes()
+            which[text] = numbers.setdefault(tokens, len(numbers))
+            if len(firsts) < len(numbers):
+                firsts.append(text)
+        return np.array(firsts, np.int64), which
+
 
 def embed(
     model: nn.Module,
@@ -59,7 +71,7 @@ def embed(
     backend: Backend = "auto",
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """One vector per text, in the order given.
+    """One vector per text, in the order given; equal texts are computed once.
 
     Args:
         model: a transformers encoder (accelerated or not), or a module with one inside; on any
@@ -71,7 +83,7 @@ def embed(
         normalize: divide each vector by its L2 norm.
         max_length: tokens kept of each text; None: as many as model and tokenizer take.
         backend: as in `bert_fast.accelerate`.
-        progress: called with (texts, tokens) after each batch.
+        progress: called after each batch with how many (texts, tokens) it has answered.
 
     Returns: float32 [n, H]. Pooling and norms are computed in fp32, whatever the model's dtype.
     Raises: ValueError for a model without an encoder that can run packed (with the reasons), a
@@ -131,13 +143,14 @@ def embed_tokens(
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens is {batch_tokens}, expected at least 1")
     bert = _packable(model)
-    out = np.empty((len(tokens), bert.config.hidden_size), np.float32)
-    lengths = tokens.lengths
+    firsts, which = tokens.distinct()
+    lengths, times = tokens.lengths[firsts], np.bincount(which, minlength=len(firsts))
+    out = np.empty((len(firsts), bert.config.hidden_size), np.float32)
 
     def collect(rows: np.ndarray, vectors: Tensor) -> None:
         out[rows] = vectors.cpu().numpy()
         if progress is not None:
-            progress(len(rows), int(lengths[rows].sum()))
+            progress(int(times[rows].sum()), int((times * lengths)[rows].sum()))
 
     was_training = model.training
     model.eval()
@@ -145,12 +158,16 @@ def embed_tokens(
         with torch.inference_mode():
             running: tuple[np.ndarray, Tensor] | None = None
             for rows in batches(lengths, batch_tokens):
-                ids, cu_seqlens = _packed(tokens, rows, bert.device)
+                ids, cu_seqlens = _packed(tokens, firsts[rows], bert.device)
+                read = cu_seqlens[:-1].long() if pooling == "cls" else None
                 hidden = encode(
-                    bert, ids, cu_seqlens, int(lengths[rows[0]]), backend=backend
-                )  # [T, H]
+                    bert, ids, cu_seqlens, int(lengths[rows[0]]), backend=backend, rows=read
+                )  # [T, H], or [B, H] of the first tokens
+                bounds = cu_seqlens
+                if read is not None:
+                    bounds = torch.arange(len(read) + 1, dtype=torch.int32, device=read.device)
                 vectors = ops.pool(
-                    hidden.float(), cu_seqlens, pooling, normalize, chosen(backend, "pool")
+                    hidden.float(), bounds, pooling, normalize, chosen(backend, "pool")
                 )  # [B, H]
                 # One batch behind: a GPU has the next one queued while this one is copied out.
                 if running is not None:
@@ -160,11 +177,11 @@ def embed_tokens(
                 collect(*running)
     finally:
         model.train(was_training)
-    return out
+    return out if len(firsts) == len(tokens) else out[which]
 
 
 def batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
-    """Text numbers, longest texts first, cut where a batch would exceed `batch_tokens`."""
+    """Positions in `lengths`, longest first, cut where a batch would exceed `batch_tokens`."""
     order = np.argsort(-lengths, kind="stable")
     ends = np.cumsum(lengths[order])
     start = used = 0

@@ -265,6 +265,24 @@ HEADS = (
     _masked_lm("layoutlm", "LayoutLM"),
 )
 
+# Heads that read each sequence's first token only, of its last state or through the pooler, and hand
+# keywords on to their encoder (MPNet's do not).
+FIRST_TOKEN_HEADS = {
+    (f"transformers.models.{folder}.modeling_{file or folder}", f"{stem}For{task}")
+    for folder, file, stem, more in (
+        ("bert", None, "Bert", ("MultipleChoice", "NextSentencePrediction")),
+        ("roberta", None, "Roberta", ("MultipleChoice",)),
+        ("xlm_roberta", None, "XLMRoberta", ("MultipleChoice",)),
+        ("camembert", None, "Camembert", ("MultipleChoice",)),
+        ("data2vec", "data2vec_text", "Data2VecText", ("MultipleChoice",)),
+        ("ernie", None, "Ernie", ("MultipleChoice", "NextSentencePrediction")),
+        ("electra", None, "Electra", ()),
+        ("distilbert", None, "DistilBert", ("MultipleChoice",)),
+        ("albert", None, "Albert", ("MultipleChoice",)),
+    )
+    for task in ("SequenceClassification", *more)
+}
+
 HEAD_BY_CLASS = {(row.module, row.model): row for row in HEADS}
 
 # Other encoders: not post-LN, or with rotary positions. They take the attention alone, where

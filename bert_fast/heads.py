@@ -8,6 +8,7 @@ from torch import nn
 from transformers.models.bert import modeling_bert as hf
 
 from .convert import accelerate
+from .first_token import first_token_head
 from .masked_lm import packed_head
 from .packed import packed_class
 
@@ -29,15 +30,15 @@ class BertForMaskedLM(_Head, packed_head(hf.BertForMaskedLM)):  # type: ignore[m
     """transformers' BertForMaskedLM on the packed encoder."""
 
 
-class BertForNextSentencePrediction(_Head, hf.BertForNextSentencePrediction):
+class BertForNextSentencePrediction(_Head, first_token_head(hf.BertForNextSentencePrediction)):  # type: ignore[misc]
     """transformers' BertForNextSentencePrediction on the packed encoder."""
 
 
-class BertForSequenceClassification(_Head, hf.BertForSequenceClassification):
+class BertForSequenceClassification(_Head, first_token_head(hf.BertForSequenceClassification)):  # type: ignore[misc]
     """transformers' BertForSequenceClassification on the packed encoder."""
 
 
-class BertForMultipleChoice(_Head, hf.BertForMultipleChoice):
+class BertForMultipleChoice(_Head, first_token_head(hf.BertForMultipleChoice)):  # type: ignore[misc]
     """transformers' BertForMultipleChoice on the packed encoder."""
 
 

@@ -34,7 +34,7 @@ from .packed import (
     options_of,
     tell,
 )
-from .padding import pack_full
+from .padding import Packing, pack_full
 
 
 class PackedHead:
@@ -141,13 +141,17 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     pair_labels = None if row.pair is None else given.pop(row.pair.labels, None)
     as_dict = asked(model, given, "return_dict", True)
     given.pop("return_dict", None)
-    states = _states(_encoder(model)(**given, **{AS_PACKED: True}, return_dict=True))
     with_loss = labels is not None and (row.pair is None or pair_labels is not None)
+    wanted: Any = True
+    if with_loss and options_of(model).sparse_logits and not torch.compiler.is_compiling():
+        wanted = functools.partial(_scored_rows, labels, row.pair is not None)
+    states = _states(_encoder(model)(**given, **{AS_PACKED: wanted}, return_dict=True))
     fields: dict[str, Any] = {}
+    targets = None
     if with_loss:
-        labels = _checked(labels, states).to(states.h.device)
-        fields["loss"] = _loss(model, states, labels)
-    fields[row.logits] = _logits(model, states, labels if with_loss else None)
+        targets = _targets(labels, states)
+        fields["loss"] = _loss(model, states, targets)
+    fields[row.logits] = _logits(model, states, targets)
     if row.pair is not None:
         fields[row.pair.logits] = scores = row.pair.classifier(model)(states.pooled)
         if with_loss:
@@ -169,19 +173,31 @@ def _states(found: Any) -> PackedStates:
     return PackedStates(last.flatten(0, 1), packing, pooled, found.hidden_states, found.attentions)
 
 
-def _checked(labels: Tensor, states: PackedStates) -> Tensor:
-    packing = states.packing
+def _scored_rows(labels: Tensor, first_too: bool, packing: Packing) -> Tensor:
+    """The packed tokens that the loss reads, ascending; first_too: and each sequence's first."""
+    read = packing.labels(_checked(labels, packing), IGNORED) != IGNORED
+    if first_too:
+        read = read.index_fill(0, packing.starts(), True)
+    return read.nonzero().flatten()
+
+
+def _checked(labels: Tensor, packing: Packing) -> Tensor:
     if tuple(labels.shape) != (packing.batch, packing.length):
         raise ValueError(
             f"labels has shape {tuple(labels.shape)}, expected ({packing.batch}, {packing.length})"
         )
-    return labels
+    return labels.to(packing.cu_seqlens.device)
 
 
-def _loss(model: Any, states: PackedStates, labels: Tensor) -> Tensor:
+def _targets(labels: Tensor, states: PackedStates) -> Tensor:
+    """The label of each row of `states.h`."""
+    targets = states.packing.labels(_checked(labels, states.packing), IGNORED)
+    return targets if states.rows is None else targets[states.rows]
+
+
+def _loss(model: Any, states: PackedStates, targets: Tensor) -> Tensor:
     """The mean over scored tokens, in the dtype of the hidden states, as Hugging Face has it."""
     parts, h = model.bert_fast_head.parts(model), states.h
-    targets = states.packing.labels(labels, IGNORED)
     if not torch.compiler.is_compiling():  # whose sizes may not depend on values
         rows = (targets != IGNORED).nonzero().flatten()
         h, targets = ops.unpad(h, rows), targets[rows]
@@ -193,14 +209,14 @@ def _loss(model: Any, states: PackedStates, labels: Tensor) -> Tensor:
     return loss.to(h.dtype)
 
 
-def _logits(model: Any, states: PackedStates, labels: Tensor | None) -> Tensor | None:
+def _logits(model: Any, states: PackedStates, targets: Tensor | None) -> Tensor | None:
     """[B, S, V], zeros at padding; for a loss with sparse logits, [scored, V] or None."""
     parts, options, packing = model.bert_fast_head.parts(model), options_of(model), states.packing
-    h, sparse = states.h, options.sparse_logits and labels is not None
+    h, sparse = states.h, options.sparse_logits and targets is not None
     if sparse and model.training:
         return None
     if sparse:
-        h = h[packing.labels(labels, IGNORED) != IGNORED]
+        h = h[targets != IGNORED]
     logits = linear(parts.decoder, _transformed(model, parts, h), options.backend)
     return logits if sparse else packing.pad(logits, chosen(options.backend, "pad"))
 

@@ -61,6 +61,7 @@ def encode(
     token_type_ids: Tensor | None = None,
     position_ids: Tensor | None = None,
     backend: Backend = "auto",
+    rows: Tensor | None = None,
 ) -> Tensor:
     """The last hidden states of packed tokens, without any padding on the way.
 
@@ -72,8 +73,9 @@ def encode(
         token_type_ids: [T] or None (type 0).
         position_ids: [T] or None (counted within each sequence).
         backend: "auto", one backend for every op, or a mapping from op to backend.
+        rows: [R] int64, distinct, the tokens whose states are wanted; None: all.
 
-    Returns: [T, H] in the model's dtype.
+    Returns: [T, H], or [R, H] in the order of `rows`, in the model's dtype.
     Raises: ValueError for a sequence longer than the position table; what the ops raise.
     """
     family = family_of(model)
@@ -86,7 +88,7 @@ def encode(
     }
     inputs = {name: ids.unsqueeze(0) for name, ids in given.items() if ids is not None}
     inputs |= {"cu_seq_lens_q": cu_seqlens, "max_length_q": max_seqlen}
-    return packed_forward(model, family, read_batch(model, family, inputs), backend)
+    return packed_forward(model, family, read_batch(model, family, inputs), backend, rows=rows)
 
 
 def packed_forward(
@@ -96,12 +98,15 @@ def packed_forward(
     backend: Backend,
     between: Callable[[Tensor], Tensor] | None = None,
     checkpoint: str = "none",
+    rows: Tensor | None = None,
 ) -> Tensor:
-    """Embeddings and every layer on packed tokens -> [T, H].
+    """Embeddings and every layer on packed tokens -> [T, H], or [R, H] of the rows asked for.
 
     between: called on the hidden states before the first and after each layer; what it returns
         goes on (how hidden states are collected).
     checkpoint: one of `CHECKPOINTS`, what training keeps of a layer.
+    rows: [R] int64, distinct: all that will be read. After its attention, the last layer computes
+        nothing else, which changes no value.
     """
     h = embed(model.embeddings, batch, backend)
     projection = family.project(model)
@@ -111,7 +116,7 @@ def packed_forward(
         learned = family.bias(model, packing.max_seqlen, packing.cu_seqlens).to(h.dtype)
         bias = learned if bias is None else bias + learned
     sequences = Sequences(packing.cu_seqlens, packing.max_seqlen, packing.key_start, bias)
-    return run_layers(model, family, h, sequences, backend, between, checkpoint)
+    return run_layers(model, family, h, sequences, backend, between, checkpoint, rows)
 
 
 def embed(embeddings: nn.Module, batch: Batch, backend: Backend) -> Tensor:
@@ -164,8 +169,9 @@ def run_layers(
     backend: Backend,
     between: Callable[[Tensor], Tensor] | None,
     checkpoint: str,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    """Every layer on packed tokens [T, H] -> [T, H]."""
+    """Every layer on packed tokens [T, H] -> [T, H] or [R, H]; see `packed_forward`."""
     modules = family.layers(model)
     layers = [family.parts(module) for module in modules]
     recompute = torch.is_grad_enabled() and any(
@@ -188,6 +194,7 @@ def run_layers(
             seeds=None if seeds is None else seeds[3 * i : 3 * i + 3],
             backend=backend,
             recompute=checkpoint == "selective",
+            rows=rows if i == len(layers) - 1 else None,
         )
         if recompute and module.gradient_checkpointing:
             h = module._gradient_checkpointing_func(run, h)
@@ -206,8 +213,9 @@ def layer_forward(
     seeds: Tensor | None,
     backend: Backend,
     recompute: bool = False,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    """One post-LN encoder layer on packed tokens [T, H] -> [T, H]."""
+    """One post-LN encoder layer on packed tokens [T, H] -> [T, H], or [R, H] of `rows`."""
     m = layer
     s0, s1, s2 = (None, None, None) if seeds is None else seeds.split(1)
     p0, p1, p2 = rate(m.attention_dropout), rate(m.out_dropout), rate(m.down_dropout)
@@ -218,6 +226,9 @@ def layer_forward(
         sequences.key_start, _like(sequences.bias, qkv), p0, s0 if p0 else None,
         chosen(backend, "attention"),
     ).flatten(1)  # fmt: skip
+    if rows is not None:
+        use = chosen(backend, "unpad")
+        context, h = ops.unpad(context, rows, use), ops.unpad(h, rows, use)
     h = add_norm(*without_bias(m.out, context, backend), h, m.out_norm, p1, s1, backend)
     y, bias = feed_forward(m, h, backend, recompute)
     return add_norm(y, bias, h, m.down_norm, p2, s2, backend)

@@ -23,8 +23,10 @@ from .ops.weight_copies import forget
 from .padding import Packing
 
 OPTIONS = "_bert_fast"
-# The keyword by which a head of ours asks its encoder for the packed states.
+# The keywords by which a head of ours asks its encoder for the packed states (all of them, or a
+# function's choice: `PackedStates.rows`), or says that it reads each sequence's first token only.
 AS_PACKED = "bert_fast_packed"
+FIRST_ONLY = "bert_fast_first_only"
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,17 @@ _HARMLESS = {"transformers.utils.output_capturing", "transformers.modeling_utils
 
 
 class PackedStates(NamedTuple):
-    """What an encoder hands to a head of ours instead of padded outputs: h [T, H]."""
+    """What an encoder hands to a head of ours instead of padded outputs.
+
+    h: [T, H], or [R, H] of the packed tokens `rows` [R] int64, ascending, that the head asked for.
+    """
 
     h: Tensor
     packing: Packing
     pooled: Tensor | None
     hidden_states: tuple[Tensor | None, ...] | None
     attentions: tuple[Tensor, ...] | None = None
+    rows: Tensor | None = None
 
 
 class Packed:
@@ -115,7 +121,7 @@ def __getattr__(name: str) -> type:
 
 
 def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    as_packed = kwargs.pop(AS_PACKED, False)
+    as_packed, first_only = kwargs.pop(AS_PACKED, False), kwargs.pop(FIRST_ONLY, False)
     given, family = arguments(model, args, kwargs), model.bert_fast_family
     why = reasons_against_call(model, given) or reasons_against(model, family)
     if why:
@@ -134,14 +140,25 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
     collect = asked(model, given, "output_hidden_states")
     between = None if collect is None or collect is False else keep
-    h = packed_forward(model, family, batch, options.backend, between, options.checkpoint)
+    packing, rows = batch.packing, None
+    if not between and packing.length:
+        if callable(as_packed):
+            rows = as_packed(packing)
+        elif first_only:
+            rows = packing.starts()
+    h = packed_forward(model, family, batch, options.backend, between, options.checkpoint, rows)
     if as_packed:
-        packing, pooled = batch.packing, None
+        pooled = None
         if family.pooled is not None and packing.length:
-            pooled = family.pooled(model, packing.first(h).unsqueeze(1))
+            starts = packing.starts()
+            at = starts if rows is None else torch.searchsorted(rows, starts)
+            pooled = family.pooled(model, h[at].unsqueeze(1))
         collected = _selected(states, collect) if between else None
-        return PackedStates(h, packing, pooled, collected)
-    last = states[-1] if between else batch.packing.pad(h, chosen(options.backend, "pad"))
+        return PackedStates(h, packing, pooled, collected, rows=rows)
+    if rows is not None:
+        last = h.unsqueeze(1)
+    else:
+        last = states[-1] if between else packing.pad(h, chosen(options.backend, "pad"))
     fields = {"last_hidden_state": last}
     if family.pooled is not None:
         fields["pooler_output"] = family.pooled(model, last) if last.shape[1] else None

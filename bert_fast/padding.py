@@ -45,9 +45,9 @@ class Packing:
         flat = ids.expand(self.batch, self.length).reshape(-1)
         return flat if self.indices is None else flat[self.indices]
 
-    def first(self, x: Tensor) -> Tensor:
-        """[T, H] -> [B, H], column 0 of every batch row."""
-        return x[self.cu_seqlens[: self.batch].long()]
+    def starts(self) -> Tensor:
+        """[B] int64, where column 0 of every batch row is packed."""
+        return self.cu_seqlens[: self.batch].long()
 
     def labels(self, labels: Tensor, ignored: int) -> Tensor:
         """[B, S] -> [T]; `ignored` where a packed token is not real."""

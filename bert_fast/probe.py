@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor, nn
 
 from .families import Family
+from .first_token import FirstTokenHead, first_token_head
 from .inputs import read_batch
 from .masked_lm import PackedHead, packed_head
 from .modeling import packed_forward
@@ -35,6 +36,13 @@ def strange_head(model: nn.Module) -> str | None:
     cls = type(model)
     original = cls.bert_fast_original if isinstance(model, PackedHead) else cls
     return _probe(original, _forwards(model), _head_difference)
+
+
+def strange_first_token_head(model: nn.Module) -> str | None:
+    """The same of a head that reads first tokens only: its logits."""
+    cls = type(model)
+    original = cls.bert_fast_original if isinstance(model, FirstTokenHead) else cls
+    return _probe(original, _forwards(model), _first_token_difference)
 
 
 def _forwards(model: nn.Module) -> frozenset[Any]:
@@ -73,7 +81,7 @@ def _small(original: Any) -> tuple[nn.Module, dict[str, Tensor]]:
     )  # fmt: skip
     model = original(config).float().eval()
     for module in model.modules():  # a constructor may have accelerated what it made
-        if isinstance(module, Packed | PackedHead):
+        if isinstance(module, Packed | PackedHead | FirstTokenHead):
             module.__class__ = module.bert_fast_original
     for parameter in model.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
@@ -102,10 +110,7 @@ def _head_difference(original: Any) -> float:
     """The largest difference between the losses and between the logits of real tokens."""
     with torch.device("cpu"), _apart(), torch.no_grad():
         model, inputs = _small(original)
-        ours: Any = copy.deepcopy(model)
-        encoder = getattr(ours, ours.base_model_prefix)
-        encoder.__class__ = packed_class(encoder.__class__)
-        ours.__class__ = packed_head(original)
+        ours = _packed_copy(model, packed_head(original))
         row = ours.bert_fast_head
         inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         if row.pair is not None:
@@ -114,3 +119,22 @@ def _head_difference(original: Any) -> float:
     rows = inputs["attention_mask"].bool()
     logits = (found[row.logits] - expected[row.logits])[rows].abs().max()
     return max(logits.item(), (found["loss"] - expected["loss"]).abs().item())
+
+
+def _first_token_difference(original: Any) -> float:
+    """The largest difference between the logits."""
+    with torch.device("cpu"), _apart(), torch.no_grad():
+        model, inputs = _small(original)
+        if original.__name__.endswith("MultipleChoice"):  # the texts are choices of one question
+            inputs = {name: value.unsqueeze(0) for name, value in inputs.items()}
+        ours = _packed_copy(model, first_token_head(original))
+        return (ours(**inputs).logits - model(**inputs).logits).abs().max().item()
+
+
+def _packed_copy(model: Any, cls: type) -> Any:
+    """A copy as a packed head of class `cls` on a packed encoder."""
+    ours = copy.deepcopy(model)
+    encoder = getattr(ours, ours.base_model_prefix)
+    encoder.__class__ = packed_class(encoder.__class__)
+    ours.__class__ = cls
+    return ours

@@ -109,6 +109,24 @@ def test_progress_adds_up(model, tokenizer):
     assert sum(t for _, t in seen) == len(tokenize(tokenizer, tiny.TEXTS, 24).ids)
 
 
+def test_equal_texts_are_computed_once(model, tokenizer):
+    """And come out in their places; what is told of progress counts every text."""
+    texts = [tiny.TEXTS[i] for i in (2, 0, 2, 1, 0, 2)]
+    seen, ran = [], []
+
+    def watch(op, args):
+        if op.name == "embed_layernorm":
+            ran.append(args[0].shape[0])
+        return op.choose(args)
+
+    found = embed(model, tokenizer, texts, backend=watch, progress=lambda n, t: seen.append((n, t)))
+    np.testing.assert_array_equal(
+        found, embed(model, tokenizer, tiny.TEXTS[:3])[[2, 0, 2, 1, 0, 2]]
+    )
+    assert ran == [len(tokenize(tokenizer, tiny.TEXTS[:3], 24).ids)]
+    assert seen == [(6, len(tokenize(tokenizer, texts, 24).ids))]
+
+
 def test_truncation_is_told_once_with_its_count(model, tokenizer):
     with pytest.warns(UserWarning, match="3 of 7 texts were cut to 8 tokens") as told:
         found = embed(model, tokenizer, tiny.TEXTS, max_length=8)

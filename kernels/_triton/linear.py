@@ -7,6 +7,7 @@ tokens: the sum is split over programs, and their float32 shares are added in a 
 """
 
 import functools
+from collections.abc import Mapping
 
 import torch
 import triton
@@ -59,7 +60,7 @@ TF32 = {
 }
 
 
-def table(family: str, dtype: torch.dtype, precision: str) -> dict[str, tuple[int, ...]]:
+def table(family: str, dtype: torch.dtype, precision: str) -> Mapping[str, tuple[int, ...]]:
     if dtype != torch.float32 or family == "interpreter":
         return HALF[family]
     return TF32 if precision == "tf32" else FLOAT

@@ -1,0 +1,156 @@
+"""Heads that read few tokens: the last layer computes these only, and nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import BertForMaskedLM, BertForPreTraining, BertForSequenceClassification
+
+import bert_fast
+from bert_fast.families import FIRST_TOKEN_HEADS
+from bert_fast.first_token import FirstTokenHead
+from bert_fast.modeling import encode
+
+from .against_hf import over_budget
+from .models import ids, masks, tiny
+from .parity import DEVICE
+
+BATCH, LENGTH = 24, 19  # errors of a few logits alone are luck
+
+
+def model_of(module: str, name: str) -> Any:
+    cls = getattr(importlib.import_module(module), name)
+    torch.manual_seed(0)
+    config = cls.config_class(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=37, max_position_embeddings=24, pad_token_id=1,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model = cls(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    return model.to(DEVICE).eval()
+
+
+def inputs_of(name: str, mask: str = "right") -> dict[str, Tensor]:
+    batch = {"input_ids": ids(BATCH, LENGTH, 90) + 2, "attention_mask": masks(BATCH, LENGTH)[mask]}
+    labels = ids(BATCH, 1, 2).flatten()
+    if name.endswith("MultipleChoice"):
+        batch, labels = {k: x.view(-1, 2, LENGTH) for k, x in batch.items()}, labels[: BATCH // 2]
+    return {**batch, "labels": labels}
+
+
+def results(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    output = model(**inputs)
+    output.loss.backward()
+    grads = {f"d{n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
+    if output.logits.shape[0] != BATCH:  # softmax over choices does not see a bias they share
+        del grads["dclassifier.bias"]
+    return {"loss": output.loss.detach(), "logits": output.logits.detach(), **grads}
+
+
+def rows_normalised(model: Any, inputs: dict[str, Any]) -> list[int]:
+    """How many rows each LayerNorm behind a sublayer sees in a forward."""
+    seen = []
+
+    def watch(op: Any, args: tuple[Any, ...]) -> Any:
+        if op.name == "add_layernorm" and args[2] is not None:
+            seen.append(args[0].shape[0])
+        return op.choose(args)
+
+    model = bert_fast.accelerate(bert_fast.restore(copy.deepcopy(model)), backend=watch)
+    with torch.no_grad():
+        model(**inputs)
+    return seen
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("module", "name"), sorted(FIRST_TOKEN_HEADS), ids=lambda x: x)
+def test_every_head_of_first_tokens(module: str, name: str) -> None:
+    """Loss, logits and every gradient: within budget of transformers in fp64."""
+    model = model_of(module, name)
+    for mask in ("right", "first_hidden"):
+        inputs = inputs_of(name, mask)
+        exact = results(copy.deepcopy(model).double(), inputs)
+        plain = results(copy.deepcopy(model), inputs)
+        ours = bert_fast.accelerate(copy.deepcopy(model))
+        assert isinstance(ours, FirstTokenHead)
+        told = over_budget(exact, plain, results(ours, inputs))
+        assert not told, "; ".join(told)
+    tokens = int(inputs_of(name)["attention_mask"].sum())
+    assert rows_normalised(model, inputs_of(name)) == [tokens, tokens, BATCH, BATCH]
+    assert type(bert_fast.restore(ours)) is type(model)
+
+
+def test_what_else_is_asked_of_a_head_is_whole() -> None:
+    """Hidden states, the encoder by itself, tuples, pickles: as without the saving."""
+    plain = tiny(BertForSequenceClassification)
+    ours = bert_fast.accelerate(copy.deepcopy(plain))
+    inputs = {"input_ids": ids(4, 9), "attention_mask": masks(4, 9)["right"]}
+    real = inputs["attention_mask"].bool()
+    expected, found = (m(**inputs, output_hidden_states=True) for m in (plain, ours))
+    assert len(found.hidden_states) == 3
+    for a, b in zip(found.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(a[real], b[real], rtol=1e-5, atol=1e-5)
+    assert ours.bert(**inputs).last_hidden_state.shape == (4, 9, 64)
+    (logits,) = ours(**inputs, return_dict=False)
+    torch.testing.assert_close(logits, expected.logits, rtol=1e-5, atol=1e-5)
+    twin = pickle.loads(pickle.dumps(ours))
+    assert type(twin) is type(ours)
+    torch.testing.assert_close(twin(**inputs).logits, logits, rtol=0, atol=0)
+    assert "first tokens only" in str(bert_fast.report(ours))
+
+
+def test_a_wrapped_encoder_is_not_told() -> None:
+    """A forward in the encoder's place may not know the keyword."""
+    ours = bert_fast.accelerate(tiny(BertForSequenceClassification))
+    run, asked = ours.bert.forward, []
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        asked.append(sorted(kwargs))
+        return run(*args, **kwargs)
+
+    ours.bert.forward = wrapped
+    ours(ids(4, 9))
+    assert not any("bert_fast" in name for name in asked[0])
+
+
+@pytest.mark.parametrize("cls", [BertForMaskedLM, BertForPreTraining])
+def test_a_loss_with_sparse_logits_computes_scored_tokens(cls: type) -> None:
+    model = bert_fast.accelerate(tiny(cls), sparse_logits=True)
+    labels = ids(4, 11, 90).masked_fill(torch.arange(11, device=DEVICE) % 4 != 1, -100)
+    mask = masks(4, 11)["right"]
+    labels[0, 0] = 5  # a scored first token is counted once
+    inputs: dict[str, Any] = {"input_ids": ids(4, 11), "attention_mask": mask, "labels": labels}
+    read = (labels != -100) & mask.bool()
+    if cls is BertForPreTraining:
+        inputs["next_sentence_label"] = torch.tensor([0, 1, 1, 0], device=DEVICE)
+        read[:, 0] = True
+    seen = []
+
+    def watch(op: Any, args: tuple[Any, ...]) -> Any:
+        if op.name == "add_layernorm" and args[2] is not None:
+            seen.append(args[0].shape[0])
+        return op.choose(args)
+
+    expected = model(**inputs).loss
+    bert_fast.accelerate(model, backend=watch, sparse_logits=True)
+    torch.testing.assert_close(model(**inputs).loss, expected, rtol=0, atol=0)
+    tokens = int(mask.sum())
+    assert seen == [tokens, tokens, int(read.sum()), int(read.sum())]
+
+
+def test_rows_of_encode() -> None:
+    model = tiny()
+    bounds = torch.tensor([0, 4, 9], dtype=torch.int32, device=DEVICE)
+    tokens, rows = ids(1, 9).flatten(), torch.tensor([0, 4], device=DEVICE)
+    whole = encode(model, tokens, bounds, 5)
+    some = encode(model, tokens, bounds, 5, rows=rows)
+    torch.testing.assert_close(some, whole[rows], rtol=1e-5, atol=1e-6)
+    assert some.shape == (2, 64)
