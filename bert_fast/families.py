@@ -265,8 +265,8 @@ HEADS = (
     _masked_lm("layoutlm", "LayoutLM"),
 )
 
-# Heads that read each sequence's first token only, of its last state or through the pooler, and hand
-# keywords on to their encoder (MPNet's do not).
+# Heads that read each sequence's first token only, of its last state or through the pooler, and
+# hand keywords on to their encoder (MPNet's do not).
 FIRST_TOKEN_HEADS = {
     (f"transformers.models.{folder}.modeling_{file or folder}", f"{stem}For{task}")
     for folder, file, stem, more in (
