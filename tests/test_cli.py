@@ -241,12 +241,12 @@ def test_verify_passes_and_writes_json(folder, tmp_path):
 def test_verify_fails_where_an_error_is_over(folder, monkeypatch):
     from bert_fast import ops
 
-    kernel = ops.linear_gelu
+    kernel = ops.feed_forward
 
-    def tanh(x, weight, bias, activation, backend="auto"):
-        return kernel(x, weight, bias, "gelu_tanh", backend)
+    def tanh(x, up, up_bias, down, activation, *rest):
+        return kernel(x, up, up_bias, down, "gelu_tanh", *rest)
 
-    monkeypatch.setattr(ops, "linear_gelu", tanh)
+    monkeypatch.setattr(ops, "feed_forward", tanh)
     result = CliRunner().invoke(app, ["verify", str(folder), "--no-gradients"])
     assert result.exit_code == 1 and "NOT as exact" in result.output and "over" in result.output
 
