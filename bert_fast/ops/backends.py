@@ -65,6 +65,12 @@ def best_isa() -> int:
     return 0 if extension_missing() else int(torch.ops.bert_fast_cpu.best_isa())
 
 
+@functools.cache
+def torch_has_avx512() -> bool:
+    """Whether torch, and oneDNN with it, runs AVX-512 code here."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
 def wrong_device(lead: Tensor, device: str) -> list[str]:
     return [] if lead.device.type == device else [f"tensors are on {lead.device}, not {device}"]
 

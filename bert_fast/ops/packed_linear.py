@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import ISAS, cpu_reasons
+from .backends import ISAS, cpu_reasons, torch_has_avx512
 from .registry import Kernel
 from .weight_copies import copy_of, reasons_against_copies
 
@@ -50,5 +50,4 @@ def _kernel(name: str, isa: int, forward: Forward, backward: Callable[..., Any])
 
 def preferred(ours: tuple[Kernel, ...], onednn: Kernel) -> tuple[Kernel, ...]:
     """Both, in the order of preference on this machine."""
-    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return (onednn, *ours) if wide else (*ours, onednn)
+    return (onednn, *ours) if torch_has_avx512() else (*ours, onednn)
