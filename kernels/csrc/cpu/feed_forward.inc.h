@@ -1,7 +1,7 @@
 // feed_forward: y = activation(x U^T + b) D^T, the inner states never in memory as a whole.
 //
-// For a block of rows, kSlice of the inner columns at a time: the slice of a = activation(x U^T + b)
-// is made from the panels of U that hold it, stays in L2, and is multiplied by its depths of D's
+// For a block of rows, kSlice of the inner columns at a time: the slice of activation(x U^T + b) is
+// made from the panels of U that hold it, stays in L2, and is multiplied by its depths of D's
 // panels into sums that stay there too. Nothing of [T, F] is written to memory or read from it, and
 // each weight still streams once per block of rows. Rows are dealt to threads; with too few of them
 // for every thread, the caller runs the two products one after the other, which can share columns.
@@ -11,8 +11,8 @@
 
 namespace bert_fast::cpu::BERT_FAST_ISA {
 
-constexpr int64_t kSlice = 192;            // inner columns, a multiple of the panel
-constexpr int64_t kFeedForwardRows = 128;  // higher blocks leave L2, lower ones read weights more often
+constexpr int64_t kSlice = 192;  // inner columns, a multiple of the panel
+constexpr int64_t kFeedForwardRows = 128;  // more leave L2, fewer read the weights more often
 
 inline bool feed_forward_fits(int64_t rows) { return rows >= thread_count() * kLaneRows; }
 

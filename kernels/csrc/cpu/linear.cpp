@@ -81,8 +81,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bert_fast_cpu, m) {
       "linear_forward(Tensor x, Tensor packed, Tensor? bias, int cols, str activation, int isa) "
       "-> Tensor");
   m.def(
-      "feed_forward_forward(Tensor x, Tensor up, Tensor? up_bias, Tensor down, int inner, int cols, "
-      "str activation, int isa) -> Tensor");
+      "feed_forward_forward(Tensor x, Tensor up, Tensor? up_bias, Tensor down, int inner, "
+      "int cols, str activation, int isa) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bert_fast_cpu, CPU, m) {

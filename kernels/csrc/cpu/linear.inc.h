@@ -127,7 +127,8 @@ void for_row_blocks(int64_t begin, int64_t end, int64_t most, const F& f) {
 }
 
 inline int64_t block_rows(int64_t floats_per_row) {
-  return smaller(kMaxBlock, larger(kLaneRows, kBlockBytes / 4 / larger<int64_t>(1, floats_per_row)));
+  const int64_t fitting = kBlockBytes / 4 / larger<int64_t>(1, floats_per_row);
+  return smaller(kMaxBlock, larger(kLaneRows, fitting));
 }
 
 template <class T, Activation A>
