@@ -1,7 +1,8 @@
-"""Guard bands around what Python-side kernels allocate: a write past either end is seen."""
+"""What is seen of the tensors that are made: writes past their ends, and how large they get."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,20 @@ from torch.overrides import TorchFunctionMode
 
 BAND = 64  # elements on either side
 _MAKERS = {torch.empty, torch.empty_like, Tensor.new_empty, torch.zeros, Tensor.new_zeros}
+
+
+class largest_made(TorchFunctionMode):
+    """The most elements of a tensor made inside of whose shape `is_of(shape)` holds."""
+
+    def __init__(self, is_of: Callable[[torch.Size], bool]) -> None:
+        super().__init__()
+        self.is_of, self.numel = is_of, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and self.is_of(made.shape):
+            self.numel = max(self.numel, made.numel())
+        return made
 
 
 class guarded_allocations(TorchFunctionMode):

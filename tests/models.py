@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -27,6 +28,21 @@ def tiny(cls: type = BertModel, seed: int = 0, **changes: Any) -> Any:
     torch.manual_seed(seed)
     model = cls(BertConfig(**config))
     for parameter in model.parameters():  # HF's 0.02 init hides errors in nearly linear layers
+        torch.nn.init.normal_(parameter, std=0.15)
+    return model.to(DEVICE).eval()
+
+
+def small(module: str, name: str) -> Any:
+    """As `tiny`, of any family: the class `name` of transformers' `module`."""
+    cls = getattr(importlib.import_module(module), name)
+    torch.manual_seed(0)
+    config = cls.config_class(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=37, max_position_embeddings=24, pad_token_id=1,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model = cls(config)
+    for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
     return model.to(DEVICE).eval()
 

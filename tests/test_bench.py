@@ -163,13 +163,13 @@ def test_a_wrong_result_and_a_missing_peer_get_no_time(monkeypatch: pytest.Monke
     for _ in models.bench_models(found, plan, DEVICE, noise.Probe(DEVICE), told.append):
         pass
     entries = {(e.contender, e.order): e for e in found.models}
-    assert entries["slow", "arrival"].ratio and entries["slow", "arrival"].ratio.value > 1.2
+    assert entries["slow", "arrival"].ratio and entries["slow", "arrival"].ratio.value > 1.5
     for name in ("wrong", "nan", "broken", "absent"):
         entry = entries[name, "sorted"]
         assert entry.failed and not entry.seconds and entry.ratio is None
     assert "relative L2" in str(entries["wrong", "arrival"].failed)
     assert found.missing == {"absent fp32": "not installed"}
-    assert "slow 1" in told[0] or "slow 2" in told[0] or "slow" in told[0]
+    assert "slow" in told[0]
 
 
 def test_results_survive_their_file(tmp_path: Path) -> None:

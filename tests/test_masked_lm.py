@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from typing import Any
 
 import pytest
@@ -17,7 +16,8 @@ from bert_fast.families import HEADS, Head
 from bert_fast.masked_lm import PackedHead
 
 from .against_hf import over_budget
-from .models import ids, masks, tiny
+from .guard import largest_made
+from .models import ids, masks, small, tiny
 from .parity import DEVICE
 
 BATCH, LENGTH = 4, 11
@@ -44,20 +44,6 @@ def inputs_of(row: Head | None = None, share: float = 0.3) -> dict[str, Any]:
     return inputs
 
 
-def model_of(row: Head) -> Any:
-    cls = getattr(importlib.import_module(row.module), row.model)
-    torch.manual_seed(0)
-    config = cls.config_class(
-        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=37, max_position_embeddings=24, pad_token_id=1,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    model = cls(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
-    return model.to(DEVICE).eval()
-
-
 def results(model: Any, row: Head, inputs: dict[str, Any]) -> dict[str, Tensor]:
     output = model(**inputs)
     output.loss.backward()
@@ -74,7 +60,7 @@ def results(model: Any, row: Head, inputs: dict[str, Any]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("row", HEADS, ids=lambda row: row.model)
 def test_every_head(row: Head, dtype: torch.dtype) -> None:
     """Loss, logits of real tokens, every gradient: within budget of transformers in fp64."""
-    model, inputs = model_of(row).to(dtype), inputs_of(row)
+    model, inputs = small(row.module, row.model).to(dtype), inputs_of(row)
     exact = results(copy.deepcopy(model).double(), row, inputs)
     plain = results(copy.deepcopy(model), row, inputs)
     ours = bert_fast.accelerate(copy.deepcopy(model))
@@ -133,22 +119,12 @@ def test_no_scored_token() -> None:
 def test_logits_and_labels_are_never_whole() -> None:
     """No tensor of [scored, V] or [B, S, V] exists at any time of a training step."""
     rows, vocabulary = 3000, 4099
-    largest = 0
-
-    class Watch(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
-            nonlocal largest
-            made = func(*args, **(kwargs or {}))
-            if isinstance(made, Tensor) and made.shape[-1:] == (vocabulary,):
-                largest = max(largest, made.numel())
-            return made
-
     x = torch.randn(rows, 4, requires_grad=True)
     weight = torch.randn(vocabulary, 4, requires_grad=True)
-    with Watch():
+    with largest_made(lambda shape: shape[-1:] == (vocabulary,)) as largest:
         loss = ops.masked_lm_loss(x, weight, None, torch.randint(vocabulary, (rows,)))
         loss.backward()
-    assert 0 < largest <= rows * vocabulary // 2
+    assert 0 < largest.numel <= rows * vocabulary // 2
 
 
 @pytest.mark.parametrize("value", [99, -1, -101])

@@ -16,9 +16,9 @@ from bert_fast import ops
 from bert_fast.families import HEADS, Head
 
 from .against_hf import over_budget
-from .models import ids, masks, tiny
+from .guard import largest_made
+from .models import ids, masks, small, tiny
 from .parity import DEVICE
-from .test_masked_lm import model_of
 
 BATCH, LENGTH = 4, 11
 ROWS = [row for row in HEADS if row.pair is None]
@@ -42,7 +42,7 @@ def results(model: Any, vectors: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.model)
 def test_every_head(row: Head) -> None:
     """Vectors and every gradient: within budget of transformers in fp64."""
-    model = model_of(row)
+    model = small(row.module, row.model)
     inputs = {
         "input_ids": ids(BATCH, LENGTH, 90) + 2,
         "attention_mask": masks(BATCH, LENGTH)["right"],
@@ -80,22 +80,12 @@ def test_as_sentence_transformers_pools() -> None:
 
 def test_logits_are_never_whole() -> None:
     rows, vocabulary = 3000, 4099
-    largest = 0
-
-    class Watch(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
-            nonlocal largest
-            made = func(*args, **(kwargs or {}))
-            if isinstance(made, Tensor) and made.shape[:1] == (rows,):
-                largest = max(largest, made.numel())
-            return made
-
     x = torch.randn(rows, 4, device="cpu", requires_grad=True)
     weight = torch.randn(vocabulary, 4, requires_grad=True)
-    with Watch():
+    with largest_made(lambda shape: shape[:1] == (rows,)) as largest:
         y = ops.splade(x, weight, None, torch.tensor([0, 1000, 3000], dtype=torch.int32))
         y.sum().backward()
-    assert rows * 4 < largest <= rows * vocabulary // 4
+    assert rows * 4 < largest.numel <= rows * vocabulary // 4
 
 
 def test_refuses() -> None:
