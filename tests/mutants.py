@@ -353,6 +353,8 @@ def main() -> int:
     parser.add_argument("--only", default="", help="mutants whose bug or file contains this text")
     only = parser.parse_args().only
     chosen = [m for m in MUTANTS if only in m.bug or only in m.file]
+    if not chosen:
+        parser.error(f"--only {only!r}: no mutant's bug or file contains this")
     console, table = Console(), Table("bug", "file", "seconds", "caught")
     missed, stale = 0, False
     with tempfile.TemporaryDirectory() as folder:
