@@ -71,6 +71,19 @@ def op_cases(model: Model, tokens: int, device: torch.device, dtype: torch.dtype
         qkv = draw.normal(sum(lengths), 3, model.heads, width)
         return qkv, draw.bounds(lengths), None, None, max(lengths), width**-0.5, 0.0, None
 
+    def encoder(draw: _Draw) -> tuple[Any, ...]:
+        """One layer."""
+        lengths = texts_of(WORKLOADS["squad"], tokens)
+        _, *three = qkv_linear(draw)
+        square = draw.normal(hidden, hidden, scale=hidden**-0.5)
+        up = draw.normal(inner, hidden, scale=hidden**-0.5)
+        down = draw.normal(hidden, inner, scale=inner**-0.5)
+        weights = [*three, square, draw.normal(hidden), *norm(draw)]
+        weights += [up, draw.normal(inner), down, draw.normal(hidden), *norm(draw)]
+        settings = (model.heads, max(lengths), 1e-12, "gelu")
+        x = draw.normal(sum(lengths), hidden)
+        return x, draw.bounds(lengths), None, None, None, weights, *settings
+
     def embeddings(draw: _Draw) -> tuple[Any, ...]:
         ids = (draw.ids(model.vocab, tokens), draw.ids(2, tokens))
         positions = torch.arange(tokens, device=device) % model.positions
@@ -90,6 +103,7 @@ def op_cases(model: Model, tokens: int, device: torch.device, dtype: torch.dtype
     yield case("feed_forward", "", lambda draw: (
         *linear(draw, inner), draw.normal(hidden, inner, scale=inner**-0.5), "gelu", False
     ))  # fmt: skip
+    yield case("encoder", "squad", encoder)
     scored = max(1, tokens // 7)
     yield case("masked_lm_loss", "", lambda draw: (
         draw.normal(scored, hidden), draw.normal(model.vocab, hidden, scale=hidden**-0.5),

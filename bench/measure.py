@@ -115,14 +115,20 @@ def compare(found: Tensor, exact: Tensor, plain: Tensor, factor: float) -> Error
     return Errors((found.double() - exact).abs().max().item(), budget)
 
 
+def widened(argument: Any) -> Any:
+    """An op's argument in fp64."""
+    if isinstance(argument, list):
+        return [widened(one) for one in argument]
+    floats = isinstance(argument, Tensor) and argument.is_floating_point()
+    return argument.double() if floats else argument
+
+
 class Yardstick:
     """The exact results of one op on some arguments, and those of the reference in its dtype."""
 
     def __init__(self, op: Op, args: tuple[Any, ...], backward: bool) -> None:
         self.op, self.args, self.backward = op, args, backward
-        wide = tuple(
-            a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
-        )
+        wide = tuple(map(widened, args))
         with torch.no_grad():
             shape = op.reference(*args).shape
         lead = args[op.names.index(op.lead)]

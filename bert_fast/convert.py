@@ -32,9 +32,10 @@ from .packed import (
     options_of,
     packed_class,
     reasons_against,
-    reasons_against_structure,
+    reasons_against_kind,
 )
 from .probe import strange, strange_first_token_head, strange_head
+from .structure import reasons_against_layers, structure_of
 
 
 def accelerate(
@@ -173,7 +174,7 @@ def report(model: nn.Module) -> Report:
                     result.skipped[name] = _why_not_other(module) or ["accelerate was not called"]
             continue
         packed = isinstance(module, Packed)
-        why = reasons_against(module, row) if packed else _refusal(module, row)
+        why = _reasons(module, row)
         if packed and "forward" in module.__dict__:
             why.append("its forward was replaced before accelerate was called")
         if packed and not why:
@@ -192,6 +193,12 @@ def report(model: nn.Module) -> Report:
             told = why or [strange(module, row) or "accelerate was not called on it"]
             result.skipped[name] = told
     return result
+
+
+def _reasons(module: nn.Module, row: Family) -> list[str]:
+    if not isinstance(module, Packed):
+        return _refusal(module, row)
+    return reasons_against(module, structure_of(module, row))
 
 
 def is_encoder(module: nn.Module) -> bool:
@@ -214,7 +221,7 @@ def _refusal(module: nn.Module, row: Family) -> list[str]:
     if not isinstance(module, Packed) and (cls.__module__, cls.__name__) != (row.module, row.model):
         return [f"{cls.__qualname__} is a subclass with code of its own"]
     try:
-        return reasons_against_structure(module, row)
+        return reasons_against_kind(module) or reasons_against_layers(module, row)
     except AttributeError:
         return []  # an unknown layout: `strange` tells
 

@@ -26,6 +26,7 @@ from .families import family_of
 from .modeling import Backend, chosen, encode
 from .ops.pool import MODES
 from .packed import reasons_against
+from .structure import structure_of
 
 TEXTS_AT_ONCE = 8_192  # bounds what the tokenizer's Python lists take, not what is kept
 Progress = Callable[[int, int], None]
@@ -258,7 +259,7 @@ def _packable(model: nn.Module) -> nn.Module:
         )
     family = family_of(found[0])
     assert family is not None
-    if why := reasons_against(found[0], family):
+    if why := reasons_against(found[0], structure_of(found[0], family)):
         raise ValueError(f"{type(model).__name__} cannot run packed: {'; '.join(why)}")
     return found[0]
 

@@ -11,9 +11,11 @@ from torch import nn
 
 from .convert import is_encoder
 from .inputs import read_batch
-from .modeling import chosen, packed_forward
+from .modeling import chosen, encoder_backend, packed_forward
+from .ops.encoder import OP as ENCODER
 from .ops.registry import Kernel, Op
 from .packed import Packed, arguments, options_of, reasons_against, reasons_against_call
+from .structure import Structure, structure_of
 
 
 @dataclass(frozen=True)
@@ -81,22 +83,28 @@ def explain(model: nn.Module, inputs: Mapping[str, Any]) -> Explanation:
     if not isinstance(module, Packed):
         return Explanation(fallback=["the model is not accelerated"])
     given = arguments(module, args, kwargs)
-    why = reasons_against_call(module, given) or reasons_against(module, module.bert_fast_family)
-    return Explanation(fallback=why) if why else _watch(module, given)
+    structure = structure_of(module, module.bert_fast_family)
+    why = reasons_against_call(module, given) or reasons_against(module, structure)
+    return Explanation(fallback=why) if why else _watch(module, structure, given)
 
 
-def _watch(module: Any, given: dict[str, Any]) -> Explanation:
+def _watch(module: Any, structure: Structure, given: dict[str, Any]) -> Explanation:
     options = options_of(module)
     seen: dict[tuple[str, str], Choice] = {}
 
     def watch(op: Op, args: tuple[Any, ...]) -> Kernel:
-        kernel = op.choose(args, chosen(options.backend, op.name))
+        asked = options.backend
+        kernel = op.choose(
+            args, encoder_backend(asked) if op is ENCODER else chosen(asked, op.name)
+        )
         tensors = [a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
         on = "x".join(map(str, tensors[0].shape)) + f" {tensors[0].dtype}".replace("torch.", "")
         before = seen.get((op.name, on))
+        # Where no kernel takes the layers as a whole, their ops follow.
+        by_ops = op is ENCODER and kernel.backend == "reference"
         seen[op.name, on] = Choice(
             op.name,
-            kernel.backend,
+            "op by op" if by_ops else kernel.backend,
             kernel.backward_backend,
             on,
             {name: why for name, why in op.reasons(args) if name != kernel.backend},
@@ -104,9 +112,8 @@ def _watch(module: Any, given: dict[str, Any]) -> Explanation:
         )
         return kernel
 
-    family = module.bert_fast_family
-    batch = read_batch(module, family, given, options.keep_padding)
-    h = packed_forward(module, family, batch, watch)
+    batch = read_batch(module, structure.family, given, options.keep_padding)
+    h = packed_forward(module, structure, batch, watch)
     batch.packing.pad(h, watch)
     packing = batch.packing
     return Explanation(

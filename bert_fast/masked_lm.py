@@ -28,13 +28,11 @@ from .packed import (
     PackedStates,
     arguments,
     asked,
-    hooked,
-    hooked_inside,
-    odd,
     options_of,
     tell,
 )
 from .padding import Packing, pack_full
+from .structure import hooked, hooked_inside, odd
 
 
 class PackedHead:

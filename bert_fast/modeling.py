@@ -17,10 +17,14 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from . import ops
-from .families import Family, LayerParts, family_of
+from .families import LayerParts, family_of
 from .inputs import Batch, read_batch
-from .ops.registry import Chooser
+from .ops.backends import ISAS
+from .ops.encoder import OP as ENCODER
+from .ops.encoder import preferred
+from .ops.registry import Chooser, tracing
 from .ops.rng import draw_seeds
+from .structure import Plain, Structure, activation_name, structure_of
 
 Backend = str | Mapping[str, str] | Chooser
 
@@ -28,16 +32,6 @@ Backend = str | Mapping[str, str] | Chooser
 # of the feed-forward network either (one GEMM more); its input only (the whole layer again).
 CHECKPOINTS = ("none", "selective", "full")
 
-# By the name of the activation's class; any other runs unfused.
-ACTIVATIONS = {
-    "GELUActivation": "gelu",
-    "NewGELUActivation": "gelu_tanh",
-    "GELUTanh": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",
-    "ReLU": "relu",
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-}
 _FUSED_EMBEDDINGS = {
     *("word_embeddings", "position_embeddings", "token_type_embeddings"),
     *("LayerNorm", "dropout"),
@@ -76,7 +70,8 @@ def encode(
         rows: [R] int64, distinct, the tokens whose states are wanted; None: all.
 
     Returns: [T, H], or [R, H] in the order of `rows`, in the model's dtype.
-    Raises: ValueError for a sequence longer than the position table; what the ops raise.
+    Raises: ValueError for a sequence longer than the position table and for a model that cannot
+        run packed; what the ops raise.
     """
     family = family_of(model)
     if family is None:
@@ -88,12 +83,15 @@ def encode(
     }
     inputs = {name: ids.unsqueeze(0) for name, ids in given.items() if ids is not None}
     inputs |= {"cu_seq_lens_q": cu_seqlens, "max_length_q": max_seqlen}
-    return packed_forward(model, family, read_batch(model, family, inputs), backend, rows=rows)
+    structure = structure_of(model, family)
+    if structure.why:
+        raise ValueError(f"{type(model).__name__} cannot run packed: {'; '.join(structure.why)}")
+    return packed_forward(model, structure, read_batch(model, family, inputs), backend, rows=rows)
 
 
 def packed_forward(
     model: nn.Module,
-    family: Family,
+    structure: Structure,
     batch: Batch,
     backend: Backend,
     between: Callable[[Tensor], Tensor] | None = None,
@@ -108,6 +106,7 @@ def packed_forward(
     rows: [R] int64, distinct: all that will be read. After its attention, the last layer computes
         nothing else, which changes no value.
     """
+    family = structure.family
     h = embed(model.embeddings, batch, backend)
     projection = family.project(model)
     h = h if projection is None else linear(projection, h, backend)
@@ -116,7 +115,7 @@ def packed_forward(
         learned = family.bias(model, packing.max_seqlen, packing.cu_seqlens).to(h.dtype)
         bias = learned if bias is None else bias + learned
     sequences = Sequences(packing.cu_seqlens, packing.max_seqlen, packing.key_start, bias)
-    return run_layers(model, family, h, sequences, backend, between, checkpoint, rows)
+    return run_layers(structure, h, sequences, backend, between, checkpoint, rows)
 
 
 def embed(embeddings: nn.Module, batch: Batch, backend: Backend) -> Tensor:
@@ -162,8 +161,7 @@ def _position_table(positions: nn.Embedding) -> Tensor:
 
 
 def run_layers(
-    model: nn.Module,
-    family: Family,
+    structure: Structure,
     h: Tensor,
     sequences: Sequences,
     backend: Backend,
@@ -172,8 +170,7 @@ def run_layers(
     rows: Tensor | None = None,
 ) -> Tensor:
     """Every layer on packed tokens [T, H] -> [T, H] or [R, H]; see `packed_forward`."""
-    modules = family.layers(model)
-    layers = [family.parts(module) for module in modules]
+    modules, layers = structure.modules, structure.layers
     recompute = torch.is_grad_enabled() and any(
         m.training and getattr(m, "gradient_checkpointing", False) for m in modules
     )
@@ -184,6 +181,11 @@ def run_layers(
         for layer in layers
         for d in (layer.attention_dropout, layer.out_dropout, layer.down_dropout)
     )
+    plain = structure.plain
+    if plain and not dropping and _may_be_one_call(plain, layers, h, backend):
+        found = _in_one_call(plain, h, sequences, backend, between, rows)
+        if found is not None:
+            return found
     seeds = draw_seeds(3 * len(layers), h.device) if dropping else None
     h = h if between is None else between(h)
     for i, (module, layer) in enumerate(zip(modules, layers, strict=True)):
@@ -203,6 +205,38 @@ def run_layers(
         else:
             h = run(h)
         h = h if between is None else between(h)
+    return h
+
+
+def _may_be_one_call(plain: Plain, layers: list[LayerParts], h: Tensor, backend: Backend) -> bool:
+    """In inference, and where nothing else is faster or was asked for."""
+    if h.requires_grad or tracing() or torch.is_autocast_enabled(h.device.type):
+        return False
+    if any(norm.eps != plain.eps for m in layers for norm in (m.out_norm, m.down_norm)):
+        return False  # set since
+    return preferred(h) or encoder_backend(backend) in ISAS
+
+
+def _in_one_call(
+    plain: Plain,
+    h: Tensor,
+    sequences: Sequences,
+    backend: Backend,
+    between: Callable[[Tensor], Tensor] | None,
+    rows: Tensor | None,
+) -> Tensor | None:
+    """`run_layers` by `ops.encoder`, or layer by layer for `between`; None: no kernel takes it."""
+    about = (h, sequences.cu_seqlens, sequences.key_start, _like(sequences.bias, h))
+    settings = (plain.heads, sequences.max_seqlen, plain.eps, plain.activation)
+    everything = [w for layer in plain.weights for w in layer]
+    kernel = ENCODER.choose((*about, rows, everything, *settings), encoder_backend(backend))
+    if kernel.backend == "reference":
+        return None
+    if between is None:
+        return ENCODER.infer(kernel, (*about, rows, everything, *settings))
+    h = between(h)
+    for weights in plain.weights:
+        h = between(ENCODER.infer(kernel, (h, *about[1:], None, weights, *settings)))
     return h
 
 
@@ -262,13 +296,6 @@ def activated_linear(
         return ops.bias_gelu(linear(part, h, backend), None, name, chosen(backend, "bias_gelu"))
     weight, bias = cast(part.weight), cast(part.bias)
     return ops.linear_gelu(cast(h), weight, bias, name, chosen(backend, "linear_gelu"))
-
-
-def activation_name(activation: nn.Module | str) -> str | None:
-    """Which of `ops`' activations this is; None for any other."""
-    if isinstance(activation, str):
-        return activation
-    return ACTIVATIONS.get(type(activation).__name__)
 
 
 def normalized(x: Tensor, norm: nn.Module, backend: Backend) -> Tensor:
@@ -337,6 +364,14 @@ def _like(bias: Tensor | None, x: Tensor) -> Tensor | None:
 def rate(dropout: nn.Module | None) -> float:
     """A dropout module's probability now: 0 in eval mode."""
     return dropout.p if dropout is not None and dropout.training else 0.0
+
+
+def encoder_backend(backend: Backend) -> str | Chooser:
+    """The same for `ops.encoder`; "reference", which means op by op, where a backend is asked for
+    that is of the ops of a layer."""
+    if isinstance(backend, Mapping):
+        return backend.get("encoder", "reference")
+    return "reference" if isinstance(backend, str) and backend != "auto" else backend
 
 
 def chosen(backend: Backend, op: str) -> str | Chooser:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from transformers import modeling_outputs
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from .families import BY_CLASS, FAMILIES, Family, LayerParts
+from .families import BY_CLASS, FAMILIES, Family
 from .inputs import read_batch
 from .modeling import Backend, chosen, packed_forward
 from .ops.weight_copies import forget
 from .padding import Packing
+from .structure import Structure, structure_of
 
 OPTIONS = "_bert_fast"
 # The keywords by which a head of ours asks its encoder for the packed states (all of them, or a
@@ -45,11 +46,6 @@ class Options:
 
 
 _DEFAULT = Options()
-
-# Modules whose forward hooks change nothing here: transformers collects hidden states by hooks
-# that rest while it does not collect, and makes the embeddings require a gradient for
-# checkpointing, which `run_layers` does by itself.
-_HARMLESS = {"transformers.utils.output_capturing", "transformers.modeling_utils"}
 
 
 class PackedStates(NamedTuple):
@@ -123,7 +119,8 @@ def __getattr__(name: str) -> type:
 def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     as_packed, first_only = kwargs.pop(AS_PACKED, False), kwargs.pop(FIRST_ONLY, False)
     given, family = arguments(model, args, kwargs), model.bert_fast_family
-    why = reasons_against_call(model, given) or reasons_against(model, family)
+    structure = structure_of(model, family)
+    why = reasons_against_call(model, given) or reasons_against(model, structure)
     if why:
         tell(why)
         return model.bert_fast_original.forward(model, *args, **kwargs)
@@ -146,7 +143,7 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             rows = as_packed(packing)
         elif first_only:
             rows = packing.starts()
-    h = packed_forward(model, family, batch, options.backend, between, options.checkpoint, rows)
+    h = packed_forward(model, structure, batch, options.backend, between, options.checkpoint, rows)
     if as_packed:
         pooled = None
         if family.pooled is not None and packing.length:
@@ -201,63 +198,24 @@ def forget_copies(model: Any) -> None:
 # -- where the packed forward does not apply ------------------------------------------------
 
 
-def reasons_against(model: Any, family: Family) -> list[str]:
+def reasons_against(model: Any, structure: Structure) -> list[str]:
     """Why the packed forward cannot run on this model as it is now (empty: it can)."""
-    why = reasons_against_structure(model, family)
+    why = reasons_against_kind(model) or list(structure.why)
     device = model.embeddings.word_embeddings.weight.device.type
     if device not in ("cpu", "cuda"):
         why.append(f"parameters are on {device}")
-    if found := hooked_inside(model):
-        why.append(f"a hook or a replaced forward sits on an inner {type(found).__name__}")
     rule = torch.nn.modules.module
     if rule._global_forward_hooks or rule._global_forward_pre_hooks:
         why.append("global module hooks are registered")
     return why
 
 
-def reasons_against_structure(model: Any, family: Family) -> list[str]:
-    """Why the packed forward cannot run on this model: its classes, sizes, dtypes."""
+def reasons_against_kind(model: Any) -> list[str]:
+    """Why the packed forward cannot run on this kind of model."""
     config = model.config
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
         return ["it is a decoder or has cross-attention"]
-    weight = model.embeddings.word_embeddings.weight
-    for layer in family.layers(model):
-        cls = type(layer)
-        if cls.__name__ != family.layer or cls.__module__ != family.module:
-            return [f"a layer is {cls.__qualname__}, not transformers' {family.layer}"]
-        if why := _unfit(family.parts(layer), weight):
-            return [why]
     return []
-
-
-def _unfit(parts: LayerParts, weight: Tensor) -> str | None:
-    for name, part in parts.linears():
-        if type(part) is nn.Linear:
-            if why := odd(part.weight, weight) or (
-                part.bias is not None and odd(part.bias, weight)
-            ):
-                return why
-        elif not (hasattr(part, "in_features") and hasattr(part, "out_features")):
-            return f"{name} is {type(part).__qualname__}, not a linear projection"
-    for name, part in parts.norms():
-        if type(part) is not nn.LayerNorm:
-            return f"{name} is {type(part).__qualname__}, not nn.LayerNorm"
-        if part.weight is None or part.bias is None:
-            return f"{name} has no weight or no bias"
-        if why := odd(part.weight, weight):
-            return why
-    for dropout in (parts.attention_dropout, parts.out_dropout, parts.down_dropout):
-        if dropout is not None and type(dropout) is not nn.Dropout:
-            return f"a dropout is {type(dropout).__qualname__}, not nn.Dropout"
-    return None
-
-
-def odd(parameter: Tensor, weight: Tensor) -> str | None:
-    if parameter.dtype != weight.dtype or parameter.device != weight.device:
-        return "parameters differ in dtype or device"
-    if type(parameter).__name__ not in ("Parameter", "FakeTensor"):  # the latter under export
-        return f"parameters are {type(parameter).__name__}"
-    return None
 
 
 def reasons_against_call(model: Any, given: dict[str, Any]) -> list[str]:
@@ -282,26 +240,6 @@ def reasons_against_call(model: Any, given: dict[str, Any]) -> list[str]:
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack():
         why.append("a torch.func transform is active")
     return why
-
-
-def hooked_inside(model: nn.Module) -> nn.Module | None:
-    """The first inner module with a hook. Not by `modules()`: this runs in every call."""
-    for module in model._modules.values():
-        if module is None:
-            continue
-        if hooked(module):
-            return module
-        if found := hooked_inside(module) if module._modules else None:
-            return found
-    return None
-
-
-def hooked(module: nn.Module) -> bool:
-    if "forward" in module.__dict__ or module._forward_pre_hooks or module._backward_hooks:
-        return True
-    return any(
-        getattr(hook, "__module__", "") not in _HARMLESS for hook in module._forward_hooks.values()
-    )
 
 
 def tell(why: list[str]) -> None:

@@ -22,6 +22,7 @@ from .inputs import read_batch
 from .masked_lm import PackedHead, packed_head
 from .modeling import packed_forward
 from .packed import Packed, packed_class
+from .structure import structure_of
 
 
 def strange(model: nn.Module, family: Family) -> str | None:
@@ -101,7 +102,9 @@ def _difference(original: Any, family: Family) -> float:
         model, inputs = _small(original)
         expected = model(**inputs).last_hidden_state
         batch = read_batch(model, family, inputs)
-        found = batch.packing.pad(packed_forward(model, family, batch, "reference"))
+        found = batch.packing.pad(
+            packed_forward(model, structure_of(model, family), batch, "reference")
+        )
     rows = inputs["attention_mask"].bool()
     return (found[rows] - expected[rows]).abs().max().item()
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.measure import widened
 from bert_fast.ops import OPS
 from bert_fast.ops.registry import Op
 
@@ -56,7 +57,7 @@ def smallest_sample(op: str) -> str:
 def truth(name: str, sample: str, dtype: torch.dtype) -> Truth:
     op = OPS[name]
     args = next(s.args for s in op.samples(DEVICE, dtype) if s.name == sample)
-    wide = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+    wide = tuple(map(widened, args))
     y = op.reference(*wide)
     generator = torch.Generator().manual_seed(1)
     dy = torch.randn(y.shape, generator=generator).to(DEVICE, dtype)

@@ -66,8 +66,12 @@ def test_avx512_without_bf16_instructions(name: str) -> None:
         expected = truth(name, sample, torch.bfloat16)
         if dict(op.reasons(expected.args)).get("avx512", ["no such kernel"]):
             pytest.skip("no AVX-512 kernel runs here")
+        forward = getattr(torch.ops.bert_fast_cpu, f"{name}_forward", None)
+        taken = [a.name for a in forward.default._schema.arguments] if forward else []
+        if taken != [*op.names, "save", "isa"]:
+            pytest.skip("of packed weights: its products are in fp32 on every level")
         args = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in expected.args]
-        found = getattr(torch.ops.bert_fast_cpu, f"{name}_forward")(*args, True, 3)
+        found = forward(*args, True, 3)
         y = found if isinstance(found, torch.Tensor) else found[0]
         assert not violations(expected, [y, *expected.plain[1:]], torch.bfloat16, ()), sample
 

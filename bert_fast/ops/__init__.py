@@ -4,6 +4,7 @@ from .add_layernorm import add_layernorm
 from .attention import attention
 from .bias_gelu import bias_gelu
 from .embed_layernorm import embed_layernorm
+from .encoder import encoder
 from .feed_forward import feed_forward
 from .linear import linear
 from .linear_gelu import linear_gelu
@@ -20,6 +21,7 @@ __all__ = [
     "attention",
     "bias_gelu",
     "embed_layernorm",
+    "encoder",
     "feed_forward",
     "linear",
     "linear_gelu",

@@ -26,9 +26,13 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, is
 
 
 def panels(weight: Tensor, isa: int) -> Tensor:
-    """The packed copy of a weight."""
-    pack = torch.ops.bert_fast_cpu.pack_weight
-    return copy_of((weight,), f"panels {isa}", lambda: pack(weight.contiguous(), isa))
+    """The packed copy kept of a weight."""
+    return copy_of((weight,), f"panels {isa}", lambda: pack(weight, isa))
+
+
+def pack(weight: Tensor, isa: int) -> Tensor:
+    """A weight [N, K] as panels of columns."""
+    return torch.ops.bert_fast_cpu.pack_weight(weight.contiguous(), isa)
 
 
 Forward = Callable[..., tuple[Tensor, ...]]

@@ -61,7 +61,10 @@ class Sample:
 
 @dataclass
 class Op:
-    """An op's contract. `arguments` is its schema text, e.g. "Tensor x, Tensor? bias, float p"."""
+    """An op's contract. `arguments` is its schema text, e.g. "Tensor x, Tensor? bias, float p".
+
+    Those named in `differentiable` have the dtype of `lead`, as have all tensors of a list.
+    """
 
     name: str
     arguments: str
@@ -122,15 +125,18 @@ class Op:
                 return self(*args, backend=backend)
         self._check_tensors(args)
         self.check(*args)
-        if _tracing():  # the kernel is chosen when the traced call runs, on real tensors
+        if tracing():  # the kernel is chosen when the traced call runs, on real tensors
             op = getattr(torch.ops.bert_fast, self.name)
             out = op(*args, backend, self._needs_gradient(args))
             return out if isinstance(out, Tensor) else out[0]
         kernel = self.choose(args, backend)
-        args = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
         if self._needs_gradient(args):
-            return _Differentiable.apply(self, kernel, *args)
-        return kernel.forward(*args, save=False)[0]
+            return _Differentiable.apply(self, kernel, *map(_contiguous, args))
+        return self.infer(kernel, args)
+
+    def infer(self, kernel: Kernel, args: tuple[Any, ...]) -> Tensor:
+        """Runs a chosen kernel on arguments known to be right, without a gradient."""
+        return kernel.forward(*map(_contiguous, args), save=False)[0]
 
     def backward(
         self,
@@ -157,18 +163,20 @@ class Op:
         for name, is_tensor, value in zip(self.names, self._is_tensor, args, strict=True):
             if not is_tensor or value is None:
                 continue
-            if not isinstance(value, Tensor):
-                raise TypeError(f"bert_fast.{self.name}: {name} is {value!r}, expected a Tensor")
-            if value.device != lead.device:
-                raise ValueError(
-                    f"bert_fast.{self.name}: {name} is on {value.device}, "
-                    f"{self.lead} on {lead.device}; all must share one device"
-                )
-            if value.dtype != lead.dtype and name in self.differentiable:
-                raise TypeError(
-                    f"bert_fast.{self.name}: {name} is {value.dtype}, {self.lead} is {lead.dtype};"
-                    " all floating tensors of a call must share one dtype"
-                )
+            for one in value if isinstance(value, list) else (value,):
+                if not isinstance(one, Tensor):
+                    raise TypeError(f"bert_fast.{self.name}: {name} is {one!r}, expected a Tensor")
+                if one.device != lead.device:
+                    raise ValueError(
+                        f"bert_fast.{self.name}: {name} is on {one.device}, "
+                        f"{self.lead} on {lead.device}; all must share one device"
+                    )
+                alike = one is not value or name in self.differentiable
+                if alike and one.dtype != lead.dtype:
+                    raise TypeError(
+                        f"bert_fast.{self.name}: {name} is {one.dtype}, {self.lead} is "
+                        f"{lead.dtype}; all floating tensors of a call must share one dtype"
+                    )
 
     def _reference_kernel(self) -> Kernel:
         def forward(*args: Any, save: bool) -> tuple[Tensor, ...]:
@@ -193,7 +201,12 @@ class Op:
         return [next(found) if need else None for need in needs]
 
 
-def _tracing() -> bool:
+def _contiguous(value: Any) -> Any:
+    return value.contiguous() if isinstance(value, Tensor) else value
+
+
+def tracing() -> bool:
+    """Whether calls are being recorded, on tensors that may have no values."""
     # A non-empty dispatch-mode stack means FakeTensor, make_fx or a counter is watching: such
     # modes see dispatcher calls only, so a direct kernel call would escape them.
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
@@ -253,7 +266,7 @@ def _register(op: Op) -> None:
 
     def forward(*inputs: Any) -> Any:
         *args, backend, save = inputs
-        args = [a.contiguous() if isinstance(a, Tensor) else a for a in args]
+        args = list(map(_contiguous, args))
         kernel = op.choose(tuple(args), backend)
         y, *residuals = _unaliased(kernel.forward(*args, save=save), args)
         return one_or_many([y, *(r if save else y.new_empty(0) for r in residuals)])
@@ -265,7 +278,7 @@ def _register(op: Op) -> None:
 
     def backward(dy: Tensor, *inputs: Any) -> Any:
         *rest, needs, backend = inputs
-        args = [a.contiguous() if isinstance(a, Tensor) else a for a in rest[: len(op.names)]]
+        args = list(map(_contiguous, rest[: len(op.names)]))
         kernel = op.choose(tuple(args), backend)
         grads = op.backward(kernel, dy, args, rest[len(op.names) :], list(needs))
         filled = [dy.new_empty(0) if g is None else g for g in grads]
@@ -294,7 +307,8 @@ def _register(op: Op) -> None:
         run = getattr(torch.ops.bert_fast, f"{op.name}_backward")
         found = run(dy, *args, *kept, needs, ctx.backend)
         found = (found,) if isinstance(found, Tensor) else found
-        grads: list[Any] = [None] * (len(args) + 2)
+        # The dispatcher wants a gradient for each tensor of a list.
+        grads = [[None] * len(a) if isinstance(a, list) else None for a in (*args, None, None)]
         for i, grad, need in zip(op._wanted, found, needs, strict=True):
             grads[i] = grad if need else None
         return tuple(grads)

@@ -3,9 +3,9 @@
 
 namespace bert_fast::cpu {
 
-static Attention attention_arguments(
+Attention attention_arguments(
     const char* op, const Tensor& qkv, const Tensor& cu_seqlens, const OptionalTensor& key_start,
-    const OptionalTensor& bias, double scale, double p, const OptionalTensor& seed) {
+    const OptionalTensor& bias, double scale) {
   Attention a{};
   require_rank(op, "qkv", qkv, 4);
   a.dtype = float_dtype(op, "qkv", qkv);
@@ -25,7 +25,6 @@ static Attention attention_arguments(
         "] is ", a.key_start ? a.key_start[b] : 0, ", expected ", start, " to ", end);
   }
   a.scale = float(scale);
-  a.dropout = dropout_of(op, p, seed);
   if (bias) {
     require_rank(op, "bias", *bias, 4);
     const int64_t batch = bias->size(0), heads = bias->size(1), size = bias->size(2);
@@ -47,7 +46,8 @@ static std::tuple<Tensor, Tensor> attention_forward(
     const OptionalTensor& bias, int64_t /*max_seqlen*/, double scale, double p,
     const OptionalTensor& seed, bool save, int64_t isa) {
   const char* op = "attention";
-  Attention a = attention_arguments(op, qkv, cu_seqlens, key_start, bias, scale, p, seed);
+  Attention a = attention_arguments(op, qkv, cu_seqlens, key_start, bias, scale);
+  a.dropout = dropout_of(op, p, seed);
   Tensor out = uninitialised({a.tokens, a.heads, a.width}, qkv.scalar_type());
   Tensor lse = save
       ? uninitialised({a.heads, a.tokens}, ScalarType::Float)
@@ -67,7 +67,8 @@ static Tensor attention_backward(
   const char* op = "attention";
   require_needs(op, needs, 1);
   if (!needs[0]) return absent(qkv);
-  Attention a = attention_arguments(op, qkv, cu_seqlens, key_start, bias, scale, p, seed);
+  Attention a = attention_arguments(op, qkv, cu_seqlens, key_start, bias, scale);
+  a.dropout = dropout_of(op, p, seed);
   const ScalarType dtype = qkv.scalar_type();
   a.dout = checked(op, "dout", dout, dtype, {a.tokens, a.heads, a.width});
   a.lse = static_cast<float*>(checked(op, "lse", lse, ScalarType::Float, {a.heads, a.tokens}));

@@ -24,6 +24,14 @@ const int32_t* sequence_bounds(const char* op, const Tensor& cu_seqlens, int64_t
 Indices indices_below(
     const char* op, const char* name, const Tensor& t, int64_t rows, int64_t limit);
 
+// The checked arguments of a forward without dropout; `out` is left to the caller.
+Attention attention_arguments(
+    const char* op, const Tensor& qkv, const Tensor& cu_seqlens, const OptionalTensor& key_start,
+    const OptionalTensor& bias, double scale);
+
+// Both products, as one kernel where there are rows enough for it.
+void feed_forward(const Kernels& kernels, const FeedForward& a);
+
 // Scratch for column sums over `rows` rows: one set of sums per chunk.
 Tensor chunk_sums(int64_t rows, int64_t floats_per_chunk);
 

@@ -64,6 +64,8 @@ void multiply_tile(
 #pragma GCC unroll 16
       for (int j = 0; j < NR; ++j) sums[i][j] = PRODUCT::add(sums[i][j], set1(left), right[j]);
     }
+    // What lies behind b: of a weight, the next panel. With few rows, reading it is most of the time.
+    if (LAYOUT == Layout::row_major) __builtin_prefetch(b + depth * ldb, 0, 2);
     b += ldb;
 #pragma GCC unroll 16
     for (int i = 0; i < kPointers; ++i) rows[i] += LAYOUT == Layout::row_major ? 1 : lda;

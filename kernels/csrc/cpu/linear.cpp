@@ -40,6 +40,17 @@ static Tensor linear_forward(
   return y;
 }
 
+void feed_forward(const Kernels& kernels, const FeedForward& a) {
+  if (kernels.feed_forward_fits(a.rows)) return kernels.feed_forward_forward(a);
+  const ScalarType types[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+  Tensor states = uninitialised({a.rows, a.inner}, types[static_cast<int>(a.dtype)]);
+  void* between = states.data_ptr();
+  kernels.linear_forward(
+      {a.dtype, a.activation, a.rows, a.hidden, a.inner, a.x, a.up, a.up_bias, between});
+  kernels.linear_forward(
+      {a.dtype, Activation::none, a.rows, a.inner, a.cols, between, a.down, nullptr, a.y});
+}
+
 static Tensor feed_forward_forward(
     const Tensor& x, const Tensor& up, const OptionalTensor& up_bias, const Tensor& down,
     int64_t inner, int64_t cols, String activation, int64_t isa) {
@@ -60,16 +71,7 @@ static Tensor feed_forward_forward(
   a.down = checked(op, "down", down, dtype, {kernels.packed_columns(cols), inner});
   Tensor y = uninitialised({a.rows, cols}, dtype);
   a.y = y.data_ptr();
-  if (kernels.feed_forward_fits(a.rows)) {
-    kernels.feed_forward_forward(a);
-  } else {
-    Tensor states = uninitialised({a.rows, inner}, dtype);
-    void* between = states.data_ptr();
-    kernels.linear_forward(
-        {a.dtype, a.activation, a.rows, a.hidden, inner, a.x, a.up, a.up_bias, between});
-    kernels.linear_forward(
-        {a.dtype, Activation::none, a.rows, inner, cols, between, a.down, nullptr, a.y});
-  }
+  feed_forward(kernels, a);
   return y;
 }
 

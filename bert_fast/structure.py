@@ -1,0 +1,194 @@
+"""What a forward needs to know of a model's modules: looked at once, kept while it is true."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from .families import Family, LayerParts
+from .ops.registry import tracing
+
+# By the name of the activation's class; any other runs unfused.
+ACTIVATIONS = {
+    "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "ReLU": "relu",
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+}
+
+# Modules whose forward hooks change nothing here: transformers collects hidden states by hooks
+# that rest while it does not collect, and makes the embeddings require a gradient for
+# checkpointing, which `run_layers` does by itself.
+_HARMLESS = {"transformers.utils.output_capturing", "transformers.modeling_utils"}
+
+
+class Plain(NamedTuple):
+    """Layers of nothing but plain modules, alike in their settings: weights by layer."""
+
+    weights: list[list[Tensor]]
+    heads: int
+    eps: float
+    activation: str
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A model's layers as modules and as their parts, in running order.
+
+    family: the row by which they were found.
+    why: the reasons, if any, why the packed forward cannot run on these modules.
+    plain: the layers as `ops.encoder` takes them; None if they are more than what it computes.
+    """
+
+    family: Family
+    modules: list[nn.Module]
+    layers: list[LayerParts]
+    why: list[str]
+    plain: Plain | None
+
+
+_Seen = tuple[Structure, list[nn.Module], tuple[Any, ...]]
+_seen: weakref.WeakKeyDictionary[nn.Module, _Seen] = weakref.WeakKeyDictionary()
+
+
+def structure_of(model: nn.Module, family: Family) -> Structure:
+    """The structure of a family's model as it is now."""
+    if tracing():
+        return _look(model, family)
+    found = _seen.get(model)
+    if found is None or _state(found[1]) != found[2]:
+        inner = list(model.modules())
+        found = _seen[model] = _look(model, family), inner[1:], _state(inner[1:])
+    return found[0]
+
+
+def _state(modules: list[nn.Module]) -> tuple[Any, ...]:
+    """What tells that an inner module was replaced, hooked, or moved to another dtype or device.
+
+    The modules are those of the last look, kept alive, so that no address stands for another. This
+    runs in every call: comprehensions are the fastest Python there is.
+    """
+    insides = [module.__dict__ for module in modules]
+    parameters = [p for i in insides if i["_parameters"] for p in i["_parameters"].values()]
+    there = [p for p in parameters if p is not None]
+    return (
+        list(map(type, modules)),
+        [id(child) for i in insides if i["_modules"] for child in i["_modules"].values()],
+        [
+            (*i["_forward_hooks"], *i["_forward_pre_hooks"], *i["_backward_hooks"], "forward" in i)
+            for i in insides
+            if i["_forward_hooks"] or i["_forward_pre_hooks"] or i["_backward_hooks"]
+            or "forward" in i
+        ],
+        list(map(id, parameters)),
+        [p.dtype for p in there],
+        [p.device for p in there],
+    )  # fmt: skip
+
+
+def _look(model: nn.Module, family: Family) -> Structure:
+    why = reasons_against_layers(model, family)
+    if found := hooked_inside(model):
+        why.append(f"a hook or a replaced forward sits on an inner {type(found).__name__}")
+    modules = family.layers(model)
+    layers = [] if why else [family.parts(module) for module in modules]
+    return Structure(family, modules, layers, why, _plain(layers))
+
+
+def _plain(layers: list[LayerParts]) -> Plain | None:
+    weights = []
+    for m in layers:
+        if any(type(part) is not nn.Linear or part.bias is None for _, part in m.linears()):
+            return None
+        three = (m.query, m.key, m.value)
+        rest = (m.out, m.out_norm, m.up, m.down, m.down_norm)
+        weights.append(
+            [part.weight for part in three]
+            + [part.bias for part in three]
+            + [tensor for part in rest for tensor in (part.weight, part.bias)]
+        )
+    settings = {(m.heads, m.out_norm.eps, activation_name(m.activation)) for m in layers}
+    settings |= {(m.heads, m.down_norm.eps, activation_name(m.activation)) for m in layers}
+    if len(settings) != 1:
+        return None
+    heads, eps, activation = settings.pop()
+    return None if activation is None else Plain(weights, heads, eps, activation)
+
+
+def activation_name(activation: nn.Module | str) -> str | None:
+    """Which of `ops`' activations this is; None for any other."""
+    if isinstance(activation, str):
+        return activation
+    return ACTIVATIONS.get(type(activation).__name__)
+
+
+# -- where the packed forward does not apply ------------------------------------------------
+
+
+def reasons_against_layers(model: nn.Module, family: Family) -> list[str]:
+    """Why the packed forward cannot run on this model's layers: their classes, dtypes, devices."""
+    weight = model.embeddings.word_embeddings.weight
+    for layer in family.layers(model):
+        cls = type(layer)
+        if cls.__name__ != family.layer or cls.__module__ != family.module:
+            return [f"a layer is {cls.__qualname__}, not transformers' {family.layer}"]
+        if why := _unfit(family.parts(layer), weight):
+            return [why]
+    return []
+
+
+def _unfit(parts: LayerParts, weight: Tensor) -> str | None:
+    for name, part in parts.linears():
+        if type(part) is nn.Linear:
+            if why := odd(part.weight, weight) or (
+                part.bias is not None and odd(part.bias, weight)
+            ):
+                return why
+        elif not (hasattr(part, "in_features") and hasattr(part, "out_features")):
+            return f"{name} is {type(part).__qualname__}, not a linear projection"
+    for name, part in parts.norms():
+        if type(part) is not nn.LayerNorm:
+            return f"{name} is {type(part).__qualname__}, not nn.LayerNorm"
+        if part.weight is None or part.bias is None:
+            return f"{name} has no weight or no bias"
+        if why := odd(part.weight, weight):
+            return why
+    for dropout in (parts.attention_dropout, parts.out_dropout, parts.down_dropout):
+        if dropout is not None and type(dropout) is not nn.Dropout:
+            return f"a dropout is {type(dropout).__qualname__}, not nn.Dropout"
+    return None
+
+
+def odd(parameter: Tensor, weight: Tensor) -> str | None:
+    """How a parameter differs from what the ops take beside `weight`."""
+    if parameter.dtype != weight.dtype or parameter.device != weight.device:
+        return "parameters differ in dtype or device"
+    if type(parameter).__name__ not in ("Parameter", "FakeTensor"):  # the latter under export
+        return f"parameters are {type(parameter).__name__}"
+    return None
+
+
+def hooked_inside(model: nn.Module) -> nn.Module | None:
+    """The first inner module with a hook."""
+    for module in model._modules.values():
+        if module is None:
+            continue
+        if hooked(module):
+            return module
+        if found := hooked_inside(module) if module._modules else None:
+            return found
+    return None
+
+
+def hooked(module: nn.Module) -> bool:
+    if "forward" in module.__dict__ or module._forward_pre_hooks or module._backward_hooks:
+        return True
+    return any(
+        getattr(hook, "__module__", "") not in _HARMLESS for hook in module._forward_hooks.values()
+    )

@@ -1,0 +1,159 @@
+"""All layers in one call: the same bits as op by op, and only while the model is what it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bert_fast
+from bert_fast import ops
+from bert_fast.modeling import encode
+from bert_fast.ops import OPS
+from bert_fast.ops.backends import ISAS, best_isa
+
+from .models import ids, masks, tiny
+
+BATCH, LENGTH = 3, 7  # few tokens: the op is preferred on every CPU
+ISA = next(name for name, level in ISAS.items() if level <= best_isa())
+OP_BY_OP = {op: ISA for op in ("linear", "qkv_linear", "feed_forward")}
+
+
+def inputs(mask: str = "right") -> dict[str, Any]:
+    return {"input_ids": ids(BATCH, LENGTH), "attention_mask": masks(BATCH, LENGTH)[mask]}
+
+
+def outputs(model: Any, **given: Any) -> list[Tensor]:
+    """Every output tensor, those of tuples too."""
+    with torch.no_grad():
+        values = model(**{**inputs(), **given}).values()
+    return [t for v in values for t in (v if isinstance(v, tuple) else (v,))]
+
+
+def in_one_call(model: Any, **given: Any) -> bool:
+    with torch.no_grad():
+        choices = bert_fast.explain(model, {**inputs(), **given}).choices
+    return [c.kernel for c in choices if c.op == "encoder"] == [ISA]
+
+
+@pytest.mark.parametrize("mask", ["right", "left", "holes", "first_hidden", "4d_bool", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_same_bits_as_op_by_op(mask: str, dtype: torch.dtype) -> None:
+    model = tiny().to(dtype)
+    one = bert_fast.accelerate(copy.deepcopy(model), backend={"encoder": ISA})
+    many = bert_fast.accelerate(copy.deepcopy(model), backend=OP_BY_OP)
+    assert in_one_call(one) and not in_one_call(many)
+    for states in (False, True):
+        given = {"attention_mask": masks(BATCH, LENGTH)[mask], "output_hidden_states": states}
+        found = outputs(one, **given), outputs(many, **given)
+        assert len(found[0]) == 2 + 3 * states
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    bounds = torch.tensor([0, 4, 9, 21], dtype=torch.int32)
+    rows = torch.tensor([0, 20, 9])
+    given = (inputs()["input_ids"].flatten(), bounds, 12)
+    with torch.no_grad():
+        every = encode(model, *given, backend={"encoder": ISA})
+        some = encode(model, *given, backend={"encoder": ISA}, rows=rows)
+    assert torch.equal(some, every[rows])
+
+
+def test_where_it_runs() -> None:
+    """In inference by default; not where gradients are wanted, nor where an op is named."""
+    model = bert_fast.accelerate(tiny())
+    assert in_one_call(model)
+    explained = bert_fast.explain(model, inputs())  # gradients are on
+    assert [c.op for c in explained.choices if c.kernel == ISA].count("encoder") == 0
+    assert not in_one_call(bert_fast.accelerate(tiny(), backend={"attention": "reference"}))
+    wide = bert_fast.accelerate(tiny(hidden_size=288, num_attention_heads=2))
+    with torch.no_grad():
+        told = str(bert_fast.explain(wide, inputs()))
+    assert "encoder 15x288 float32 x1: op by op" in told and "head_dim is 144, not 8 to 128" in told
+
+
+def replaced_linear(model: Any) -> None:
+    attention = model.encoder.layer[1].attention.self
+    attention.value = copy.deepcopy(attention.value)
+    attention.value.weight.data.mul_(-1.0)
+
+
+def replaced_parameter(model: Any) -> None:
+    up = model.encoder.layer[0].intermediate.dense
+    up.weight = nn.Parameter(up.weight.detach() * 2.0)
+
+
+def written_in_place(model: Any) -> None:
+    model.encoder.layer[1].output.LayerNorm.bias.data.add_(1.0)
+
+
+def other_eps(model: Any) -> None:
+    model.encoder.layer[0].output.LayerNorm.eps = 50.0
+
+
+def other_activation(model: Any) -> None:
+    model.encoder.layer[0].intermediate.intermediate_act_fn = nn.Tanh()
+
+
+def hooked(model: Any) -> None:
+    model.encoder.layer[0].output.dense.register_forward_hook(lambda m, args, out: out * 2.0)
+
+
+def wrapped(model: Any) -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 0.5
+
+    model.encoder.layer[0].output.dense.__class__ = Scaled
+
+
+def longer(model: Any) -> None:
+    model.encoder.layer.append(copy.deepcopy(model.encoder.layer[0]))
+
+
+def own_forward(model: Any) -> None:
+    dense = model.encoder.layer[0].attention.output.dense
+    dense.forward = lambda x: nn.functional.linear(x, dense.weight) - 1.0
+
+
+def to_bf16(model: Any) -> None:
+    model.bfloat16()
+
+
+@pytest.mark.filterwarnings("ignore:bert_fast")
+@pytest.mark.parametrize(
+    "change",
+    [replaced_linear, replaced_parameter, written_in_place, other_eps, other_activation, hooked,
+     wrapped, longer, own_forward, to_bf16],
+)  # fmt: skip
+def test_a_change_after_a_forward_counts(change: Callable[[Any], None]) -> None:
+    """What was remembered of the model is looked at again: as transformers' own forward has it."""
+    ours, theirs = bert_fast.accelerate(tiny()), tiny()
+    before = outputs(ours)[0]
+    for model in (ours, theirs):
+        change(model)
+    real = inputs()["attention_mask"].bool()
+    found, expected, before = outputs(ours)[0][real], outputs(theirs)[0][real], before[real]
+    loose = 0.1 if change is to_bf16 else 1e-4
+    torch.testing.assert_close(found, expected, rtol=loose, atol=loose)
+    assert found.dtype != before.dtype or (found - before).abs().max() > 0.01
+
+
+def test_bad_arguments() -> None:
+    args = next(s.args for s in OPS["encoder"].samples(torch.device("cpu"), torch.float32))
+    x, bounds, _, _, _, weights, heads, longest, eps, _ = args
+    run = ops.encoder
+    with pytest.raises(ValueError, match="encoder: weights has 15 tensors, expected 16 a layer"):
+        run(x, bounds, longest, weights[1:], heads, eps)
+    with pytest.raises(ValueError, match="encoder: heads is 5, expected a divisor of 64"):
+        run(x, bounds, longest, weights, 5, eps)
+    with pytest.raises(TypeError, match=r"encoder: weights is torch\.float64, x is"):
+        run(x, bounds, longest, [weights[0].double(), *weights[1:]], heads, eps)
+    with pytest.raises(ValueError, match="encoder: weights want a gradient"):
+        run(x, bounds, longest, [w.clone().requires_grad_() for w in weights], heads, eps)
+    with pytest.raises(ValueError, match=r"out_norm has shape \(9,\), expected \(64,\)"):
+        run(x, bounds, longest, [*weights[:8], x.new_ones(9), *weights[9:]], heads, eps)
+    with pytest.raises(RuntimeError, match=r"encoder: rows\[0\] is 99, expected 0 <= value < 37"):
+        run(x, bounds, longest, weights, heads, eps, rows=torch.tensor([99]))
