@@ -65,7 +65,7 @@ MUTANTS = [
     Mutant("encoder: the first layer's weights in all", CPU + "encoder.cpp",
            "layer_at(op, weights, i,", "layer_at(op, weights, 0,", parity("encoder and rows")),
     Mutant("structure: hooks added later are not seen", "bert_fast/structure.py",
-           'if i["_forward_hooks"] or', "if", ENCODER),
+           """if i["_forward_hooks"] or i["_forward_pre_hooks"] or""", "if", ENCODER),
     Mutant("structure: classes changed later are not seen", "bert_fast/structure.py",
            "        list(map(type, modules)),\n", "", ENCODER),
     Mutant("structure: replaced parameters are not seen", "bert_fast/structure.py",
@@ -274,7 +274,8 @@ MUTANTS = [
            "keep = save and not recompute", "keep = save",
            ("tests/test_training.py", "-k", "keeps")),
     Mutant("autograd: gradient of the wrong argument", "bert_fast/ops/registry.py",
-           "grads[2 + i] = grad\n", "grads[1 + i] = grad\n", parity("bias_gelu and (avx512 or avx2)")),
+           "grads[2 + i] = grad\n", "grads[1 + i] = grad\n",
+           parity("bias_gelu and (avx512 or avx2)")),
     # Training
     Mutant("loop: a mean of means", TRAINING + "loop.py",
            "share = self._counts(inputs, means.device) / num_items_in_batch",
