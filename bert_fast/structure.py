@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -53,6 +54,7 @@ class Structure:
     plain: Plain | None
 
 
+_dtype, _device = attrgetter("dtype"), attrgetter("device")
 _Seen = tuple[Structure, list[nn.Module], tuple[Any, ...]]
 _seen: weakref.WeakKeyDictionary[nn.Module, _Seen] = weakref.WeakKeyDictionary()
 
@@ -72,7 +74,7 @@ def _state(modules: list[nn.Module]) -> tuple[Any, ...]:
     """What tells that an inner module was replaced, hooked, or moved to another dtype or device.
 
     The modules are those of the last look, kept alive, so that no address stands for another. This
-    runs in every call: comprehensions are the fastest Python there is.
+    runs in every call: maps and comprehensions are the fastest Python there is.
     """
     insides = [module.__dict__ for module in modules]
     parameters = [p for i in insides if i["_parameters"] for p in i["_parameters"].values()]
@@ -87,8 +89,8 @@ def _state(modules: list[nn.Module]) -> tuple[Any, ...]:
             or "forward" in i
         ],
         list(map(id, parameters)),
-        [p.dtype for p in there],
-        [p.device for p in there],
+        list(map(_dtype, there)),
+        list(map(_device, there)),
     )  # fmt: skip
 
 

@@ -107,7 +107,7 @@ def _kernel(name: str, isa: int) -> Kernel:
             width = weights[i].shape[0] // heads
             if not 8 <= width <= 128:
                 return [f"head_dim is {width}, not 8 to 128"]
-        return found or next(filter(None, map(reasons_against_copies, weights)), [])
+        return found or reasons_against_copies(*weights)
 
     def forward(
         x, cu_seqlens, key_start, bias, rows, weights, heads, max_seqlen, eps, activation, *, save

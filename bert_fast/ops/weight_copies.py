@@ -8,11 +8,15 @@ a write through `.data` (as EMA code does) leaves the version as it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+
+# Called for every weight in every forward: without a frame of Python each.
+_version, _trained = attrgetter("_version"), attrgetter("requires_grad")
 
 
 class _Copy(NamedTuple):
@@ -31,9 +35,9 @@ _copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def copy_of(weights: Sequence[Tensor | None], kind: str, make: Callable[[], Any]) -> Any:
     """`make()`, or what it gave before for these weights and this kind of copy."""
     given = [w for w in weights if w is not None]
-    if any(w.is_inference() for w in given):  # have no version to tell when a copy is stale
+    if any(map(Tensor.is_inference, given)):  # have no version to tell when a copy is stale
         return make()
-    stamp = tuple((id(w), w.data_ptr(), w._version) for w in given)
+    stamp = (*map(id, given), *map(Tensor.data_ptr, given), *map(_version, given))
     kinds = _copies.get(given[0])
     if kinds is None:
         kinds = _copies[given[0]] = {}
@@ -51,12 +55,12 @@ def copy_of(weights: Sequence[Tensor | None], kind: str, make: Callable[[], Any]
     return found.value
 
 
-def reasons_against_copies(weight: Tensor) -> list[str]:
-    """Why no copy of this weight can be kept."""
+def reasons_against_copies(*weights: Tensor) -> list[str]:
+    """Why no copy of these weights can be kept."""
     found = []
-    if torch.is_grad_enabled() and weight.requires_grad:
+    if torch.is_grad_enabled() and any(map(_trained, weights)):
         found.append("the weight is being trained, so a reordered copy would be stale each step")
-    if weight.is_inference():
+    if any(map(Tensor.is_inference, weights)):
         found.append("the weight is an inference tensor: it has no version to keep a copy by")
     return found
 
