@@ -70,7 +70,8 @@ class Packed:
     bert_fast_arguments: ClassVar[tuple[str, ...]]
 
     def train(self, mode: bool = True) -> Any:
-        forget_copies(self)
+        if mode:  # each step would make them stale; `eval()` is called before every inference
+            forget_copies(self)
         return super().train(mode)  # type: ignore[misc]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -139,6 +140,22 @@ def test_a_change_after_a_forward_counts(change: Callable[[Any], None]) -> None:
     loose = 0.1 if change is to_bf16 else 1e-4
     torch.testing.assert_close(found, expected, rtol=loose, atol=loose)
     assert found.dtype != before.dtype or (found - before).abs().max() > 0.01
+
+
+def test_weights_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`eval()`, which sentence-transformers calls before every batch of texts, drops no copy."""
+    page, packed = importlib.import_module("bert_fast.ops.encoder"), []
+    pack = page.pack
+    monkeypatch.setattr(page, "pack", lambda *args: packed.append(args) or pack(*args))
+    model = bert_fast.accelerate(tiny())
+    for _ in range(2):
+        outputs(model.eval())
+    assert len(packed) == 2  # layers
+    outputs(model, output_hidden_states=True)
+    outputs(model)
+    assert len(packed) == 2
+    outputs(model.train().eval())  # the weights may be other ones now
+    assert len(packed) == 4
 
 
 def test_bad_arguments() -> None:

@@ -115,7 +115,8 @@ def _kernel(name: str, isa: int) -> Kernel:
         def make() -> list[Tensor]:
             return [t for w in layers_of(weights) for t in _packed(w, isa)]
 
-        ready = copy_of(weights, f"encoder {isa}", make)
+        # By their number too: layer by layer, the first one's weights are the first of both.
+        ready = copy_of(weights, f"encoder {isa} {len(weights)}", make)
         run = torch.ops.bert_fast_cpu.encoder_forward
         y = run(x, cu_seqlens, key_start, bias, rows, ready, heads, eps, activation, isa)
         return (y,)
@@ -125,9 +126,14 @@ def _kernel(name: str, isa: int) -> Kernel:
 
 def _packed(w: dict[str, Tensor], isa: int) -> Iterable[Tensor]:
     """A layer's weights as C++ takes them: q, k and v as one, matrices in panels."""
-    qkv, qkv_bias = packed([w[name] for name in LAYER[:6]], keep=False)
-    assert qkv_bias is not None
-    yield from (pack(qkv, isa), qkv_bias)
+    three = [w[name] for name in LAYER[:6]]
+
+    def make() -> tuple[Tensor, Tensor]:
+        qkv, qkv_bias = packed(three, keep=False)
+        assert qkv_bias is not None
+        return pack(qkv, isa), qkv_bias
+
+    yield from copy_of(three, f"qkv panels {isa}", make)  # once where layers share their weights
     for name in LAYER[6:]:
         yield panels(w[name], isa) if w[name].dim() == 2 else w[name].contiguous()
 
