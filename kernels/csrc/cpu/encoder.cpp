@@ -74,7 +74,8 @@ static Tensor encoder_forward(
   const void* input = checked(op, "x", x, type, {tokens, hidden});
   int64_t count = tokens;  // rows that are computed
   auto empty = [&] { return uninitialised({tokens, hidden}, type); };
-  Tensor branch = empty(), middle = empty(), y = empty();
+  Tensor branch = empty(), middle = empty(), y = empty(), qkv = y, context = y;
+  int64_t inside = 0;
 
   auto project = [&](const void* from, int64_t depth, int64_t cols, const void* matrix,
                      const void* shift, void* to) {
@@ -100,8 +101,12 @@ static Tensor encoder_forward(
     const Layer m = layer_at(op, weights, i, type, hidden, kernels);
     require(
         m.inside % heads == 0, op, ": heads is ", heads, ", expected a divisor of ", m.inside);
-    Tensor qkv = uninitialised({tokens, 3, heads, m.inside / heads}, type);
-    Tensor context = uninitialised({tokens, m.inside}, type), residual = x;
+    Tensor residual = x;
+    if (m.inside != inside) {  // else as before: fresh memory costs page faults
+      inside = m.inside;
+      qkv = uninitialised({tokens, 3, heads, inside / heads}, type);
+      context = uninitialised({tokens, inside}, type);
+    }
     project(input, hidden, 3 * m.inside, m.qkv, m.qkv_bias, qkv.data_ptr());
     Attention attention = attention_arguments(
         op, qkv, cu_seqlens, key_start, bias, 1.0 / std::sqrt(double(m.inside / heads)));
