@@ -11,7 +11,7 @@ from torch import nn
 
 from .convert import is_encoder
 from .inputs import read_batch
-from .modeling import chosen, encoder_backend, packed_forward
+from .modeling import chosen, packed_forward
 from .ops.encoder import OP as ENCODER
 from .ops.registry import Kernel, Op
 from .packed import Packed, arguments, options_of, reasons_against, reasons_against_call
@@ -93,10 +93,7 @@ def _watch(module: Any, structure: Structure, given: dict[str, Any]) -> Explanat
     seen: dict[tuple[str, str], Choice] = {}
 
     def watch(op: Op, args: tuple[Any, ...]) -> Kernel:
-        asked = options.backend
-        kernel = op.choose(
-            args, encoder_backend(asked) if op is ENCODER else chosen(asked, op.name)
-        )
+        kernel = op.choose(args, chosen(options.backend, op.name))
         tensors = [a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
         on = "x".join(map(str, tensors[0].shape)) + f" {tensors[0].dtype}".replace("torch.", "")
         before = seen.get((op.name, on))

@@ -20,8 +20,8 @@ from . import ops
 from .families import LayerParts, family_of
 from .inputs import Batch, read_batch
 from .ops.backends import ISAS
+from .ops.encoder import LAYER, preferred
 from .ops.encoder import OP as ENCODER
-from .ops.encoder import preferred
 from .ops.registry import Chooser, tracing
 from .ops.rng import draw_seeds
 from .structure import Plain, Structure, activation_name, structure_of
@@ -214,7 +214,7 @@ def _may_be_one_call(plain: Plain, layers: list[LayerParts], h: Tensor, backend:
         return False
     if any(norm.eps != plain.eps for m in layers for norm in (m.out_norm, m.down_norm)):
         return False  # set since
-    return preferred(h) or encoder_backend(backend) in ISAS
+    return preferred(h) or chosen(backend, "encoder") in ISAS
 
 
 def _in_one_call(
@@ -228,14 +228,15 @@ def _in_one_call(
     """`run_layers` by `ops.encoder`, or layer by layer for `between`; None: no kernel takes it."""
     about = (h, sequences.cu_seqlens, sequences.key_start, _like(sequences.bias, h))
     settings = (plain.heads, sequences.max_seqlen, plain.eps, plain.activation)
-    everything = [w for layer in plain.weights for w in layer]
-    kernel = ENCODER.choose((*about, rows, everything, *settings), encoder_backend(backend))
+    everything = (*about, rows, plain.weights, *settings)
+    kernel = ENCODER.choose(everything, chosen(backend, "encoder"))
     if kernel.backend == "reference":
         return None
     if between is None:
-        return ENCODER.infer(kernel, (*about, rows, everything, *settings))
+        return ENCODER.infer(kernel, everything)
     h = between(h)
-    for weights in plain.weights:
+    for i in range(0, len(plain.weights), len(LAYER)):
+        weights = plain.weights[i : i + len(LAYER)]
         h = between(ENCODER.infer(kernel, (h, *about[1:], None, weights, *settings)))
     return h
 
@@ -366,14 +367,12 @@ def rate(dropout: nn.Module | None) -> float:
     return dropout.p if dropout is not None and dropout.training else 0.0
 
 
-def encoder_backend(backend: Backend) -> str | Chooser:
-    """The same for `ops.encoder`; "reference", which means op by op, where a backend is asked for
-    that is of the ops of a layer."""
-    if isinstance(backend, Mapping):
-        return backend.get("encoder", "reference")
-    return "reference" if isinstance(backend, str) and backend != "auto" else backend
-
-
 def chosen(backend: Backend, op: str) -> str | Chooser:
-    """The backend asked for this op."""
-    return backend.get(op, "auto") if isinstance(backend, Mapping) else backend
+    """The backend asked for this op.
+
+    For `encoder`: "reference", which means op by op, where backends of other ops are named.
+    """
+    if isinstance(backend, Mapping):
+        return backend.get(op, "reference" if op == "encoder" else "auto")
+    named = isinstance(backend, str) and backend != "auto"
+    return "reference" if named and op == "encoder" else backend

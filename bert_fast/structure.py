@@ -30,9 +30,9 @@ _HARMLESS = {"transformers.utils.output_capturing", "transformers.modeling_utils
 
 
 class Plain(NamedTuple):
-    """Layers of nothing but plain modules, alike in their settings: weights by layer."""
+    """Layers of nothing but plain modules, alike in their settings; weights one after the other."""
 
-    weights: list[list[Tensor]]
+    weights: list[Tensor]
     heads: int
     eps: float
     activation: str
@@ -104,19 +104,18 @@ def _look(model: nn.Module, family: Family) -> Structure:
 
 
 def _plain(layers: list[LayerParts]) -> Plain | None:
-    weights = []
+    weights: list[Tensor] = []
     for m in layers:
         if any(type(part) is not nn.Linear or part.bias is None for _, part in m.linears()):
             return None
         three = (m.query, m.key, m.value)
         rest = (m.out, m.out_norm, m.up, m.down, m.down_norm)
-        weights.append(
-            [part.weight for part in three]
-            + [part.bias for part in three]
-            + [tensor for part in rest for tensor in (part.weight, part.bias)]
-        )
-    settings = {(m.heads, m.out_norm.eps, activation_name(m.activation)) for m in layers}
-    settings |= {(m.heads, m.down_norm.eps, activation_name(m.activation)) for m in layers}
+        weights += [part.weight for part in three]
+        weights += [part.bias for part in three]
+        weights += [tensor for part in rest for tensor in (part.weight, part.bias)]
+    settings = {
+        (m.heads, norm.eps, activation_name(m.activation)) for m in layers for _, norm in m.norms()
+    }
     if len(settings) != 1:
         return None
     heads, eps, activation = settings.pop()
