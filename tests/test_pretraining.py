@@ -298,6 +298,21 @@ def test_held_back_text_is_masked_as_ever(tmp_path):
     assert share(prepared.held) == pytest.approx(0.15, abs=0.02)
 
 
+def test_a_mimetic_start_attends_to_what_is_near(tmp_path):
+    text = prose.write(tmp_path / "text.txt", 120)
+    recipe = Recipe([text], vocab_size=100, layers=1, hidden=64, heads=2, start="mimetic")
+    prepared = prepare(recipe, Settings(tmp_path / "out", device="cpu"))
+    model, mask = prepared.model.eval(), prepared.tokenizer.mask_token_id
+    std = model.config.initializer_range
+    assert model.bert.embeddings.position_embeddings.weight.std().item() == pytest.approx(std, 0.1)
+    # What knows only its place sees its neighbours above all, the nearer the better.
+    model.set_attn_implementation("eager")
+    output = model(torch.full((1, 21), mask), output_attentions=True)
+    seen = output.attentions[0].mean(1)[0, 10].detach()
+    assert seen[10] > seen[11] > seen[12] > 1 / 21 > seen[20]
+    assert seen[10] > seen[9] > seen[8] > 1 / 21 > seen[0]
+
+
 def test_train_tokenizer(tmp_path):
     text, out = prose.write(tmp_path / "text.txt"), tmp_path / "out"
     done = invoke("train-tokenizer", text, "-o", out, "--vocab-size", 60)
@@ -329,6 +344,7 @@ def test_pretrain_refuses(tmp_path):
     refused(invoke(*small, "--optimizer", "sgd"), "unknown optimizer 'sgd'")
     refused(invoke(*small, "--validation-fraction", 1.5), "validation_fraction is 1.5")
     refused(invoke(*small, "--mlm-probability", 1), "mlm_probability is 1.0, expected more than 0")
+    refused(invoke(*small, "--start", "zero"), "start is 'zero'", "bert, mimetic")
     refused(invoke(*small, "--tokenizer", tmp_path / "none"), "no folder")
     refused(invoke(*small, "--model", tmp_path / "none"), "no folder")
     refused(invoke(*small, "--config", tmp_path / "none.json"), "no file")

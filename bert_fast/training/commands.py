@@ -41,6 +41,9 @@ def pretrain(
     model: Annotated[
         Path | None, typer.Option(help="Folder of a model to go on from, instead of sizes.")
     ] = None,
+    start: Annotated[
+        str, typer.Option(help="Of a new model: bert, or mimetic: sees context far sooner.")
+    ] = "bert",
     max_length: Annotated[int, typer.Option(help="Tokens of a pair of texts.")] = 128,
     batch_size: Annotated[int, typer.Option(help="Pairs per batch and process.")] = 256,
     batch_tokens: Annotated[
@@ -92,7 +95,7 @@ def pretrain(
         recipe = Recipe(
             texts, text_field, tokenizer, vocab_size, model, config, layers, hidden, heads,
             intermediate, dropout, max_length, whole_word, mlm_probability,
-            validation_fraction,
+            validation_fraction, start,
         )  # fmt: skip
         settings = Settings(
             output, epochs=epochs, max_steps=steps, lr=lr, warmup=warmup, batch_size=batch_size,

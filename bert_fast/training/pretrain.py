@@ -22,6 +22,7 @@ from .. import accelerate
 from .corpus import load_corpus
 from .loop import Objective, Settings, train
 from .masking import IGNORED, SHARE, Masking
+from .mimetic import start_mimetic
 from .monitor import write_metrics
 from .pairs import LEAST, SPECIALS, SentencePairs
 from .text import find_files, read_documents
@@ -29,6 +30,7 @@ from .tokenizer import train_tokenizer
 
 EVALUATED = 2_048  # pairs of held-back text, at most
 POSITIONS = 512  # of a new model, at least
+STARTS = ("bert", "mimetic")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Recipe:
     tokenizer: a folder; None: that of `model`, or a new one of `vocab_size` tokens.
     model: a folder with weights to go on from; config: a config.json to start from; neither: a
         new BERT of the sizes below.
+    start: first values of a new model: "bert" (normal ones) or "mimetic" (see mimetic.py).
     max_length: tokens of a pair, specials included.
     mlm_probability: share of the tokens to predict. What is held back is measured at BERT's 0.15,
         whatever this is, so that runs compare.
@@ -62,8 +65,13 @@ class Recipe:
     whole_words: bool = False
     mlm_probability: float = SHARE
     validation_fraction: float = 0.05
+    start: str = "bert"
 
     def __post_init__(self) -> None:
+        if self.start not in STARTS:
+            raise ValueError(f"start is {self.start!r}, expected one of {', '.join(STARTS)}")
+        if self.model and self.start != "bert":
+            raise ValueError(f"start {self.start!r} is for a new model, but a trained one is given")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(
                 f"validation_fraction is {self.validation_fraction}, expected 0 or more, below 1"
@@ -173,6 +181,8 @@ def new_model(recipe: Recipe, tokenizer: Any, seed: int) -> Any:
                 pad_token_id=tokenizer.pad_token_id,
             )
         )
+    if recipe.start == "mimetic":
+        start_mimetic(model, tokenizer.mask_token_id)
     positions, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
     if recipe.max_length > positions:
         raise ValueError(
