@@ -22,7 +22,7 @@ AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 X86_FLAGS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "_avx512": AVX512,
-    "_avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "_avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
 }
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 # The compiler must be there, not a device: a wheel is the same wherever it was built.

@@ -80,7 +80,7 @@ def op_cases(model: Model, tokens: int, device: torch.device, dtype: torch.dtype
         down = draw.normal(hidden, inner, scale=inner**-0.5)
         weights = [*three, square, draw.normal(hidden), *norm(draw)]
         weights += [up, draw.normal(inner), down, draw.normal(hidden), *norm(draw)]
-        settings = (model.heads, max(lengths), 1e-12, "gelu")
+        settings = (model.heads, max(lengths), 1e-12, "gelu", False)
         x = draw.normal(sum(lengths), hidden)
         return x, draw.bounds(lengths), None, None, None, weights, *settings
 
@@ -100,6 +100,7 @@ def op_cases(model: Model, tokens: int, device: torch.device, dtype: torch.dtype
     yield case("qkv_linear", "", qkv_linear)
     yield case("linear", "out", lambda draw: linear(draw, hidden))
     yield case("linear_gelu", "", lambda draw: (*linear(draw, inner), "gelu"))
+    yield case("linear_int8", "up", lambda draw: (*linear(draw, inner), "gelu"))
     yield case("feed_forward", "", lambda draw: (
         *linear(draw, inner), draw.normal(hidden, inner, scale=inner**-0.5), "gelu", False
     ))  # fmt: skip

@@ -59,7 +59,9 @@ def embed(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .npy file to write.")],
     model: Annotated[Path, typer.Option(help="Folder with config.json, weights and tokenizer.")],
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    dtype: Annotated[
+        str, typer.Option(help="fp32, bf16, fp16, or int8: products in 8 bits, on a CPU.")
+    ] = "fp32",
     batch_tokens: Annotated[int, typer.Option(help="Tokens per batch.")] = BATCH_TOKENS,
     pooling: Annotated[
         str | None, typer.Option(help="mean or cls; unless given, the model's own, else mean.")
@@ -83,7 +85,7 @@ def embed(
     gives the embedding of the empty text. A sentence-transformers folder says how to pool.
     """
     with one_line_errors():
-        check_choice("dtype", dtype, DTYPES)
+        check_choice("dtype", dtype, (*DTYPES, "int8"))
         check_choice("device", device, DEVICES)
         check_choice("pooling", pooling or "mean", POOLINGS)
         check_output(output)
@@ -94,7 +96,7 @@ def embed(
         from .encode import embed_tokens, sentence_settings, token_limit, tokenize, truncation_note
 
         own = sentence_settings(model)
-        bert, tokenizer = load(model, dtype, device)
+        bert, tokenizer = load(model, "fp32" if dtype == "int8" else dtype, device)
         limit = token_limit(bert, tokenizer, max_length or own.max_length)
         start = time.perf_counter()
         with log.status("tokenising"):
@@ -110,6 +112,7 @@ def embed(
                 pooling=pooling or own.pooling or "mean",
                 normalize=own.normalize is not False if normalize is None else normalize,
                 backend=backend,
+                int8=dtype == "int8",
                 progress=lambda n, t: bar.update(
                     task, advance=n, tokens=bar.tasks[task].fields["tokens"] + t
                 ),

@@ -70,6 +70,7 @@ def embed(
     normalize: bool = True,
     max_length: int | None = None,
     backend: Backend = "auto",
+    int8: bool = False,
     progress: Progress | None = None,
 ) -> np.ndarray:
     """One vector per text, in the order given; equal texts are computed once.
@@ -84,6 +85,7 @@ def embed(
         normalize: divide each vector by its L2 norm.
         max_length: tokens kept of each text; None: as many as model and tokenizer take.
         backend: as in `bert_fast.accelerate`.
+        int8: as `bert_fast.accelerate` has dtype="int8".
         progress: called after each batch with how many (texts, tokens) it has answered.
 
     Returns: float32 [n, H]. Pooling and norms are computed in fp32, whatever the model's dtype.
@@ -102,6 +104,7 @@ def embed(
         pooling=pooling,
         normalize=normalize,
         backend=backend,
+        int8=int8,
         progress=progress,
     )
 
@@ -136,6 +139,7 @@ def embed_tokens(
     pooling: str = "mean",
     normalize: bool = True,
     backend: Backend = "auto",
+    int8: bool = False,
     progress: Progress | None = None,
 ) -> np.ndarray:
     """`embed` for a corpus that is tokenised already; the arguments are those of `embed`."""
@@ -161,8 +165,9 @@ def embed_tokens(
             for rows in batches(lengths, batch_tokens):
                 ids, cu_seqlens = _packed(tokens, firsts[rows], bert.device)
                 read = cu_seqlens[:-1].long() if pooling == "cls" else None
+                longest = int(lengths[rows[0]])
                 hidden = encode(
-                    bert, ids, cu_seqlens, int(lengths[rows[0]]), backend=backend, rows=read
+                    bert, ids, cu_seqlens, longest, backend=backend, rows=read, int8=int8
                 )  # [T, H], or [B, H] of the first tokens
                 bounds = cu_seqlens
                 if read is not None:

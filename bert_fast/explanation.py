@@ -96,6 +96,8 @@ def _watch(module: Any, structure: Structure, given: dict[str, Any]) -> Explanat
         kernel = op.choose(args, chosen(options.backend, op.name))
         tensors = [a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
         on = "x".join(map(str, tensors[0].shape)) + f" {tensors[0].dtype}".replace("torch.", "")
+        if op is ENCODER and args[-1]:
+            on += " in int8"
         before = seen.get((op.name, on))
         # Where no kernel takes the layers as a whole, their ops follow.
         by_ops = op is ENCODER and kernel.backend == "reference"
@@ -110,7 +112,7 @@ def _watch(module: Any, structure: Structure, given: dict[str, Any]) -> Explanat
         return kernel
 
     batch = read_batch(module, structure.family, given, options.keep_padding)
-    h = packed_forward(module, structure, batch, watch)
+    h = packed_forward(module, structure, batch, watch, int8=options.int8)
     batch.packing.pad(h, watch)
     packing = batch.packing
     return Explanation(

@@ -8,6 +8,8 @@ arXiv 1706.03762).
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -56,6 +58,7 @@ def encode(
     position_ids: Tensor | None = None,
     backend: Backend = "auto",
     rows: Tensor | None = None,
+    int8: bool = False,
 ) -> Tensor:
     """The last hidden states of packed tokens, without any padding on the way.
 
@@ -68,6 +71,7 @@ def encode(
         position_ids: [T] or None (counted within each sequence).
         backend: "auto", one backend for every op, or a mapping from op to backend.
         rows: [R] int64, distinct, the tokens whose states are wanted; None: all.
+        int8: as `accelerate` has dtype="int8".
 
     Returns: [T, H], or [R, H] in the order of `rows`, in the model's dtype.
     Raises: ValueError for a sequence longer than the position table and for a model that cannot
@@ -86,7 +90,8 @@ def encode(
     structure = structure_of(model, family)
     if structure.why:
         raise ValueError(f"{type(model).__name__} cannot run packed: {'; '.join(structure.why)}")
-    return packed_forward(model, structure, read_batch(model, family, inputs), backend, rows=rows)
+    batch = read_batch(model, family, inputs)
+    return packed_forward(model, structure, batch, backend, rows=rows, int8=int8)
 
 
 def packed_forward(
@@ -97,6 +102,7 @@ def packed_forward(
     between: Callable[[Tensor], Tensor] | None = None,
     checkpoint: str = "none",
     rows: Tensor | None = None,
+    int8: bool = False,
 ) -> Tensor:
     """Embeddings and every layer on packed tokens -> [T, H], or [R, H] of the rows asked for.
 
@@ -105,6 +111,7 @@ def packed_forward(
     checkpoint: one of `CHECKPOINTS`, what training keeps of a layer.
     rows: [R] int64, distinct: all that will be read. After its attention, the last layer computes
         nothing else, which changes no value.
+    int8: the layers' products with weights in 8 bits; where that cannot be, says why once.
     """
     family = structure.family
     h = embed(model.embeddings, batch, backend)
@@ -115,7 +122,7 @@ def packed_forward(
         learned = family.bias(model, packing.max_seqlen, packing.cu_seqlens).to(h.dtype)
         bias = learned if bias is None else bias + learned
     sequences = Sequences(packing.cu_seqlens, packing.max_seqlen, packing.key_start, bias)
-    return run_layers(structure, h, sequences, backend, between, checkpoint, rows)
+    return run_layers(structure, h, sequences, backend, between, checkpoint, rows, int8)
 
 
 def embed(embeddings: nn.Module, batch: Batch, backend: Backend) -> Tensor:
@@ -168,6 +175,7 @@ def run_layers(
     between: Callable[[Tensor], Tensor] | None,
     checkpoint: str,
     rows: Tensor | None = None,
+    int8: bool = False,
 ) -> Tensor:
     """Every layer on packed tokens [T, H] -> [T, H] or [R, H]; see `packed_forward`."""
     modules, layers = structure.modules, structure.layers
@@ -181,11 +189,14 @@ def run_layers(
         for layer in layers
         for d in (layer.attention_dropout, layer.out_dropout, layer.down_dropout)
     )
-    plain = structure.plain
-    if plain and not dropping and _may_be_one_call(plain, layers, h, backend):
-        found = _in_one_call(plain, h, sequences, backend, between, rows)
-        if found is not None:
+    why = _reasons_against_one_call(structure, dropping, h, backend)
+    if not why and (int8 or preferred(h) or chosen(backend, "encoder") in ISAS):
+        found = _in_one_call(structure.plain, h, sequences, backend, between, rows, int8)
+        if isinstance(found, Tensor):
             return found
+        why = found
+    if int8 and not tracing():
+        _tell(f"bert_fast: the layers run in {h.dtype}, not in 8 bits: {'; '.join(why)}")
     seeds = draw_seeds(3 * len(layers), h.device) if dropping else None
     h = h if between is None else between(h)
     for i, (module, layer) in enumerate(zip(modules, layers, strict=True)):
@@ -208,30 +219,41 @@ def run_layers(
     return h
 
 
-def _may_be_one_call(plain: Plain, layers: list[LayerParts], h: Tensor, backend: Backend) -> bool:
-    """In inference, and where nothing else is faster or was asked for."""
-    if h.requires_grad or tracing() or torch.is_autocast_enabled(h.device.type):
-        return False
-    if any(norm.eps != plain.eps for m in layers for norm in (m.out_norm, m.down_norm)):
-        return False  # set since
-    return preferred(h) or chosen(backend, "encoder") in ISAS
+def _reasons_against_one_call(
+    structure: Structure, dropping: bool, h: Tensor, backend: Backend
+) -> list[str]:
+    """Why `ops.encoder` cannot stand for these layers now (empty: a kernel may take them)."""
+    plain = structure.plain
+    if plain is None:
+        return ["its layers have other modules than plain ones, or settings that differ"]
+    if dropping or h.requires_grad:
+        return ["it trains or records gradients (torch.inference_mode() stops that)"]
+    if tracing() or torch.is_autocast_enabled(h.device.type):
+        return ["it is traced, or autocast is on"]
+    if any(norm.eps != plain.eps for m in structure.layers for norm in (m.out_norm, m.down_norm)):
+        return ["an eps was set since"]
+    if chosen(backend, "encoder") == "reference":
+        return ["backends of single ops are asked for"]
+    return []
 
 
 def _in_one_call(
-    plain: Plain,
+    plain: Plain | None,
     h: Tensor,
     sequences: Sequences,
     backend: Backend,
     between: Callable[[Tensor], Tensor] | None,
     rows: Tensor | None,
-) -> Tensor | None:
-    """`run_layers` by `ops.encoder`, or layer by layer for `between`; None: no kernel takes it."""
+    int8: bool,
+) -> Tensor | list[str]:
+    """`run_layers` by `ops.encoder`, layer by layer for `between`; or why no kernel takes it."""
+    assert plain is not None
     about = (h, sequences.cu_seqlens, sequences.key_start, _like(sequences.bias, h))
-    settings = (plain.heads, sequences.max_seqlen, plain.eps, plain.activation)
+    settings = (plain.heads, sequences.max_seqlen, plain.eps, plain.activation, int8)
     everything = (*about, rows, plain.weights, *settings)
     kernel = ENCODER.choose(everything, chosen(backend, "encoder"))
     if kernel.backend == "reference":
-        return None
+        return [f"{name}: {'; '.join(why)}" for name, why in ENCODER.reasons(everything) if why]
     if between is None:
         return ENCODER.infer(kernel, everything)
     h = between(h)
@@ -239,6 +261,11 @@ def _in_one_call(
         weights = plain.weights[i : i + len(LAYER)]
         h = between(ENCODER.infer(kernel, (h, *about[1:], None, weights, *settings)))
     return h
+
+
+@functools.cache
+def _tell(told: str) -> None:
+    warnings.warn(told, stacklevel=5)
 
 
 def layer_forward(

@@ -37,12 +37,14 @@ class Options:
     keep_padding: padded positions are computed too, because the head above reads them.
     checkpoint: one of `modeling.CHECKPOINTS`.
     sparse_logits: a masked-LM head that is given labels leaves out the logits of other tokens.
+    int8: in inference, products with the layers' weights in 8 bits.
     """
 
     backend: Backend = "auto"
     keep_padding: bool = False
     sparse_logits: bool = False
     checkpoint: str = "none"
+    int8: bool = False
 
 
 _DEFAULT = Options()
@@ -144,7 +146,9 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             rows = as_packed(packing)
         elif first_only:
             rows = packing.starts()
-    h = packed_forward(model, structure, batch, options.backend, between, options.checkpoint, rows)
+    h = packed_forward(
+        model, structure, batch, options.backend, between, options.checkpoint, rows, options.int8
+    )
     if as_packed:
         pooled = None
         if family.pooled is not None and packing.length:

@@ -8,6 +8,7 @@ from .encoder import encoder
 from .feed_forward import feed_forward
 from .linear import linear
 from .linear_gelu import linear_gelu
+from .linear_int8 import linear_int8
 from .masked_lm_loss import masked_lm_loss
 from .padding import pad, unpad
 from .pool import pool
@@ -25,6 +26,7 @@ __all__ = [
     "feed_forward",
     "linear",
     "linear_gelu",
+    "linear_int8",
     "masked_lm_loss",
     "pad",
     "pool",

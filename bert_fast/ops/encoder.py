@@ -5,8 +5,9 @@ Per layer, by the formulas of the ops in this folder and without dropout:
     c = attention(qkv_linear(x)),  h = add_layernorm(linear(c), x),
     y = add_layernorm(feed_forward(h), h)
 
-Given `rows`, the last layer computes h and what follows for those rows only. For inference on a
-CPU, where a short input spends more time between ops than in them. The weights take no gradient.
+Given `rows`, the last layer computes h and what follows for those rows only. With `int8`, every
+product with a weight is that of `linear_int8`. For inference on a CPU, where a short input spends
+more time between ops than in them. The weights take no gradient.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from torch import Tensor
 from . import checks
 from .attention import OP as ATTENTION
 from .backends import ISAS, cpu_reasons, torch_has_avx512
+from .bias_gelu import activate
 from .feed_forward import OP as FEED_FORWARD
+from .linear_int8 import OP as LINEAR_INT8
 from .packed_linear import pack, panels
 from .products import has_native
 from .qkv_linear import OP as QKV_LINEAR
@@ -46,28 +49,34 @@ def layers_of(weights: Sequence[Tensor]) -> Iterable[dict[str, Tensor]]:
 
 
 def reference(
-    x, cu_seqlens, key_start, bias, rows, weights, heads, max_seqlen, eps, activation
+    x, cu_seqlens, key_start, bias, rows, weights, heads, max_seqlen, eps, activation, int8
 ) -> Tensor:
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+        if int8:
+            return LINEAR_INT8.reference(x, weight, bias, activation)
+        y = F.linear(x, weight, bias)
+        return y if activation == "none" else activate(y, activation)
+
     hidden, last = (x.shape[1],), len(weights) // len(LAYER) - 1
     for i, w in enumerate(layers_of(weights)):
         width = w["q"].shape[0] // heads
-        qkv = QKV_LINEAR.reference(x, *(w[name] for name in LAYER[:6]))
+        qkv, qkv_bias = packed([w[name] for name in LAYER[:6]], keep=False)
+        qkv = linear(x, qkv, qkv_bias)
         context = ATTENTION.reference(
             qkv.view(-1, 3, heads, width), cu_seqlens, key_start, bias, max_seqlen, width**-0.5,
             0.0, None,
         ).flatten(1)  # fmt: skip
         if i == last and rows is not None:
             context, x = context[rows], x[rows]
-        h = F.linear(context, w["out"], w["out_bias"]) + x
+        h = linear(context, w["out"], w["out_bias"]) + x
         h = F.layer_norm(h, hidden, w["out_norm"], w["out_norm_bias"], eps)
-        y = FEED_FORWARD.reference(h, w["up"], w["up_bias"], w["down"], activation, False)
-        y = y + w["down_bias"] + h
+        y = linear(linear(h, w["up"], w["up_bias"], activation), w["down"], w["down_bias"]) + h
         x = F.layer_norm(y, hidden, w["down_norm"], w["down_norm_bias"], eps)
     return x
 
 
 def check(
-    x, cu_seqlens, key_start, bias, rows, weights, heads, max_seqlen, eps, activation
+    x, cu_seqlens, key_start, bias, rows, weights, heads, max_seqlen, eps, activation, int8
 ) -> None:
     op = "encoder"
     if not weights or len(weights) % len(LAYER):
@@ -103,6 +112,8 @@ def fake(x, cu_seqlens, key_start, bias, rows, *rest, save) -> tuple[Tensor, ...
 def _kernel(name: str, isa: int) -> Kernel:
     def why_not(x, cu_seqlens, key_start, bias, rows, weights, heads, *rest) -> list[str]:
         found = cpu_reasons(x, name, isa)
+        if rest[-1] and isa == 0:
+            found.append("8-bit products are slow without AVX2")
         for i in () if found else range(0, len(weights), len(LAYER)):
             width = weights[i].shape[0] // heads
             if not 8 <= width <= 128:
@@ -110,13 +121,14 @@ def _kernel(name: str, isa: int) -> Kernel:
         return found or reasons_against_copies(*weights)
 
     def forward(
-        x, cu_seqlens, key_start, bias, rows, weights, heads, max_seqlen, eps, activation, *, save
-    ) -> tuple[Tensor]:
+        x, cu_seqlens, key_start, bias, rows, weights, heads, max_seqlen, eps, activation, int8,
+        *, save,
+    ) -> tuple[Tensor]:  # fmt: skip
         def make() -> list[Tensor]:
-            return [t for w in layers_of(weights) for t in _packed(w, isa)]
+            return [t for w in layers_of(weights) for t in _packed(w, isa, int8)]
 
         # By their number too: layer by layer, the first one's weights are the first of both.
-        ready = copy_of(weights, f"encoder {isa} {len(weights)}", make)
+        ready = copy_of(weights, f"encoder {isa} {int8} {len(weights)}", make)
         run = torch.ops.bert_fast_cpu.encoder_forward
         y = run(x, cu_seqlens, key_start, bias, rows, ready, heads, eps, activation, isa)
         return (y,)
@@ -124,18 +136,19 @@ def _kernel(name: str, isa: int) -> Kernel:
     return Kernel(name, forward, None, why_not)
 
 
-def _packed(w: dict[str, Tensor], isa: int) -> Iterable[Tensor]:
+def _packed(w: dict[str, Tensor], isa: int, int8: bool) -> Iterable[Tensor]:
     """A layer's weights as C++ takes them: q, k and v as one, matrices in panels."""
     three = [w[name] for name in LAYER[:6]]
 
     def make() -> tuple[Tensor, Tensor]:
         qkv, qkv_bias = packed(three, keep=False)
         assert qkv_bias is not None
-        return pack(qkv, isa), qkv_bias
+        return pack(qkv, isa, int8), qkv_bias
 
-    yield from copy_of(three, f"qkv panels {isa}", make)  # once where layers share their weights
+    # Once where layers share their weights.
+    yield from copy_of(three, f"qkv panels {isa} {int8}", make)
     for name in LAYER[6:]:
-        yield panels(w[name], isa) if w[name].dim() == 2 else w[name].contiguous()
+        yield panels(w[name], isa, int8) if w[name].dim() == 2 else w[name].contiguous()
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
@@ -178,7 +191,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
             bias = draw(len(lengths), heads, longest, longest)
         weights = [w for _ in range(layers) for w in layer(*sizes)]
         x = draw(tokens, sizes[0])
-        rest = (weights, heads, longest, 1e-12, "gelu")
+        rest = (weights, heads, longest, 1e-12, "gelu", False)
         yield Sample(name, (x, bounds, key_start, bias, rows, *rest))
 
 
@@ -205,7 +218,7 @@ def preferred(x: Tensor) -> bool:
 OP = Op(
     name="encoder",
     arguments="Tensor x, Tensor cu_seqlens, Tensor? key_start, Tensor? bias, Tensor? rows, "
-    "Tensor[] weights, int heads, SymInt max_seqlen, float eps, str activation",
+    "Tensor[] weights, int heads, SymInt max_seqlen, float eps, str activation, bool int8",
     reference=reference,
     check=check,
     fake=fake,
@@ -227,6 +240,7 @@ def encoder(
     key_start: Tensor | None = None,
     bias: Tensor | None = None,
     rows: Tensor | None = None,
+    int8: bool = False,
     backend: str | Chooser = "auto",
 ) -> Tensor:
     """Post-LN encoder layers on packed tokens; arXiv 1706.03762, arXiv 1810.04805.
@@ -241,11 +255,12 @@ def encoder(
         eps: added to the variance in every LayerNorm.
         activation: "gelu" (erf), "gelu_tanh", "relu" or "silu".
         rows: [R] int64 or None; which rows of the result are wanted.
+        int8: products with weights in 8 bits, as `linear_int8` has them.
         backend: "auto" or the name of one kernel; a forced one that cannot run raises.
 
     Returns: [T, H], or [R, H], in x's dtype.
     Raises: ValueError for a wrong shape, number of tensors, activation, device or backend and for
         weights that want a gradient; TypeError for mixed dtypes.
     """
-    rest = (list(weights), heads, max_seqlen, eps, activation)
+    rest = (list(weights), heads, max_seqlen, eps, activation, int8)
     return OP(x, cu_seqlens, key_start, bias, rows, *rest, backend=backend)

@@ -19,20 +19,22 @@ from .registry import Kernel
 from .weight_copies import copy_of, reasons_against_copies
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, isa: int) -> Tensor:
-    """activation(x W^T + b) in x's dtype; `activation` may be "none"."""
+def multiply(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, isa: int, int8: bool = False
+) -> Tensor:
+    """activation(x W^T + b) in x's dtype; `activation` may be "none". int8: see `linear_int8`."""
     run = torch.ops.bert_fast_cpu.linear_forward
-    return run(x, panels(weight, isa), bias, weight.shape[0], activation, isa)
+    return run(x, panels(weight, isa, int8), bias, weight.shape[0], activation, isa)
 
 
-def panels(weight: Tensor, isa: int) -> Tensor:
+def panels(weight: Tensor, isa: int, int8: bool = False) -> Tensor:
     """The packed copy kept of a weight."""
-    return copy_of((weight,), f"panels {isa}", lambda: pack(weight, isa))
+    return copy_of((weight,), f"panels {isa} {int8}", lambda: pack(weight, isa, int8))
 
 
-def pack(weight: Tensor, isa: int) -> Tensor:
-    """A weight [N, K] as panels of columns."""
-    return torch.ops.bert_fast_cpu.pack_weight(weight.contiguous(), isa)
+def pack(weight: Tensor, isa: int, int8: bool = False) -> Tensor:
+    """A weight [N, K] as panels of columns, in its dtype or in 8 bits."""
+    return torch.ops.bert_fast_cpu.pack_weight(weight.contiguous(), int8, isa)
 
 
 Forward = Callable[..., tuple[Tensor, ...]]
@@ -47,9 +49,14 @@ def packed_kernels(
 
 def _kernel(name: str, isa: int, forward: Forward, backward: Callable[..., Any]) -> Kernel:
     def why_not(x: Tensor, weight: Tensor, *rest: Any) -> list[str]:
-        return cpu_reasons(x, name, isa) or reasons_against_copies(weight)
+        return reasons_on(name, isa, x, weight)
 
     return Kernel(name, forward, backward, why_not)
+
+
+def reasons_on(name: str, isa: int, x: Tensor, weight: Tensor) -> list[str]:
+    """Why `multiply` cannot run with instruction set `isa` (empty: it can)."""
+    return cpu_reasons(x, name, isa) or reasons_against_copies(weight)
 
 
 def preferred(ours: tuple[Kernel, ...], onednn: Kernel) -> tuple[Kernel, ...]:

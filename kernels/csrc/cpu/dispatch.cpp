@@ -43,7 +43,8 @@ const Kernels& kernels_for(const char* op, int64_t isa) {
       0 <= isa && (isa <= best || (isa == 3 && best == 2)), op, ": isa is ", isa,
       ", this machine runs 0 to ", best, " (0 generic, 1 AVX2, 2 AVX-512)");
 #if defined(__x86_64__)
-  static const bool has_bf16 = __builtin_cpu_supports("avx512bf16");
+  static const bool has_bf16 =
+      __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
   if (isa == 2 && has_bf16) return kernels_avx512_bf16;
   if (isa >= 2) return kernels_avx512;
   if (isa == 1) return kernels_avx2;

@@ -29,6 +29,14 @@ Attention attention_arguments(
     const char* op, const Tensor& qkv, const Tensor& cu_seqlens, const OptionalTensor& key_start,
     const OptionalTensor& bias, double scale);
 
+// Whether a packed weight is for 8-bit products.
+bool has_int8_values(const Tensor& packed);
+
+// The address of a packed weight [cols, depth] that x is multiplied by.
+const void* checked_panels(
+    const char* op, const char* name, const Tensor& packed, const Tensor& x, bool int8,
+    int64_t cols, int64_t depth, const Kernels& kernels);
+
 // Both products, as one kernel where there are rows enough for it.
 void feed_forward(const Kernels& kernels, const FeedForward& a);
 

@@ -19,15 +19,16 @@ struct Layer {
 };
 
 static Layer layer_at(
-    const char* op, const Tensors& weights, size_t index, ScalarType type, int64_t hidden,
+    const char* op, const Tensors& weights, size_t index, const Tensor& x, bool int8,
     const Kernels& kernels) {
+  const int64_t hidden = x.size(1);
   const Tensor* next = weights.data() + index * Layer::kTensors;
   Layer layer{next[1].numel() / 3, next[7].numel()};
   auto matrix = [&](const char* name, int64_t cols, int64_t depth) {
-    return checked(op, name, *next++, type, {kernels.packed_columns(cols), depth});
+    return checked_panels(op, name, *next++, x, int8, cols, depth, kernels);
   };
   auto row = [&](const char* name, int64_t cols) {
-    return checked(op, name, *next++, type, {cols});
+    return checked(op, name, *next++, x.scalar_type(), {cols});
   };
   layer.qkv = matrix("qkv", 3 * layer.inside, hidden);
   layer.qkv_bias = row("qkv_bias", 3 * layer.inside);
@@ -67,6 +68,7 @@ static Tensor encoder_forward(
   require(
       layers > 0 && weights.size() % Layer::kTensors == 0, op, ": weights has ", weights.size(),
       " tensors, expected ", Layer::kTensors, " for each layer");
+  const bool int8 = has_int8_values(weights[0]);  // then all are; no other kind is mixed in
   const Kernels& kernels = kernels_for(op, isa);
   const Dtype dtype = float_dtype(op, "x", x);
   const ScalarType type = x.scalar_type();
@@ -79,7 +81,7 @@ static Tensor encoder_forward(
 
   auto project = [&](const void* from, int64_t depth, int64_t cols, const void* matrix,
                      const void* shift, void* to) {
-    kernels.linear_forward({dtype, Activation::none, count, depth, cols, from, matrix, shift, to});
+    kernels.linear_forward({dtype, int8, Activation::none, count, depth, cols, from, matrix, shift, to});
   };
   auto add_norm = [&](const void* shift, const void* residual, const void* weight,
                       const void* norm_bias, void* to) {
@@ -98,7 +100,7 @@ static Tensor encoder_forward(
   };
 
   for (size_t i = 0; i < layers; ++i) {
-    const Layer m = layer_at(op, weights, i, type, hidden, kernels);
+    const Layer m = layer_at(op, weights, i, x, int8, kernels);
     require(
         m.inside % heads == 0, op, ": heads is ", heads, ", expected a divisor of ", m.inside);
     Tensor residual = x;
@@ -126,7 +128,7 @@ static Tensor encoder_forward(
     add_norm(m.out_bias, input, m.out_norm, m.out_norm_bias, middle.data_ptr());
     feed_forward(
         kernels,
-        {dtype, act, count, hidden, m.inner, hidden, middle.data_ptr(), m.up, m.up_bias, m.down,
+        {dtype, int8, act, count, hidden, m.inner, hidden, middle.data_ptr(), m.up, m.up_bias, m.down,
          branch.data_ptr()});
     add_norm(m.down_bias, middle.data_ptr(), m.down_norm, m.down_norm_bias, y.data_ptr());
     input = y.data_ptr();  // the next layer writes it when it has read it

@@ -76,26 +76,29 @@ struct BiasGelu {
 };
 
 // The weight is packed for one instruction set: panels of kPanel columns, [cols / kPanel, depth,
-// kPanel], zeros beyond the last column.
+// kPanel], zeros beyond the last column; in 8 bits as product_int8.inc.h has it.
 struct PackWeight {
   Dtype dtype;
+  bool int8;
   int64_t cols, depth;
   const void* weight;  // [cols, depth]
-  void* packed;        // [packed_columns(cols), depth] elements, in panels
+  void* packed;        // packed_bytes
 };
 
 struct Linear {
   Dtype dtype;
+  bool int8;
   Activation activation;
   int64_t rows, depth, cols;
   const void* x;       // [rows, depth]
-  const void* packed;  // of PackWeight, same dtype
+  const void* packed;  // of PackWeight
   const void* bias;    // [cols] or null
   void* y;             // [rows, cols]
 };
 
 struct FeedForward {
   Dtype dtype;
+  bool int8;
   Activation activation;
   int64_t rows, hidden, inner, cols;
   const void* x;        // [rows, hidden]
@@ -140,7 +143,7 @@ struct Kernels {
   void (*add_layernorm_backward)(const AddLayerNorm&);
   void (*bias_gelu_forward)(const BiasGelu&);
   void (*bias_gelu_backward)(const BiasGelu&);
-  int64_t (*packed_columns)(int64_t cols);
+  int64_t (*packed_bytes)(const PackWeight&);
   void (*pack_weight)(const PackWeight&);
   void (*linear_forward)(const Linear&);
   bool (*feed_forward_fits)(int64_t rows);

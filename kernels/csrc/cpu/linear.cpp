@@ -3,16 +3,33 @@
 
 namespace bert_fast::cpu {
 
-static Tensor pack_weight(const Tensor& weight, int64_t isa) {
+// Elements of a packed weight: bytes where its values have 8 bits, else of the weight's dtype.
+static int64_t packed_elements(const Kernels& kernels, const PackWeight& a) {
+  return kernels.packed_bytes(a) / (a.int8 ? 1 : a.dtype == Dtype::f32 ? 4 : 2);
+}
+
+bool has_int8_values(const Tensor& packed) { return packed.scalar_type() == ScalarType::Byte; }
+
+const void* checked_panels(
+    const char* op, const char* name, const Tensor& packed, const Tensor& x, bool int8,
+    int64_t cols, int64_t depth, const Kernels& kernels) {
+  const PackWeight a{float_dtype(op, "x", x), int8, cols, depth};
+  const ScalarType type = int8 ? ScalarType::Byte : x.scalar_type();
+  return checked(op, name, packed, type, {packed_elements(kernels, a)});
+}
+
+static Tensor pack_weight(const Tensor& weight, bool int8, int64_t isa) {
   const char* op = "pack_weight";
   PackWeight a{};
   require_rank(op, "weight", weight, 2);
   a.dtype = float_dtype(op, "weight", weight);
+  a.int8 = int8;
   a.cols = weight.size(0);
   a.depth = weight.size(1);
   a.weight = checked(op, "weight", weight, weight.scalar_type(), {a.cols, a.depth});
   const Kernels& kernels = kernels_for(op, isa);
-  Tensor packed = uninitialised({kernels.packed_columns(a.cols), a.depth}, weight.scalar_type());
+  Tensor packed = uninitialised(
+      {packed_elements(kernels, a)}, int8 ? ScalarType::Byte : weight.scalar_type());
   a.packed = packed.data_ptr();
   kernels.pack_weight(a);
   return packed;
@@ -26,13 +43,13 @@ static Tensor linear_forward(
   a.activation = activation_of(op, take(activation));
   require_rank(op, "x", x, 2);
   a.dtype = float_dtype(op, "x", x);
+  a.int8 = has_int8_values(packed);
   a.rows = x.size(0);
   a.depth = x.size(1);
   a.cols = cols;
   const Kernels& kernels = kernels_for(op, isa);
   a.x = checked(op, "x", x, x.scalar_type(), {a.rows, a.depth});
-  a.packed =
-      checked(op, "packed", packed, x.scalar_type(), {kernels.packed_columns(cols), a.depth});
+  a.packed = checked_panels(op, "packed", packed, x, a.int8, cols, a.depth, kernels);
   a.bias = checked(op, "bias", bias, x.scalar_type(), {cols});
   Tensor y = uninitialised({a.rows, cols}, x.scalar_type());
   a.y = y.data_ptr();
@@ -41,14 +58,14 @@ static Tensor linear_forward(
 }
 
 void feed_forward(const Kernels& kernels, const FeedForward& a) {
-  if (kernels.feed_forward_fits(a.rows)) return kernels.feed_forward_forward(a);
+  if (!a.int8 && kernels.feed_forward_fits(a.rows)) return kernels.feed_forward_forward(a);
   const ScalarType types[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
   Tensor states = uninitialised({a.rows, a.inner}, types[static_cast<int>(a.dtype)]);
   void* between = states.data_ptr();
   kernels.linear_forward(
-      {a.dtype, a.activation, a.rows, a.hidden, a.inner, a.x, a.up, a.up_bias, between});
+      {a.dtype, a.int8, a.activation, a.rows, a.hidden, a.inner, a.x, a.up, a.up_bias, between});
   kernels.linear_forward(
-      {a.dtype, Activation::none, a.rows, a.inner, a.cols, between, a.down, nullptr, a.y});
+      {a.dtype, a.int8, Activation::none, a.rows, a.inner, a.cols, between, a.down, nullptr, a.y});
 }
 
 static Tensor feed_forward_forward(
@@ -64,12 +81,11 @@ static Tensor feed_forward_forward(
   a.inner = inner;
   a.cols = cols;
   const Kernels& kernels = kernels_for(op, isa);
-  const ScalarType dtype = x.scalar_type();
-  a.x = checked(op, "x", x, dtype, {a.rows, a.hidden});
-  a.up = checked(op, "up", up, dtype, {kernels.packed_columns(inner), a.hidden});
-  a.up_bias = checked(op, "up_bias", up_bias, dtype, {inner});
-  a.down = checked(op, "down", down, dtype, {kernels.packed_columns(cols), inner});
-  Tensor y = uninitialised({a.rows, cols}, dtype);
+  a.x = checked(op, "x", x, x.scalar_type(), {a.rows, a.hidden});
+  a.up = checked_panels(op, "up", up, x, false, inner, a.hidden, kernels);
+  a.up_bias = checked(op, "up_bias", up_bias, x.scalar_type(), {inner});
+  a.down = checked_panels(op, "down", down, x, false, cols, inner, kernels);
+  Tensor y = uninitialised({a.rows, cols}, x.scalar_type());
   a.y = y.data_ptr();
   feed_forward(kernels, a);
   return y;
@@ -78,7 +94,7 @@ static Tensor feed_forward_forward(
 }  // namespace bert_fast::cpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bert_fast_cpu, m) {
-  m.def("pack_weight(Tensor weight, int isa) -> Tensor");
+  m.def("pack_weight(Tensor weight, bool int8, int isa) -> Tensor");
   m.def(
       "linear_forward(Tensor x, Tensor packed, Tensor? bias, int cols, str activation, int isa) "
       "-> Tensor");

@@ -1,0 +1,156 @@
+"""linear_int8: y = activation(x W^T + b) with both factors rounded to 8 bits, for inference.
+
+Rows of x and W are cut along the depth into groups of 128, padded with zeros, and in each the 16
+elements that are 8 apart are rotated by the Hadamard matrix H_16 / 4. The rotations cancel in the
+product and spread an outlier over 16 elements, which makes ranges narrow (QuaRot, Ashkboos et al.,
+arXiv 2404.00456; found for every token anew, so nothing is calibrated). A group is then
+
+    x = low + step q,   q = 0 .. 127 (7 bits), low and step by the group's least and greatest value
+    W = scale p,        p = -127 .. 127, scale by its greatest, but at least such that four
+                        products fit 16 bits: the positive and the negative values among p[8 i +
+                        (0, 1, 4, 5)] and p[8 i + (2, 3, 6, 7)] sum to 256 at most, before rounding
+
+and what is summed is scale (step sum(q p) + low sum(p)), sum(q p) exactly. Rounding is done in
+fp32 whatever x's dtype. The gradient of x is that of the rounded W (straight-through for x).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import checks
+from .backends import ISAS
+from .bias_gelu import activate
+from .linear import check as check_linear
+from .linear import cost
+from .linear import samples as linear_samples
+from .packed_linear import multiply, reasons_on
+from .registry import Chooser, Kernel, Op, Sample
+
+GROUP, APART, LEVELS, FOUR = 128, 8, 127.0, 256.0
+
+
+def _grouped(x: Tensor) -> Tensor:
+    """[T, K] -> [T, K + padding]."""
+    return F.pad(x, (0, -x.shape[1] % GROUP))
+
+
+def _rotated(x: Tensor) -> Tensor:
+    """[T, K] -> [T, groups, 128], four times as long as a rotation leaves it."""
+    rows = _grouped(x).unflatten(1, (-1, GROUP // APART, APART))
+    for half in (1, 2, 4, 8):
+        a, b = rows.unflatten(2, (-1, 2, half)).unbind(3)
+        rows = torch.stack((a + b, a - b), 3).flatten(2, 4)
+    return rows.flatten(2)
+
+
+def _rounded_x(x: Tensor) -> Tensor:
+    """[T, groups, 128] as 7 bits tell it, in the dtype of sums."""
+    rows = _rotated(x.float())
+    low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
+    step = (high - low) / LEVELS
+    q = torch.round((rows - low) * torch.where(step > 0, 1 / step, 0))
+    wide = _sums(x)
+    return low.to(wide) + step.to(wide) * q.to(wide)
+
+
+def _rounded_weight(weight: Tensor) -> Tensor:
+    rows = _rotated(weight.float()) / (GROUP // APART)
+    fours = rows.unflatten(-1, (-1, 2, 2, 2)).transpose(-2, -3).flatten(-2)  # [.., 16, 2, 4]
+    parts = [sign.clamp_min(0).unbind(-1) for sign in (fours, -fours)]
+    sums = torch.stack([a + b + c + d for a, b, c, d in parts]).amax((0, -1, -2))
+    scale = torch.maximum(rows.abs().amax(-1) / LEVELS, sums / FOUR).unsqueeze(-1)
+    p = torch.round(rows * torch.where(scale > 0, 1 / scale, 0))
+    wide = _sums(weight)
+    return scale.to(wide) * p.to(wide)
+
+
+def _sums(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    wide, exact = _sums(x), x.to(_sums(x))
+    with torch.no_grad():
+        w = _rounded_weight(weight).flatten(1)
+        rounded = _rounded_x(x).flatten(1) @ w.t()
+    if exact.requires_grad:  # the same value, with the gradient of x times W's rounded form
+        turned = _grouped(exact) @ _rotated(w).flatten(1).t()  # turned back: it is its own inverse
+        rounded = rounded + (turned - turned.detach())
+    y = rounded if bias is None else rounded + bias.to(wide)
+    return (y if activation == "none" else activate(y, activation)).to(x.dtype)
+
+
+def check(x, weight, bias, activation) -> None:
+    op = "linear_int8"
+    check_linear(x, weight, bias, op)
+    if activation != "none":
+        checks.activation(op, activation)
+    if torch.is_grad_enabled() and weight.requires_grad:
+        raise ValueError(f"bert_fast.{op}: weight wants a gradient; 8 bits are for inference")
+
+
+def fake(x, weight, bias, activation, *, save) -> tuple[Tensor, ...]:
+    return (x.new_empty(x.shape[0], weight.shape[0]),)
+
+
+def _kernel(name: str, isa: int) -> Kernel:
+    def forward(x, weight, bias, activation, *, save) -> tuple[Tensor]:
+        return (multiply(x, weight, bias, activation, isa, int8=True),)
+
+    return Kernel(name, forward, None, lambda x, weight, *rest: reasons_on(name, isa, x, weight))
+
+
+def samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
+    for sample in linear_samples(device, dtype):
+        yield Sample(sample.name, (*sample.args, "none"))
+    x, weight, bias = next(iter(linear_samples(device, dtype))).args
+    for activation in checks.ACTIVATIONS:
+        yield Sample(activation, (x, weight, bias, activation))
+    # Rotated, all of this weight is as large as any: what 16 bits could not hold at full scale.
+    flat, spike = torch.zeros_like(x), torch.zeros_like(weight)
+    flat[:, :APART], flat[:, APART : 2 * APART], spike[:, :APART] = 1.0, 0.5, 1.0
+    yield Sample("greatest", (flat, spike, None, "none"))
+    outlier = x.clone()
+    outlier[:, 5] = 40
+    yield Sample("outlier", (outlier, weight, bias, "none"))
+    yield Sample("zeros", (torch.zeros_like(x), weight * 0, bias, "none"))
+
+
+OP = Op(
+    name="linear_int8",
+    arguments="Tensor x, Tensor weight, Tensor? bias, str activation",
+    reference=reference,
+    check=check,
+    fake=fake,
+    kernels=tuple(_kernel(*item) for item in ISAS.items()),
+    samples=samples,
+    cost=cost,
+    differentiable=("x",),
+)
+
+
+def linear_int8(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str = "none",
+    backend: str | Chooser = "auto",
+) -> Tensor:
+    """activation(x W^T + b), both factors in 8 bits (about 1 % off); see this module's formula.
+
+    Args:
+        x: [T, K], fp32, bf16 or fp16 (fp64 through the reference).
+        weight: [N, K], of x's dtype; its 8-bit form is kept beside it. bias: [N] or None.
+        activation: "none", "gelu" (erf), "gelu_tanh", "relu" or "silu".
+        backend: "auto" or the name of one kernel; a forced one that cannot run raises.
+
+    Returns: [T, N] in x's dtype.
+    Raises: ValueError for a wrong shape, activation, device or backend and for a weight that wants
+        a gradient; TypeError for mixed dtypes.
+    """
+    return OP(x, weight, bias, activation, backend=backend)

@@ -1,0 +1,264 @@
+// A block of rows times a weight packed once into panels, both in 8-bit integers, summed exactly.
+//
+// Rows of x and of W are cut into groups of 128 along the depth and rotated there by a Hadamard
+// matrix over elements 8 apart. That leaves x W^T as it is and spreads an outlier over 16 elements
+// (QuaRot, Ashkboos et al., arXiv 2404.00456), so a group's range is narrow. Then
+//
+//   x = low + step q,  q in 0 .. 127, low and step of each row and group, found at every call;
+//   W = scale p,       p in -127 .. 127, scale of each column and group, found once;
+//   x W^T = sum over groups of scale (step sum(q p) + low sum(p)).
+//
+// Without dot-product instructions, sums of four products are held in 16 bits: the weight's scale
+// is never so small that one could overflow, whatever x is (kMostOfFour). The same integers come
+// out on every machine.
+#pragma once
+
+#include <cstring>
+
+#include "cpu/product.inc.h"
+
+namespace bert_fast::cpu::BERT_FAST_ISA {
+
+constexpr int64_t kGroup = 128;     // of the depth
+constexpr int64_t kApart = 8;       // elements of one rotation are this far apart
+constexpr int kRotated = int(kGroup / kApart);
+constexpr float kMostOfX = 127.0f, kMostOfWeight = 127.0f;
+constexpr float kMostOfFour = 256.0f;  // + 4 x 0.5 of rounding, x 127 = 32,766
+constexpr int64_t kPanelGroup = (kGroup + 2 * int64_t(sizeof(float))) * kPanel;  // bytes
+#if defined(BERT_FAST_AVX512_BF16)
+constexpr int kInt8Rows = 6;  // of a register tile; every CPU with BF16 has VNNI
+#else
+constexpr int kInt8Rows = 4;
+#endif
+
+inline int64_t groups_of(int64_t depth) { return ceil_div(depth, kGroup); }
+
+inline int64_t int8_bytes(int64_t cols, int64_t depth) {
+  return ceil_div(cols, kPanel) * groups_of(depth) * kPanelGroup;
+}
+
+// The lanes of a rotation: eight independent ones, on every instruction set.
+typedef float v8 __attribute__((vector_size(32)));
+
+// One group, widened, zeros beyond `n`, in rotated (not normalised: 4 times as long) form.
+template <class T>
+ALWAYS_INLINE void rotate_group(const T* from, int64_t n, v8 (&v)[kRotated]) {
+  alignas(64) float wide[kGroup];
+  if (n < kGroup) std::memset(wide, 0, sizeof(wide));
+  sweep(n, [&](int64_t i, auto lanes) { store(wide + i, load(from + i, lanes), lanes); });
+#pragma GCC unroll 16
+  for (int i = 0; i < kRotated; ++i) std::memcpy(&v[i], wide + i * kApart, sizeof(v8));
+#pragma GCC unroll 4
+  for (int half = 1; half < kRotated; half *= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < kRotated; ++i) {
+      if (i & half) continue;
+      const v8 a = v[i], b = v[i + half];
+      v[i] = a + b;
+      v[i + half] = a - b;
+    }
+}
+
+// NaN if any element of the group is NaN or infinite, else 0: v[0] has the sums of all.
+ALWAYS_INLINE float nan_of(const v8 (&v)[kRotated]) {
+  float sum = 0.0f;
+  for (int lane = 0; lane < kApart; ++lane) sum += v[0][lane] * 0.0f;
+  return sum;
+}
+
+// ---- weights -----------------------------------------------------------------------------------
+
+// One column's group -> 8-bit values, strided as a panel has them, its scale and their sum.
+template <class T>
+void pack_group(const T* weight, int64_t n, int8_t* to, float* scale, float* total) {
+  v8 v[kRotated];
+  rotate_group(weight, n, v);
+  alignas(64) float w[kGroup];
+  std::memcpy(w, v, sizeof(w));
+  float most = 0.0f, sums[kGroup / 4][2] = {};
+  for (int64_t k = 0; k < kGroup; ++k) {
+    w[k] /= kRotated;  // both rotations' lengths
+    most = larger(most, w[k] < 0 ? -w[k] : w[k]);
+    // Which four share 16 bits: two neighbours, of this and of the next four.
+    float(&four)[2] = sums[k / 8 * 2 + k % 4 / 2];
+    four[w[k] < 0] += w[k] < 0 ? -w[k] : w[k];
+  }
+  float step = most / kMostOfWeight;
+  for (auto& four : sums) step = larger(step, larger(four[0], four[1]) / kMostOfFour);
+  const float inverse = step > 0.0f ? 1.0f / step : 0.0f;
+  float sum = 0.0f;
+  for (int64_t k = 0; k < kGroup; ++k) {
+    const float q = __builtin_nearbyintf(w[k] * inverse);
+    to[k / 4 * 4 * kPanel + k % 4] = int8_t(q);
+    sum += q;
+  }
+  *scale = step + nan_of(v);
+  *total = sum;
+}
+
+template <class T>
+void pack_weight_int8(const PackWeight& a) {
+  const T* weight = static_cast<const T*>(a.weight);
+  const int64_t groups = groups_of(a.depth);
+  parallel(ceil_div(a.cols, kPanel), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * groups; i < end * groups; ++i) {
+      const int64_t first = i % groups * kGroup, n = smaller(kGroup, a.depth - first);
+      auto* to = static_cast<int8_t*>(a.packed) + i * kPanelGroup;
+      std::memset(to, 0, kPanelGroup);
+      auto* scales = reinterpret_cast<float*>(to + kGroup * kPanel);
+      for (int64_t j = 0; j < kPanel; ++j) {
+        const int64_t col = i / groups * kPanel + j;
+        if (col < a.cols)
+          pack_group(weight + col * a.depth + first, n, to + 4 * j, scales + j, scales + kPanel + j);
+      }
+    }
+  });
+}
+
+// ---- products ----------------------------------------------------------------------------------
+
+// How a group of a row of x was quantised.
+struct Range {
+  float step, low;
+};
+
+template <class T>
+ALWAYS_INLINE Range quantise_group(const T* x, int64_t n, uint8_t* to) {
+  v8 v[kRotated];
+  rotate_group(x, n, v);
+  v8 least = v[0], most = v[0];
+#pragma GCC unroll 16
+  for (int i = 1; i < kRotated; ++i) {
+    least = v[i] < least ? v[i] : least;
+    most = v[i] > most ? v[i] : most;
+  }
+  float low = least[0], high = most[0];
+  for (int lane = 1; lane < kApart; ++lane) {
+    low = smaller(low, least[lane]);
+    high = larger(high, most[lane]);
+  }
+  const float step = (high - low) / kMostOfX, inverse = step > 0.0f ? 1.0f / step : 0.0f;
+  alignas(64) float levels[kGroup];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRotated; ++i) {
+    const v8 level = (v[i] - low) * inverse;
+    std::memcpy(levels + i * kApart, &level, sizeof(v8));
+  }
+  for (int64_t k = 0; k < kGroup; ++k) to[k] = uint8_t(int32_t(__builtin_rintf(levels[k])));
+  return {step, low + nan_of(v)};
+}
+
+// sums[j] += four products of x and each column of a panel, eight depths of both at once.
+ALWAYS_INLINE void add_int8_products(vi (&sums)[kMaxVectors], const uint8_t* x, const int8_t* w) {
+#if defined(BERT_FAST_AVX512) || defined(BERT_FAST_AVX2)
+#if defined(BERT_FAST_AVX512)
+  typedef __m512i bytes;
+  auto spread = [](int four) { return _mm512_set1_epi32(four); };
+#else
+  typedef __m256i bytes;
+  auto spread = [](int four) { return _mm256_set1_epi32(four); };
+#endif
+  int four[2];
+  std::memcpy(four, x, sizeof(four));
+  const bytes x0 = spread(four[0]), x1 = spread(four[1]);
+#pragma GCC unroll 4
+  for (int j = 0; j < kMaxVectors; ++j) {
+    bytes w0, w1;
+    std::memcpy(&w0, w + j * sizeof(bytes), sizeof(bytes));
+    std::memcpy(&w1, w + (kMaxVectors + j) * sizeof(bytes), sizeof(bytes));
+#if defined(BERT_FAST_AVX512_BF16)
+    sums[j] = (vi)_mm512_dpbusd_epi32(_mm512_dpbusd_epi32((bytes)sums[j], x0, w0), x1, w1);
+#elif defined(BERT_FAST_AVX512)
+    const bytes pairs =
+        _mm512_add_epi16(_mm512_maddubs_epi16(x0, w0), _mm512_maddubs_epi16(x1, w1));
+    sums[j] += (vi)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+#else
+    const bytes pairs =
+        _mm256_add_epi16(_mm256_maddubs_epi16(x0, w0), _mm256_maddubs_epi16(x1, w1));
+    sums[j] += (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#endif
+  }
+#else
+  for (int k = 0; k < 8; ++k)
+    for (int c = 0; c < kPanel; ++c)
+      sums[c / W][c % W] += int(x[k]) * w[k / 4 * 4 * kPanel + 4 * c + k % 4];
+#endif
+}
+
+// sums[i, :] (+)= x[i, :] . panel for MR rows of one group.
+template <bool ADD, int MR>
+void multiply_group(
+    const uint8_t* x, int64_t ldx, const Range* ranges, int64_t ld_ranges, const int8_t* panel,
+    float* sums) {
+  vi exact[MR][kMaxVectors] = {};
+  for (int64_t k = 0; k < kGroup; k += 8)
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) add_int8_products(exact[i], x + i * ldx + k, panel + k * kPanel);
+  const auto* scales = reinterpret_cast<const float*>(panel + kGroup * kPanel);
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kMaxVectors; ++j) {
+      const Range& range = ranges[i * ld_ranges];
+      const vf shift = set1(range.low) * load(scales + kPanel + j * W);
+      const vf product = fma(set1(range.step), __builtin_convertvector(exact[i][j], vf), shift);
+      float* to = sums + i * kPanel + j * W;
+      store(to, fma(load(scales + j * W), product, ADD ? load(to) : vf{}));
+    }
+}
+
+template <bool ADD, int... I>
+void multiply_rows(
+    int64_t rows, const uint8_t* x, int64_t ldx, const Range* ranges, int64_t ld_ranges,
+    const int8_t* panel, float* sums, std::integer_sequence<int, I...>) {
+  using Tile = decltype(&multiply_group<ADD, 1>);
+  static constexpr Tile tiles[] = {multiply_group<ADD, I + 1>...};
+  const int64_t count = ceil_div(rows, kInt8Rows);
+  for (int64_t t = 0, i = 0; t < count; ++t) {
+    const int64_t high = rows / count + (t < rows % count);
+    tiles[high - 1](
+        x + i * ldx, ldx, ranges + i * ld_ranges, ld_ranges, panel, sums + i * kPanel);
+    i += high;
+  }
+}
+
+// A block of rows of x, quantised, and its product with a panel of a weight.
+template <class T>
+struct Int8Product {
+  static int64_t most_rows(int64_t depth) { return block_rows(depth / 4); }
+
+  int64_t depth, groups, rows = 0;
+  Scratch memory;
+  Range* ranges;
+  uint8_t* values;
+  Int8Product(int64_t block, int64_t depth)
+      : depth(depth), groups(groups_of(depth)),
+        memory(block * groups * int64_t(sizeof(Range) + kGroup) / int64_t(sizeof(float))),
+        ranges(reinterpret_cast<Range*>(memory.data)),
+        values(reinterpret_cast<uint8_t*>(ranges + block * groups)) {}
+
+  void take(const T* x, int64_t count) {
+    rows = count;
+    for (int64_t i = 0; i < rows * groups; ++i) {
+      const int64_t first = i % groups * kGroup;
+      const T* from = x + i / groups * depth + first;
+      ranges[i] = quantise_group(from, smaller(kGroup, depth - first), values + i * kGroup);
+    }
+  }
+
+  void multiply(const void* packed, int64_t panel, float* sums) const {
+    const auto* w = static_cast<const int8_t*>(packed) + panel * groups * kPanelGroup;
+    constexpr auto tiles = std::make_integer_sequence<int, kInt8Rows>{};
+    const int64_t ldx = groups * kGroup;
+    if (groups == 0) std::memset(sums, 0, rows * kPanel * sizeof(float));
+    for (int64_t g = 0; g < groups; ++g, w += kPanelGroup) {
+      const uint8_t* x = values + g * kGroup;
+      if (g == 0)
+        multiply_rows<false>(rows, x, ldx, ranges, groups, w, sums, tiles);
+      else
+        multiply_rows<true>(rows, x, ldx, ranges + g, groups, w, sums, tiles);
+    }
+  }
+};
+
+}  // namespace bert_fast::cpu::BERT_FAST_ISA
