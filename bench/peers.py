@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from bert_fast.ops.backends import best_isa
+
 from . import peers_exported as exported
 from . import peers_torch as inside
 from .peers_torch import Batch, Forward
@@ -73,6 +75,12 @@ def _never_missing() -> str | None:
     return None
 
 
+def _bert_fast_missing(precision: str) -> str | None:
+    if precision == "int8" and best_isa() == 0:
+        return "8-bit products need a processor with AVX2, and the C++ extension"
+    return None
+
+
 def _openvino_missing(precision: str) -> str | None:
     if precision == "bf16" and not torch.cpu._is_avx512_bf16_supported():
         return "OpenVINO needs a processor with AVX-512 BF16 for bf16"
@@ -81,9 +89,10 @@ def _openvino_missing(precision: str) -> str | None:
 
 def _bert_fast(precision: str) -> Peer:
     def build(model: nn.Module, folder: Path, batches: Sequence[Batch]) -> Forward:
-        return inside.build_bert_fast(model, DTYPES[precision])
+        int8 = precision == "int8"
+        return inside.build_bert_fast(model, batches, DTYPES["fp32" if int8 else precision], int8)
 
-    return Peer("bert_fast", precision, _never_missing, build)
+    return Peer("bert_fast", precision, partial(_bert_fast_missing, precision), build)
 
 
 def _transformers(attention: str, precision: str) -> Peer:
@@ -124,7 +133,7 @@ def _ctranslate2(precision: str) -> Peer:
 
 
 PEERS: tuple[Peer, ...] = (
-    *(_bert_fast(precision) for precision in ("fp32", "bf16")),
+    *(_bert_fast(precision) for precision in ("fp32", "bf16", "int8")),
     _transformers("eager", "fp32"),
     *(_transformers("sdpa", precision) for precision in ("fp32", "bf16")),
     *(_torch_compile(precision) for precision in ("fp32", "bf16")),

@@ -27,11 +27,18 @@ class LastHidden(nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
 
-def build_bert_fast(model: nn.Module, dtype: torch.dtype) -> Forward:
+def build_bert_fast(
+    model: nn.Module, batches: Sequence[Batch], dtype: torch.dtype, int8: bool = False
+) -> Forward:
     encoder = LastHidden(model, "sdpa", dtype)
-    bert_fast.accelerate(encoder)
+    bert_fast.accelerate(encoder, dtype="int8" if int8 else None)
     if not isinstance(encoder.model, bert_fast.BertModel):
         raise RuntimeError(f"accelerate left the model as it was: {bert_fast.report(encoder)}")
+    if int8:
+        with torch.inference_mode():
+            told = bert_fast.explain(encoder, min(batches, key=lambda b: b["input_ids"].numel()))
+        if not any("int8" in choice.on for choice in told.choices):
+            raise RuntimeError(f"8-bit products do not run here: {told}")
     return _inference(encoder)
 
 

@@ -2,7 +2,8 @@
 
 The truth is Hugging Face's forward in fp64. The yardstick is Hugging Face's forward in the model's
 own dtype: bert_fast passes where its error is at most twice that (three times for gradients), plus
-the dtype's epsilon. Errors are root mean squares over the real tokens.
+the dtype's epsilon. Errors are root mean squares over the real tokens. Products in 8 bits are never
+that exact: they pass where no text's and no token's vector is turned by much (SENTENCE, TOKEN).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .explanation import Explanation, explain
 from .modeling import Backend
 
 MAX_TEXTS = 64
+SENTENCE, TOKEN = 0.998, 0.98  # least cosines to the truth in int8
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,15 @@ class Verification:
     states: list[Error]
     gradient: Error | None
     cosine: float
+    token_cosine: float
     rank_agreement: float | None
     explanation: Explanation
 
     @property
     def passed(self) -> bool:
+        if self.dtype == "int8":
+            near = self.cosine >= SENTENCE and self.token_cosine >= TOKEN
+            return near and any("int8" in choice.on for choice in self.explanation.choices)
         errors = self.states + ([self.gradient] if self.gradient else [])
         return not self.explanation.fallback and all(error.passed for error in errors)
 
@@ -63,16 +69,21 @@ class Verification:
         return {**asdict(self), "passed": self.passed}
 
     def __str__(self) -> str:
+        exact = "near the truth" if self.dtype == "int8" else "as exact as Hugging Face"
         lines = [
             f"{self.model} in {self.dtype} on {self.texts} texts: "
-            + ("as exact as Hugging Face" if self.passed else "NOT as exact as Hugging Face"),
+            + (exact if self.passed else f"NOT {exact}"),
             f"{'':<12}{'max |error|':>12}{'relative':>12}{'HF itself':>12}{'allowed':>12}",
         ]
         for e in self.states + ([self.gradient] if self.gradient else []):
             numbers = (e.max_abs, e.relative, e.hf_relative, e.allowed)
             row = "".join(f"{number:>12.2e}" for number in numbers)
-            lines.append(f"{e.name:<12}{row}" + ("" if e.passed else "  over"))
+            over = not e.passed and self.dtype != "int8"
+            lines.append(f"{e.name:<12}{row}" + "  over" * over)
         lines.append(f"smallest cosine of a text's mean embedding to the truth: {self.cosine:.8f}")
+        lines.append(
+            f"smallest cosine of a token's last state to the truth: {self.token_cosine:.8f}"
+        )
         if self.rank_agreement is not None:
             lines.append(f"rank agreement of the texts' similarities: {self.rank_agreement:.6f}")
         return "\n".join([*lines, str(self.explanation)])
@@ -91,6 +102,7 @@ def verify(
     tokenizer: Any,
     backend: Backend = "auto",
     gradients: bool = True,
+    dtype: str | None = None,
 ) -> Verification:
     """Compares `model` through bert_fast with the same model through transformers.
 
@@ -101,7 +113,8 @@ def verify(
         tokenizer: its tokenizer.
         backend: as in `bert_fast.accelerate`.
         gradients: also compare the gradient of a random projection of the last hidden states with
-            respect to the encoder's parameters.
+            respect to the encoder's parameters. Not in int8, which has none.
+        dtype: as in `bert_fast.accelerate`.
 
     Returns: errors by hidden state (the embeddings, then each layer), of the gradient, the
         smallest cosine, the Spearman correlation of all pairwise similarities, and what ran.
@@ -112,6 +125,7 @@ def verify(
     found = [module for module in model.modules() if is_encoder(module)]
     if len(found) != 1:
         raise ValueError(f"{type(model).__name__} contains {len(found)} encoders, expected one")
+    gradients = gradients and dtype is None
     encoder = restore(copy.deepcopy(found[0])).eval()
     weight = encoder.embeddings.word_embeddings.weight
     limit = min(encoder.config.max_position_embeddings - 2, int(tokenizer.model_max_length))
@@ -120,7 +134,7 @@ def verify(
     ).to(weight.device)
     truth = _run(copy.deepcopy(encoder).double(), batch, gradients)
     plain = _run(encoder, batch, gradients)
-    ours = accelerate(encoder, backend)
+    ours = accelerate(encoder, backend, dtype=dtype)
     with torch.set_grad_enabled(gradients):
         explanation = explain(ours, batch)
     run = _run(ours, batch, gradients)
@@ -135,11 +149,12 @@ def verify(
         gradient = _error("gradient", three, weight.dtype, 3)
     return Verification(
         type(model).__name__,
-        str(weight.dtype).removeprefix("torch."),
+        dtype or str(weight.dtype).removeprefix("torch."),
         len(texts),
         states,
         gradient,
         (truth.pooled * run.pooled).sum(-1).min().item(),
+        F.cosine_similarity(truth.states[-1], run.states[-1], dim=-1).min().item(),
         _rank_agreement(truth.pooled, run.pooled),
         explanation,
     )

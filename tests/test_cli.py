@@ -99,11 +99,12 @@ def test_line_ends_and_byte_order_mark_are_no_text(bert_fast_embed):
     np.testing.assert_array_equal(plain, windows)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_half_precision(bert_fast_embed, text_file, expected, dtype):
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "int8"])
+def test_lower_precision(bert_fast_embed, text_file, expected, dtype):
     _, array = bert_fast_embed(text_file, "--dtype", dtype)
     assert array.dtype == np.float32
     assert (array * expected).sum(1).min() > 0.999
+    assert np.abs(array - expected).max() > 1e-5
 
 
 def test_pooling_and_norm_as_asked(bert_fast_embed, text_file, folder):

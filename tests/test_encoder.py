@@ -160,7 +160,7 @@ def test_weights_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bad_arguments() -> None:
     args = next(s.args for s in OPS["encoder"].samples(torch.device("cpu"), torch.float32))
-    x, bounds, _, _, _, weights, heads, longest, eps, _ = args
+    x, bounds, _, _, _, weights, heads, longest, eps, *_ = args
     run = ops.encoder
     with pytest.raises(ValueError, match="encoder: weights has 15 tensors, expected 16 a layer"):
         run(x, bounds, longest, weights[1:], heads, eps)

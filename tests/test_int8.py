@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import BertForSequenceClassification
+from typer.testing import CliRunner
 
 import bert_fast
-from bert_fast import ops
+from bert_fast import ops, verification
+from bert_fast.cli import app
 from bert_fast.modeling import encode
 from bert_fast.ops import linear_int8 as public
 from bert_fast.ops.backends import ISAS, best_isa, extension_missing
@@ -22,6 +25,7 @@ from bert_fast.ops.linear_int8 import OP, _rotated, _rounded_weight
 from bert_fast.structure import structure_of
 
 from .models import ids, masks, tiny
+from .tiny import save
 
 FAST = pytest.mark.skipif(best_isa() == 0, reason="8-bit products of models need AVX2")
 INPUTS = {"input_ids": ids(3, 30), "attention_mask": masks(3, 30)["right"]}
@@ -170,6 +174,7 @@ def test_a_weight_written_to_is_packed_again() -> None:
         assert (real(ours(**INPUTS)) - before).abs().max() > 0.01
 
 
+@FAST
 @pytest.mark.parametrize("reason", ["gradients", "layers", "single ops", "generic"])
 def test_where_not_says_why(reason: str) -> None:
     model, backend, told = tiny(), "auto", "records gradients"
@@ -188,10 +193,25 @@ def test_where_not_says_why(reason: str) -> None:
             return
         with pytest.warns(UserWarning, match=f"not in 8 bits: .*{told}"):
             found = ours(**INPUTS)
-        with warnings.catch_warnings(action="error"):  # said once
+        with warnings.catch_warnings():  # said once
+            warnings.simplefilter("error")
             ours(**INPUTS)
         expected = plain(**INPUTS)
     torch.testing.assert_close(real(found), real(expected))
+
+
+@FAST
+def test_verify_and_explain_by_the_command_line(tmp_path: Path, monkeypatch: Any) -> None:
+    folder = save(tmp_path)
+    line = ["verify", str(folder), "--dtype", "int8"]
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 0 and "in int8 on" in result.output, result.output
+    assert "near the truth" in result.output and "over" not in result.output
+    result = CliRunner().invoke(app, ["explain", str(folder), "--dtype", "int8"])
+    assert result.exit_code == 0 and "float32 in int8 x1" in result.output
+    monkeypatch.setattr(verification, "SENTENCE", 0.99999999)
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 1 and "NOT near the truth" in result.output
 
 
 def test_refuses() -> None:
