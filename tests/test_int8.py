@@ -107,23 +107,24 @@ def test_not_a_number_stays_one(backend: str) -> None:
 
 
 @FAST
+@pytest.mark.parametrize("tokens", [41, 1200])  # the inner states of how many are kept: 512
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_one_call_has_the_bits_of_its_ops(dtype: torch.dtype) -> None:
+def test_one_call_has_the_bits_of_its_ops(dtype: torch.dtype, tokens: int) -> None:
     model = tiny().to(dtype)
     isa = next(name for name, level in ISAS.items() if level <= best_isa())
     ours = bert_fast.accelerate(copy.deepcopy(model))
     plain = structure_of(ours, ours.bert_fast_family).plain
     assert plain is not None
-    bounds = torch.tensor([0, 11, 40, 41], dtype=torch.int32)
-    x = torch.randn(41, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    bounds = torch.tensor([0, 11, 40, tokens], dtype=torch.int32)
+    x = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     weights = [w.detach() for w in plain.weights]
-    found = ops.encoder(x, bounds, 29, weights, plain.heads, plain.eps, int8=True, backend=isa)
+    found = ops.encoder(x, bounds, tokens, weights, plain.heads, plain.eps, int8=True, backend=isa)
     h = x
     for w in layers_of(weights):
         q, k, v, *biases = (w[name] for name in LAYER[:6])
         qkv = public(h, torch.cat((q, k, v)), torch.cat(biases), backend=isa)
-        qkv = qkv.view(41, 3, plain.heads, -1)
-        context = ops.attention(qkv, bounds, 29, qkv.shape[3] ** -0.5, backend=isa).flatten(1)
+        qkv = qkv.view(tokens, 3, plain.heads, -1)
+        context = ops.attention(qkv, bounds, tokens, qkv.shape[3] ** -0.5, backend=isa).flatten(1)
         out = public(context, w["out"], None, backend=isa)
         norm = (w["out_norm"], w["out_norm_bias"], plain.eps)
         h = ops.add_layernorm(out, w["out_bias"], h, *norm, backend=isa)

@@ -57,15 +57,26 @@ static Tensor linear_forward(
   return y;
 }
 
+// Rows whose inner states are in memory at once, where the two products are not one kernel: few
+// enough that these states stay in the cache.
+constexpr int64_t kRowsAtOnce = 512;
+
 void feed_forward(const Kernels& kernels, const FeedForward& a) {
   if (!a.int8 && kernels.feed_forward_fits(a.rows)) return kernels.feed_forward_forward(a);
   const ScalarType types[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
-  Tensor states = uninitialised({a.rows, a.inner}, types[static_cast<int>(a.dtype)]);
+  const int64_t most = a.rows < kRowsAtOnce ? a.rows : kRowsAtOnce;
+  Tensor states = uninitialised({most, a.inner}, types[static_cast<int>(a.dtype)]);
   void* between = states.data_ptr();
-  kernels.linear_forward(
-      {a.dtype, a.int8, a.activation, a.rows, a.hidden, a.inner, a.x, a.up, a.up_bias, between});
-  kernels.linear_forward(
-      {a.dtype, a.int8, Activation::none, a.rows, a.inner, a.cols, between, a.down, nullptr, a.y});
+  const int64_t bytes = static_cast<int64_t>(states.element_size());
+  for (int64_t row = 0; row < a.rows; row += most) {
+    const int64_t rows = a.rows - row < most ? a.rows - row : most;
+    const void* x = static_cast<const char*>(a.x) + row * a.hidden * bytes;
+    void* y = static_cast<char*>(a.y) + row * a.cols * bytes;
+    kernels.linear_forward(
+        {a.dtype, a.int8, a.activation, rows, a.hidden, a.inner, x, a.up, a.up_bias, between});
+    kernels.linear_forward(
+        {a.dtype, a.int8, Activation::none, rows, a.inner, a.cols, between, a.down, nullptr, y});
+  }
 }
 
 static Tensor feed_forward_forward(
