@@ -178,8 +178,9 @@ def _other_precisions(run: Run) -> list[str]:
         ahead = sum(ratio < 1 for ratio in ratios.values())
         least = min(ratios, key=ratios.__getitem__)
         told = (
-            f"{precision}: this run timed no bert_fast in {precision}. Beside its fastest "
-            f"other one, the fastest {precision} peer takes less time on {ahead} of {len(ratios)} workloads "
+            f"{precision}: this run timed no bert_fast in {precision}. Beside its fastest other "
+            f"one, the fastest {precision} peer takes less time on {ahead} of {len(ratios)} "
+            "workloads "
             f"({ratios[least]:.2f} of it at the least, on {' '.join(least)})"
         )
         cosines = [e.cosine for e in peers if e.cosine is not None]

@@ -24,6 +24,7 @@ from transformers import (
 
 import bert_fast
 from bert_fast.families import FAMILIES, Family
+from bert_fast.ops.backends import best_isa
 
 from .against_hf import compare
 from .models import ids, masks, read_rows
@@ -71,6 +72,20 @@ def inputs_of(family: Family, mask: Tensor | None) -> dict[str, Any]:
         if name in family.extra:
             found[name] = ids(BATCH, LENGTH, 100)
     return found
+
+
+@pytest.mark.skipif(best_isa() == 0, reason="8-bit products of models need AVX2")
+@pytest.mark.parametrize("name", ROWS)
+def test_int8(name: str) -> None:
+    """Every family's layers run in 8 bits, near what they are."""
+    family, model = ROWS[name], small(ROWS[name]).cpu()
+    ours = bert_fast.accelerate(copy.deepcopy(model), dtype="int8")
+    given = {k: v.cpu() for k, v in inputs_of(family, masks(BATCH, LENGTH)["right"]).items()}
+    with torch.inference_mode():
+        assert any("int8" in choice.on for choice in bert_fast.explain(ours, given).choices)
+        found, expected = (m(**given).last_hidden_state for m in (ours, model))
+    real = given["attention_mask"].bool()
+    assert 1e-4 < (found - expected)[real].norm() / expected[real].norm() < 0.05
 
 
 @pytest.mark.gpu
