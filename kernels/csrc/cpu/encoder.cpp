@@ -81,7 +81,8 @@ static Tensor encoder_forward(
 
   auto project = [&](const void* from, int64_t depth, int64_t cols, const void* matrix,
                      const void* shift, void* to) {
-    kernels.linear_forward({dtype, int8, Activation::none, count, depth, cols, from, matrix, shift, to});
+    kernels.linear_forward(
+        {dtype, int8, Activation::none, count, depth, cols, from, matrix, shift, to});
   };
   auto add_norm = [&](const void* shift, const void* residual, const void* weight,
                       const void* norm_bias, void* to) {
@@ -128,8 +129,8 @@ static Tensor encoder_forward(
     add_norm(m.out_bias, input, m.out_norm, m.out_norm_bias, middle.data_ptr());
     feed_forward(
         kernels,
-        {dtype, int8, act, count, hidden, m.inner, hidden, middle.data_ptr(), m.up, m.up_bias, m.down,
-         branch.data_ptr()});
+        {dtype, int8, act, count, hidden, m.inner, hidden, middle.data_ptr(), m.up, m.up_bias,
+         m.down, branch.data_ptr()});
     add_norm(m.down_bias, middle.data_ptr(), m.down_norm, m.down_norm_bias, y.data_ptr());
     input = y.data_ptr();  // the next layer writes it when it has read it
   }
