@@ -187,21 +187,19 @@ ALWAYS_INLINE void add_int8_products(vi (&sums)[kMaxVectors], const uint8_t* x, 
 
 // sums[i, :] (+)= x[i, :] . panel for MR rows of one group.
 template <bool ADD, int MR>
-void multiply_group(
-    const uint8_t* x, int64_t ldx, const Range* ranges, int64_t ld_ranges, const int8_t* panel,
-    float* sums) {
+void multiply_group(const uint8_t* x, const Range* ranges, const int8_t* panel, float* sums) {
   vi exact[MR][kMaxVectors] = {};
   for (int64_t k = 0; k < kGroup; k += 8)
 #pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i) add_int8_products(exact[i], x + i * ldx + k, panel + k * kPanel);
+    for (int i = 0; i < MR; ++i) add_int8_products(exact[i], x + i * kGroup + k, panel + k * kPanel);
   const auto* scales = reinterpret_cast<const float*>(panel + kGroup * kPanel);
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < kMaxVectors; ++j) {
-      const Range& range = ranges[i * ld_ranges];
-      const vf shift = set1(range.low) * load(scales + kPanel + j * W);
-      const vf product = fma(set1(range.step), __builtin_convertvector(exact[i][j], vf), shift);
+      const vf shift = set1(ranges[i].low) * load(scales + kPanel + j * W);
+      const vf whole = __builtin_convertvector(exact[i][j], vf);
+      const vf product = fma(set1(ranges[i].step), whole, shift);
       float* to = sums + i * kPanel + j * W;
       store(to, fma(load(scales + j * W), product, ADD ? load(to) : vf{}));
     }
@@ -209,20 +207,20 @@ void multiply_group(
 
 template <bool ADD, int... I>
 void multiply_rows(
-    int64_t rows, const uint8_t* x, int64_t ldx, const Range* ranges, int64_t ld_ranges,
-    const int8_t* panel, float* sums, std::integer_sequence<int, I...>) {
+    int64_t rows, const uint8_t* x, const Range* ranges, const int8_t* panel, float* sums,
+    std::integer_sequence<int, I...>) {
   using Tile = decltype(&multiply_group<ADD, 1>);
   static constexpr Tile tiles[] = {multiply_group<ADD, I + 1>...};
   const int64_t count = ceil_div(rows, kInt8Rows);
   for (int64_t t = 0, i = 0; t < count; ++t) {
     const int64_t high = rows / count + (t < rows % count);
-    tiles[high - 1](
-        x + i * ldx, ldx, ranges + i * ld_ranges, ld_ranges, panel, sums + i * kPanel);
+    tiles[high - 1](x + i * kGroup, ranges + i, panel, sums + i * kPanel);
     i += high;
   }
 }
 
-// A block of rows of x, quantised, and its product with a panel of a weight.
+// A block of rows of x, quantised, and its product with a panel of a weight. Group after group, the
+// values [groups, rows, 128] and ranges [groups, rows] of all rows: so they are read.
 template <class T>
 struct Int8Product {
   static int64_t most_rows(int64_t depth) { return block_rows(depth / 4); }
@@ -239,24 +237,24 @@ struct Int8Product {
 
   void take(const T* x, int64_t count) {
     rows = count;
-    for (int64_t i = 0; i < rows * groups; ++i) {
-      const int64_t first = i % groups * kGroup;
-      const T* from = x + i / groups * depth + first;
-      ranges[i] = quantise_group(from, smaller(kGroup, depth - first), values + i * kGroup);
-    }
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t first = g * kGroup, at = g * rows + i;
+        const T* from = x + i * depth + first;
+        ranges[at] = quantise_group(from, smaller(kGroup, depth - first), values + at * kGroup);
+      }
   }
 
   void multiply(const void* packed, int64_t panel, float* sums) const {
     const auto* w = static_cast<const int8_t*>(packed) + panel * groups * kPanelGroup;
     constexpr auto tiles = std::make_integer_sequence<int, kInt8Rows>{};
-    const int64_t ldx = groups * kGroup;
     if (groups == 0) std::memset(sums, 0, rows * kPanel * sizeof(float));
     for (int64_t g = 0; g < groups; ++g, w += kPanelGroup) {
-      const uint8_t* x = values + g * kGroup;
+      const uint8_t* x = values + g * rows * kGroup;
       if (g == 0)
-        multiply_rows<false>(rows, x, ldx, ranges, groups, w, sums, tiles);
+        multiply_rows<false>(rows, x, ranges, w, sums, tiles);
       else
-        multiply_rows<true>(rows, x, ldx, ranges + g, groups, w, sums, tiles);
+        multiply_rows<true>(rows, x, ranges + g * rows, w, sums, tiles);
     }
   }
 };
