@@ -180,8 +180,7 @@ def _other_precisions(run: Run) -> list[str]:
         told = (
             f"{precision}: this run timed no bert_fast in {precision}. Beside its fastest other "
             f"one, the fastest {precision} peer takes less time on {ahead} of {len(ratios)} "
-            "workloads "
-            f"({ratios[least]:.2f} of it at the least, on {' '.join(least)})"
+            f"workloads ({ratios[least]:.2f} of it at the least, on {' '.join(least)})"
         )
         cosines = [e.cosine for e in peers if e.cosine is not None]
         if cosines:

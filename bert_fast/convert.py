@@ -6,8 +6,6 @@ same parameters, same state_dict, same name, another forward.
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,6 +22,7 @@ from .first_token import (
 )
 from .masked_lm import PackedHead, is_head, reasons_against_head, restore_head, swap_head
 from .modeling import CHECKPOINTS, Backend
+from .notice import warn_once
 from .packed import (
     OPTIONS,
     Options,
@@ -64,7 +63,8 @@ def accelerate(
         dtype: None: the model's own everywhere. "int8": in inference on a CPU, products with the
             layers' weights in 8 bits (`ops.linear_int8`), all else in the model's dtype; the
             weights stay as they are. Where that cannot be, the model's dtype is used, with the
-            reason said once. About 0.999 of cosine similarity to fp32; `verify` tells for yours.
+            reason said once (but not inside torch.compile and torch.export). About 0.999 of cosine
+            similarity to fp32; `verify` tells for yours.
 
     Returns: the same object. Parameters, state_dict, dtype and device are not touched;
         `restore` undoes the change.
@@ -99,11 +99,17 @@ def accelerate(
         row = _row(module)
         if row is None:
             why = _accelerate_other(module)
+            if int8 and not why:
+                warn_once(
+                    f"bert_fast: {type(module).__name__} takes the attention alone: its products "
+                    "stay in the model's dtype",
+                    stacklevel=3,
+                )
         elif why := _refusal(module, row):
             pass
         elif told := strange(module, row):
             unknown += 1
-            _warn_once(told)
+            warn_once(told, stacklevel=3)
         else:
             if not isinstance(module, Packed):
                 module.__class__ = packed_class(type(module))  # type: ignore[arg-type]
@@ -114,12 +120,12 @@ def accelerate(
             refused[module] = why
     for head in filter(is_head, model.modules()):
         if told := strange_head(head):
-            _warn_once(told)
+            warn_once(told, stacklevel=3)
         else:
             swap_head(head, Options(backend, sparse_logits=sparse_logits))
     for head in filter(is_first_token_head, model.modules()):
         if told := strange_first_token_head(head):
-            _warn_once(told)
+            warn_once(told, stacklevel=3)
         else:
             swap_first_token_head(head)
     if len(refused) == len(found):
@@ -257,11 +263,6 @@ def _why_not_other(module: nn.Module) -> list[str]:
 
 def _accelerate_other(module: nn.Module) -> list[str]:
     return _why_not_other(module) or accelerate_attention(module)
-
-
-@functools.cache
-def _warn_once(told: str) -> None:
-    warnings.warn(told, stacklevel=3)
 
 
 def _check_backend(backend: Backend) -> None:

@@ -8,8 +8,6 @@ arXiv 1706.03762).
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 from . import ops
 from .families import LayerParts, family_of
 from .inputs import Batch, read_batch
+from .notice import warn_once
 from .ops.backends import ISAS
 from .ops.encoder import LAYER, preferred
 from .ops.encoder import OP as ENCODER
@@ -196,7 +195,7 @@ def run_layers(
             return found
         why = found
     if int8 and not tracing():
-        _tell(f"bert_fast: the layers run in {h.dtype}, not in 8 bits: {'; '.join(why)}")
+        warn_once(f"bert_fast: the layers run in {h.dtype}, not in 8 bits: {'; '.join(why)}")
     seeds = draw_seeds(3 * len(layers), h.device) if dropping else None
     h = h if between is None else between(h)
     for i, (module, layer) in enumerate(zip(modules, layers, strict=True)):
@@ -261,11 +260,6 @@ def _in_one_call(
         weights = plain.weights[i : i + len(LAYER)]
         h = between(ENCODER.infer(kernel, (h, *about[1:], None, weights, *settings)))
     return h
-
-
-@functools.cache
-def _tell(told: str) -> None:
-    warnings.warn(told, stacklevel=5)
 
 
 def layer_forward(

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import warnings
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, ClassVar, NamedTuple
@@ -19,6 +18,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 from .families import BY_CLASS, FAMILIES, Family
 from .inputs import read_batch
 from .modeling import Backend, chosen, packed_forward
+from .notice import warn_once
 from .ops.weight_copies import forget
 from .padding import Packing
 from .structure import Structure, structure_of
@@ -250,9 +250,4 @@ def reasons_against_call(model: Any, given: dict[str, Any]) -> list[str]:
 def tell(why: list[str]) -> None:
     if not torch.compiler.is_compiling():
         for reason in why:
-            _warn_once(reason)
-
-
-@functools.cache
-def _warn_once(reason: str) -> None:
-    warnings.warn(f"bert_fast: Hugging Face's own forward runs: {reason}", stacklevel=5)
+            warn_once(f"bert_fast: Hugging Face's own forward runs: {reason}")

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import BertForSequenceClassification, BertModel
 
 import bert_fast
-from bert_fast.packed import _warn_once
+from bert_fast.notice import warn_once
 
 from .against_hf import compare
 from .models import ids, masks, read_rows, tiny
@@ -102,7 +102,7 @@ def test_attentions_come_from_hugging_face() -> None:
     model = tiny(attn_implementation="eager")
     expected = model(ids(2, 5), output_attentions=True).attentions
     ours = bert_fast.accelerate(model)
-    _warn_once.cache_clear()  # another test of this process may have been told already
+    warn_once.cache_clear()  # another test of this process may have been told already
     with pytest.warns(UserWarning, match="output_attentions"):
         found = ours(ids(2, 5), output_attentions=True).attentions
     assert len(found) == 2 and torch.equal(found[0], expected[0])
