@@ -62,6 +62,32 @@ def test_the_same_bits_as_op_by_op(mask: str, dtype: torch.dtype) -> None:
     assert torch.equal(some, every[rows])
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_batch_of_many_chunks(layers: int) -> None:
+    """More tokens than go through a layer together (256 a thread): as each sequence by itself."""
+    args = next(s.args for s in OPS["encoder"].samples(torch.device("cpu"), torch.float32))
+    weights, heads, width = args[5] * layers, args[6], args[0].shape[1]
+    lengths = torch.tensor([0, 200, 90, 300, 0, 1, 500, 7, 0])
+    generator = torch.Generator().manual_seed(0)
+    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    tokens, longest = int(bounds[-1]), int(lengths.max())
+    x = torch.randn(tokens, width, generator=generator)
+    bias = torch.randn(len(lengths), heads, longest, longest, generator=generator)
+    key_start = bounds[:-1] + (lengths > 1)
+    rows = torch.randperm(tokens, generator=generator)[:150]
+
+    def run(i: int, end: int, rows: Tensor | None = None) -> Tensor:
+        first, last = int(bounds[i]), int(bounds[end])
+        return ops.encoder(
+            x[first:last], bounds[i : end + 1] - first, longest, weights, heads, 1e-12,
+            key_start=key_start[i:end] - first, bias=bias[i:end], rows=rows, backend=ISA,
+        )  # fmt: skip
+
+    alone = torch.cat([run(i, i + 1) for i in range(len(lengths))])
+    torch.testing.assert_close(run(0, len(lengths)), alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run(0, len(lengths), rows), alone[rows], rtol=1e-5, atol=1e-5)
+
+
 def test_where_it_runs() -> None:
     """In inference by default; not where gradients are wanted, nor where an op is named."""
     model = bert_fast.accelerate(tiny())

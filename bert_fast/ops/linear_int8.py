@@ -6,9 +6,10 @@ product and spread an outlier over 16 elements, which makes ranges narrow (QuaRo
 arXiv 2404.00456; found for every token anew, so nothing is calibrated). A group is then
 
     x = low + step q,   q = 0 .. 127 (7 bits), low and step by the group's least and greatest value
-    W = scale p,        p = -127 .. 127, scale by its greatest, but at least such that four
-                        products fit 16 bits: the positive and the negative values among p[8 i +
-                        (0, 1, 4, 5)] and p[8 i + (2, 3, 6, 7)] sum to 256 at most, before rounding
+    W = scale p,        p = -127 .. 127, scale by its greatest, but at least such that eight
+                        products fit 16 bits: the positive and the negative values among p[16 i +
+                        4 j + (0, 1)] of all j, and p[16 i + 4 j + (2, 3)], j = 0 .. 3, sum to 254
+                        at most, before rounding
 
 and what is summed is scale (step sum(q p) + low sum(p)), sum(q p) exactly. Rounding is done in
 fp32 whatever x's dtype. The gradient of x is that of the rounded W (straight-through for x).
@@ -31,7 +32,7 @@ from .linear import samples as linear_samples
 from .packed_linear import multiply, reasons_on
 from .registry import Chooser, Kernel, Op, Sample
 
-GROUP, APART, LEVELS, FOUR = 128, 8, 127.0, 256.0
+GROUP, APART, LEVELS, EIGHT = 128, 8, 127.0, 254.0
 
 
 def _grouped(x: Tensor) -> Tensor:
@@ -60,10 +61,10 @@ def _rounded_x(x: Tensor) -> Tensor:
 
 def _rounded_weight(weight: Tensor) -> Tensor:
     rows = _rotated(weight.float()) / (GROUP // APART)
-    fours = rows.unflatten(-1, (-1, 2, 2, 2)).transpose(-2, -3).flatten(-2)  # [.., 16, 2, 4]
-    parts = [sign.clamp_min(0).unbind(-1) for sign in (fours, -fours)]
-    sums = torch.stack([a + b + c + d for a, b, c, d in parts]).amax((0, -1, -2))
-    scale = torch.maximum(rows.abs().amax(-1) / LEVELS, sums / FOUR).unsqueeze(-1)
+    eights = rows.unflatten(-1, (-1, 4, 2, 2)).transpose(-2, -3).flatten(-2)  # [.., 8, 2, 8]
+    parts = [sign.clamp_min(0).unbind(-1) for sign in (eights, -eights)]
+    sums = torch.stack([sum(part[1:], part[0]) for part in parts]).amax((0, -1, -2))
+    scale = torch.maximum(rows.abs().amax(-1) / LEVELS, sums / EIGHT).unsqueeze(-1)
     p = torch.round(rows * torch.where(scale > 0, 1 / scale, 0))
     wide = _sums(weight)
     return scale.to(wide) * p.to(wide)

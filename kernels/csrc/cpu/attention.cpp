@@ -4,15 +4,14 @@
 namespace bert_fast::cpu {
 
 Attention attention_arguments(
-    const char* op, const Tensor& qkv, const Tensor& cu_seqlens, const OptionalTensor& key_start,
-    const OptionalTensor& bias, double scale) {
+    const char* op, Dtype dtype, int64_t tokens, int64_t heads, int64_t width,
+    const Tensor& cu_seqlens, const OptionalTensor& key_start, const OptionalTensor& bias,
+    double scale) {
   Attention a{};
-  require_rank(op, "qkv", qkv, 4);
-  a.dtype = float_dtype(op, "qkv", qkv);
-  a.tokens = qkv.size(0);
-  a.heads = qkv.size(2);
-  a.width = qkv.size(3);
-  a.qkv = checked(op, "qkv", qkv, qkv.scalar_type(), {a.tokens, 3, a.heads, a.width});
+  a.dtype = dtype;
+  a.tokens = tokens;
+  a.heads = heads;
+  a.width = width;
   a.cu_seqlens = sequence_bounds(op, cu_seqlens, a.tokens);
   a.batch = cu_seqlens.size(0) - 1;
   a.key_start =
@@ -41,12 +40,23 @@ Attention attention_arguments(
   return a;
 }
 
+static Attention attention_on(
+    const char* op, const Tensor& qkv, const Tensor& cu_seqlens, const OptionalTensor& key_start,
+    const OptionalTensor& bias, double scale) {
+  require_rank(op, "qkv", qkv, 4);
+  Attention a = attention_arguments(
+      op, float_dtype(op, "qkv", qkv), qkv.size(0), qkv.size(2), qkv.size(3), cu_seqlens, key_start,
+      bias, scale);
+  a.qkv = checked(op, "qkv", qkv, qkv.scalar_type(), {a.tokens, 3, a.heads, a.width});
+  return a;
+}
+
 static std::tuple<Tensor, Tensor> attention_forward(
     const Tensor& qkv, const Tensor& cu_seqlens, const OptionalTensor& key_start,
     const OptionalTensor& bias, int64_t /*max_seqlen*/, double scale, double p,
     const OptionalTensor& seed, bool save, int64_t isa) {
   const char* op = "attention";
-  Attention a = attention_arguments(op, qkv, cu_seqlens, key_start, bias, scale);
+  Attention a = attention_on(op, qkv, cu_seqlens, key_start, bias, scale);
   a.dropout = dropout_of(op, p, seed);
   Tensor out = uninitialised({a.tokens, a.heads, a.width}, qkv.scalar_type());
   Tensor lse = save
@@ -67,7 +77,7 @@ static Tensor attention_backward(
   const char* op = "attention";
   require_needs(op, needs, 1);
   if (!needs[0]) return absent(qkv);
-  Attention a = attention_arguments(op, qkv, cu_seqlens, key_start, bias, scale);
+  Attention a = attention_on(op, qkv, cu_seqlens, key_start, bias, scale);
   a.dropout = dropout_of(op, p, seed);
   const ScalarType dtype = qkv.scalar_type();
   a.dout = checked(op, "dout", dout, dtype, {a.tokens, a.heads, a.width});

@@ -17,13 +17,19 @@ void run_parallel(int64_t n, int64_t grain, void (*call)(int64_t, int64_t, void*
 
 int64_t thread_count() { return torch::stable::get_num_threads(); }
 
+// Aligned by hand: what an aligned allocation of glibc's leaves when it is freed is too small for the
+// next one of its size, so that every call would get new pages.
 float* allocate_floats(int64_t count) {
-  void* memory = std::aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64 + 64);
+  constexpr uintptr_t kAlignment = 64;
+  void* memory = std::malloc(count * sizeof(float) + kAlignment + sizeof(void*));
   if (memory == nullptr) throw std::bad_alloc();
-  return static_cast<float*>(memory);
+  const auto least = reinterpret_cast<uintptr_t>(memory) + sizeof(void*);
+  auto* aligned = reinterpret_cast<float*>((least + kAlignment - 1) / kAlignment * kAlignment);
+  reinterpret_cast<void**>(aligned)[-1] = memory;
+  return aligned;
 }
 
-void free_floats(float* memory) { std::free(memory); }
+void free_floats(float* memory) { std::free(reinterpret_cast<void**>(memory)[-1]); }
 
 // __builtin_cpu_supports also asks the operating system whether it saves the registers.
 static int64_t best_isa() {

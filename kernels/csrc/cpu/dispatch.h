@@ -12,6 +12,7 @@ namespace bert_fast::cpu {
 const Kernels& kernels_for(const char* op, int64_t isa);
 
 Dtype float_dtype(const char* op, const char* name, const Tensor& t);
+inline int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }  // bytes
 Activation activation_of(const char* op, const std::string& name);
 
 // Reads the seed; `on` only where p > 0.
@@ -24,10 +25,11 @@ const int32_t* sequence_bounds(const char* op, const Tensor& cu_seqlens, int64_t
 Indices indices_below(
     const char* op, const char* name, const Tensor& t, int64_t rows, int64_t limit);
 
-// The checked arguments of a forward without dropout; `out` is left to the caller.
+// The checked arguments of a forward without dropout; `qkv` and `out` are left to the caller.
 Attention attention_arguments(
-    const char* op, const Tensor& qkv, const Tensor& cu_seqlens, const OptionalTensor& key_start,
-    const OptionalTensor& bias, double scale);
+    const char* op, Dtype dtype, int64_t tokens, int64_t heads, int64_t width,
+    const Tensor& cu_seqlens, const OptionalTensor& key_start, const OptionalTensor& bias,
+    double scale);
 
 // Whether a packed weight is for 8-bit products.
 bool has_int8_values(const Tensor& packed);
@@ -37,8 +39,13 @@ const void* checked_panels(
     const char* op, const char* name, const Tensor& packed, const Tensor& x, bool int8,
     int64_t cols, int64_t depth, const Kernels& kernels);
 
-// Both products, as one kernel where there are rows enough for it.
-void feed_forward(const Kernels& kernels, const FeedForward& a);
+// Rows whose inner states are in memory at once, where the two products of a feed-forward network
+// are not one kernel: few enough that these states stay in the cache.
+constexpr int64_t kRowsAtOnce = 512;
+
+// Both products, as one kernel where there are rows enough for it. `states` has room for the inner
+// states of min(a.rows, kRowsAtOnce) rows.
+void feed_forward(const Kernels& kernels, const FeedForward& a, void* states);
 
 // Scratch for column sums over `rows` rows: one set of sums per chunk.
 Tensor chunk_sums(int64_t rows, int64_t floats_per_chunk);

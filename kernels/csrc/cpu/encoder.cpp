@@ -1,4 +1,8 @@
 // encoder: what the ops of its layers compute, in one call and with no round trip between two.
+//
+// Within a layer a few sequences at a time go from its first step to its last: what is between two
+// steps stays in the caches, and needs memory for those few only, however large the batch.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -45,16 +49,143 @@ static Layer layer_at(
   return layer;
 }
 
-// Moves row rows[i] of [n, bytes] to row i.
-static Tensor taken(
-    const void* from, const int64_t* rows, int64_t count, int64_t cols, ScalarType type) {
-  Tensor to = uninitialised({count, cols}, type);
-  const int64_t bytes = cols * static_cast<int64_t>(to.element_size());
-  auto* target = static_cast<char*>(to.data_ptr());
-  for (int64_t i = 0; i < count; ++i)
-    std::memcpy(target + i * bytes, static_cast<const char*>(from) + rows[i] * bytes, bytes);
+// Sequences that go through a layer together.
+struct Chunk {
+  int64_t row = 0;                         // of the first token
+  std::vector<int32_t> bounds, key_start;  // counted from that row
+  std::vector<int64_t> wanted, at;         // rows of this chunk that are asked for, and of y
+  Attention attention{};
+};
+
+constexpr int64_t kChunkTokens = 256;  // for each thread
+
+static Chunk chunk_of(const Attention& all, int64_t first, int64_t end) {
+  Chunk chunk{all.cu_seqlens[first]};
+  for (int64_t b = first; b <= end; ++b)
+    chunk.bounds.push_back(int32_t(all.cu_seqlens[b] - chunk.row));
+  for (int64_t b = first; all.key_start && b < end; ++b)
+    chunk.key_start.push_back(int32_t(all.key_start[b] - chunk.row));
+  Attention& a = chunk.attention = all;
+  a.tokens = chunk.bounds.back();
+  a.batch = end - first;
+  a.cu_seqlens = chunk.bounds.data();
+  a.key_start = all.key_start ? chunk.key_start.data() : nullptr;
+  if (a.bias)
+    a.bias = static_cast<const char*>(a.bias) + first * a.bias_batch * size_of(a.bias_dtype);
+  return chunk;
+}
+
+static std::vector<Chunk> chunks_of(const Attention& all) {
+  const int64_t limit = kChunkTokens * thread_count();
+  const int64_t count = (all.tokens + limit - 1) / limit;
+  std::vector<Chunk> chunks;
+  for (int64_t first = 0, b = 0; b < all.batch; first = b) {
+    const int64_t full = all.tokens * (static_cast<int64_t>(chunks.size()) + 1);
+    do ++b;
+    while (b < all.batch && all.cu_seqlens[b] * count < full);
+    chunks.push_back(chunk_of(all, first, b));
+  }
+  return chunks;
+}
+
+static void deal_rows(std::vector<Chunk>& chunks, const int64_t* rows, int64_t count) {
+  auto before = [](int64_t row, const Chunk& chunk) { return row < chunk.row; };
+  for (int64_t i = 0; i < count; ++i) {
+    auto after = std::upper_bound(chunks.begin(), chunks.end(), rows[i], before);
+    Chunk& chunk = *(after - 1);
+    chunk.wanted.push_back(rows[i] - chunk.row);
+    chunk.at.push_back(i);
+  }
+}
+
+// Memory for what is between the steps of a layer, for the largest chunk.
+struct Workspace {
+  float* memory;
+  char *qkv, *context, *branch, *middle, *residual, *states;
+
+  Workspace(int64_t rows, int64_t hidden, int64_t inside, int64_t inner, int64_t bytes) {
+    const int64_t row = bytes * rows, some = bytes * std::min(rows, kRowsAtOnce);
+    memory = allocate_floats((row * (4 * inside + 3 * hidden) + some * inner) / 4 + 1);
+    qkv = reinterpret_cast<char*>(memory);
+    context = qkv + row * 3 * inside;
+    branch = context + row * inside;
+    middle = branch + row * hidden;
+    residual = middle + row * hidden;
+    states = residual + row * hidden;
+  }
+  ~Workspace() { free_floats(memory); }
+  Workspace(const Workspace&) = delete;
+};
+
+// to[i] = from[rows[i]], each of `bytes`.
+static const void* gather(
+    const void* from, const std::vector<int64_t>& rows, int64_t bytes, char* to) {
+  for (size_t i = 0; i < rows.size(); ++i)
+    std::memcpy(to + i * bytes, static_cast<const char*>(from) + rows[i] * bytes, bytes);
   return to;
 }
+
+// What all layers share, and one layer's forward.
+struct Encoder {
+  const Kernels& kernels;
+  Dtype dtype;
+  bool int8;
+  Activation activation;
+  int64_t hidden, heads;
+  float eps;
+
+  void project(
+      int64_t rows, int64_t depth, int64_t cols, const void* x, const void* packed,
+      const void* bias, void* y) const {
+    kernels.linear_forward(
+        {dtype, int8, Activation::none, rows, depth, cols, x, packed, bias, y});
+  }
+
+  void add_norm(
+      int64_t rows, const void* x, const void* linear_bias, const void* residual,
+      const void* weight, const void* bias, void* y) const {
+    AddLayerNorm a{};
+    a.dtype = dtype;
+    a.rows = rows;
+    a.cols = hidden;
+    a.eps = eps;
+    a.x = x;
+    a.linear_bias = linear_bias;
+    a.residual = residual;
+    a.weight = weight;
+    a.bias = bias;
+    a.y = y;
+    kernels.add_layernorm_forward(a);
+  }
+
+  // y may be x. Of the wanted rows only, where `some`: they come one after the other.
+  void run(
+      const Layer& m, const Chunk& chunk, const void* x, bool some, const Workspace& w,
+      void* y) const {
+    Attention a = chunk.attention;
+    int64_t rows = a.tokens;
+    project(rows, hidden, 3 * m.inside, x, m.qkv, m.qkv_bias, w.qkv);
+    a.width = m.inside / heads;
+    a.scale = float(1.0 / std::sqrt(double(a.width)));
+    a.qkv = w.qkv;
+    a.out = w.context;
+    kernels.attention_forward(a);
+    const void *context = w.context, *residual = x;
+    if (some) {
+      rows = static_cast<int64_t>(chunk.wanted.size());
+      context = gather(context, chunk.wanted, m.inside * size_of(dtype), w.qkv);  // has been read
+      residual = gather(x, chunk.wanted, hidden * size_of(dtype), w.residual);
+    }
+    project(rows, m.inside, hidden, context, m.out, nullptr, w.branch);
+    add_norm(rows, w.branch, m.out_bias, residual, m.out_norm, m.out_norm_bias, w.middle);
+    feed_forward(
+        kernels,
+        {dtype, int8, activation, rows, hidden, m.inner, hidden, w.middle, m.up, m.up_bias, m.down,
+         w.branch},
+        w.states);
+    add_norm(rows, w.branch, m.down_bias, w.middle, m.down_norm, m.down_norm_bias, y);
+  }
+};
 
 static Tensor encoder_forward(
     const Tensor& x, const Tensor& cu_seqlens, const OptionalTensor& key_start,
@@ -64,75 +195,51 @@ static Tensor encoder_forward(
   const Activation act = activation_of(op, take(activation));
   require_rank(op, "x", x, 2);
   require(heads > 0, op, ": heads is ", heads, ", expected a positive number");
-  const size_t layers = weights.size() / Layer::kTensors;
+  const size_t count = weights.size() / Layer::kTensors;
   require(
-      layers > 0 && weights.size() % Layer::kTensors == 0, op, ": weights has ", weights.size(),
+      count > 0 && weights.size() % Layer::kTensors == 0, op, ": weights has ", weights.size(),
       " tensors, expected ", Layer::kTensors, " for each layer");
   const bool int8 = has_int8_values(weights[0]);  // then all are; no other kind is mixed in
   const Kernels& kernels = kernels_for(op, isa);
-  const Dtype dtype = float_dtype(op, "x", x);
   const ScalarType type = x.scalar_type();
   const int64_t tokens = x.size(0), hidden = x.size(1);
-  const void* input = checked(op, "x", x, type, {tokens, hidden});
-  int64_t count = tokens;  // rows that are computed
-  auto empty = [&] { return uninitialised({tokens, hidden}, type); };
-  Tensor branch = empty(), middle = empty(), y = empty(), qkv = y, context = y;
-  int64_t inside = 0;
+  const Encoder encoder{kernels, float_dtype(op, "x", x), int8, act, hidden, heads, float(eps)};
+  const auto* input = static_cast<const char*>(checked(op, "x", x, type, {tokens, hidden}));
 
-  auto project = [&](const void* from, int64_t depth, int64_t cols, const void* matrix,
-                     const void* shift, void* to) {
-    kernels.linear_forward(
-        {dtype, int8, Activation::none, count, depth, cols, from, matrix, shift, to});
-  };
-  auto add_norm = [&](const void* shift, const void* residual, const void* weight,
-                      const void* norm_bias, void* to) {
-    AddLayerNorm a{};
-    a.dtype = dtype;
-    a.rows = count;
-    a.cols = hidden;
-    a.eps = float(eps);
-    a.x = branch.data_ptr();
-    a.linear_bias = shift;
-    a.residual = residual;
-    a.weight = weight;
-    a.bias = norm_bias;
-    a.y = to;
-    kernels.add_layernorm_forward(a);
-  };
-
-  for (size_t i = 0; i < layers; ++i) {
+  std::vector<Layer> layers;
+  int64_t inside = 0, inner = 0;
+  for (size_t i = 0; i < count; ++i) {
     const Layer m = layer_at(op, weights, i, x, int8, kernels);
     require(
         m.inside % heads == 0, op, ": heads is ", heads, ", expected a divisor of ", m.inside);
-    Tensor residual = x;
-    if (m.inside != inside) {  // else as before: fresh memory costs page faults
-      inside = m.inside;
-      qkv = uninitialised({tokens, 3, heads, inside / heads}, type);
-      context = uninitialised({tokens, inside}, type);
+    inside = std::max(inside, m.inside);
+    inner = std::max(inner, m.inner);
+    layers.push_back(m);
+  }
+  std::vector<Chunk> chunks = chunks_of(attention_arguments(
+      op, encoder.dtype, tokens, heads, inside / heads, cu_seqlens, key_start, bias, 1.0));
+  int64_t most = 0;
+  for (const Chunk& chunk : chunks) most = std::max(most, chunk.attention.tokens);
+
+  const int64_t bytes = hidden * size_of(encoder.dtype);
+  Tensor states = uninitialised({tokens, hidden}, type), y = states;
+  if (rows) {
+    const Indices found = indices_below(op, "rows", *rows, rows->numel(), tokens);
+    require(found.is_64, op, ": rows is not int64");
+    deal_rows(chunks, static_cast<const int64_t*>(found.data), rows->numel());
+    y = uninitialised({rows->numel(), hidden}, type);
+  }
+  auto* between = static_cast<char*>(states.data_ptr());
+  auto* last = static_cast<char*>(y.data_ptr());
+  const Workspace w(most, hidden, inside, inner, size_of(encoder.dtype));
+  for (size_t i = 0; i < count; ++i) {
+    const bool some = rows && i == count - 1;
+    for (const Chunk& chunk : chunks) {
+      char* to = some ? w.residual : between + chunk.row * bytes;
+      encoder.run(layers[i], chunk, (i ? between : input) + chunk.row * bytes, some, w, to);
+      for (size_t j = 0; some && j < chunk.at.size(); ++j)
+        std::memcpy(last + chunk.at[j] * bytes, to + j * bytes, bytes);
     }
-    project(input, hidden, 3 * m.inside, m.qkv, m.qkv_bias, qkv.data_ptr());
-    Attention attention = attention_arguments(
-        op, qkv, cu_seqlens, key_start, bias, 1.0 / std::sqrt(double(m.inside / heads)));
-    attention.out = context.data_ptr();
-    kernels.attention_forward(attention);
-    if (rows && i == layers - 1) {
-      count = rows->numel();
-      const Indices found = indices_below(op, "rows", *rows, count, tokens);
-      require(found.is_64, op, ": rows is not int64");
-      const auto* wanted = static_cast<const int64_t*>(found.data);
-      context = taken(context.data_ptr(), wanted, count, m.inside, type);
-      residual = taken(input, wanted, count, hidden, type);
-      input = residual.data_ptr();
-      y = uninitialised({count, hidden}, type);
-    }
-    project(context.data_ptr(), m.inside, hidden, m.out, nullptr, branch.data_ptr());
-    add_norm(m.out_bias, input, m.out_norm, m.out_norm_bias, middle.data_ptr());
-    feed_forward(
-        kernels,
-        {dtype, int8, act, count, hidden, m.inner, hidden, middle.data_ptr(), m.up, m.up_bias,
-         m.down, branch.data_ptr()});
-    add_norm(m.down_bias, middle.data_ptr(), m.down_norm, m.down_norm_bias, y.data_ptr());
-    input = y.data_ptr();  // the next layer writes it when it has read it
   }
   return y;
 }

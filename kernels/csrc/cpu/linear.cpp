@@ -5,7 +5,7 @@ namespace bert_fast::cpu {
 
 // Elements of a packed weight: bytes where its values have 8 bits, else of the weight's dtype.
 static int64_t packed_elements(const Kernels& kernels, const PackWeight& a) {
-  return kernels.packed_bytes(a) / (a.int8 ? 1 : a.dtype == Dtype::f32 ? 4 : 2);
+  return kernels.packed_bytes(a) / (a.int8 ? 1 : size_of(a.dtype));
 }
 
 bool has_int8_values(const Tensor& packed) { return packed.scalar_type() == ScalarType::Byte; }
@@ -57,25 +57,18 @@ static Tensor linear_forward(
   return y;
 }
 
-// Rows whose inner states are in memory at once, where the two products are not one kernel: few
-// enough that these states stay in the cache.
-constexpr int64_t kRowsAtOnce = 512;
-
-void feed_forward(const Kernels& kernels, const FeedForward& a) {
+void feed_forward(const Kernels& kernels, const FeedForward& a, void* states) {
   if (!a.int8 && kernels.feed_forward_fits(a.rows)) return kernels.feed_forward_forward(a);
-  const ScalarType types[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
   const int64_t most = a.rows < kRowsAtOnce ? a.rows : kRowsAtOnce;
-  Tensor states = uninitialised({most, a.inner}, types[static_cast<int>(a.dtype)]);
-  void* between = states.data_ptr();
-  const int64_t bytes = static_cast<int64_t>(states.element_size());
+  const int64_t bytes = size_of(a.dtype);
   for (int64_t row = 0; row < a.rows; row += most) {
     const int64_t rows = a.rows - row < most ? a.rows - row : most;
     const void* x = static_cast<const char*>(a.x) + row * a.hidden * bytes;
     void* y = static_cast<char*>(a.y) + row * a.cols * bytes;
     kernels.linear_forward(
-        {a.dtype, a.int8, a.activation, rows, a.hidden, a.inner, x, a.up, a.up_bias, between});
+        {a.dtype, a.int8, a.activation, rows, a.hidden, a.inner, x, a.up, a.up_bias, states});
     kernels.linear_forward(
-        {a.dtype, a.int8, Activation::none, rows, a.inner, a.cols, between, a.down, nullptr, y});
+        {a.dtype, a.int8, Activation::none, rows, a.inner, a.cols, states, a.down, nullptr, y});
   }
 }
 
@@ -98,7 +91,9 @@ static Tensor feed_forward_forward(
   a.down = checked_panels(op, "down", down, x, false, cols, inner, kernels);
   Tensor y = uninitialised({a.rows, cols}, x.scalar_type());
   a.y = y.data_ptr();
-  feed_forward(kernels, a);
+  Tensor states =
+      uninitialised({a.rows < kRowsAtOnce ? a.rows : kRowsAtOnce, inner}, x.scalar_type());
+  feed_forward(kernels, a, states.data_ptr());
   return y;
 }
 

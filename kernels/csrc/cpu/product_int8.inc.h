@@ -8,8 +8,8 @@
 //   W = scale p,       p in -127 .. 127, scale of each column and group, found once;
 //   x W^T = sum over groups of scale (step sum(q p) + low sum(p)).
 //
-// Without dot-product instructions, sums of four products are held in 16 bits: the weight's scale
-// is never so small that one could overflow, whatever x is (kMostOfFour). The same integers come
+// Without dot-product instructions, sums of eight products are held in 16 bits: the weight's scale
+// is never so small that one could overflow, whatever x is (kMostOfEight). The same integers come
 // out on every machine.
 #pragma once
 
@@ -23,12 +23,12 @@ constexpr int64_t kGroup = 128;     // of the depth
 constexpr int64_t kApart = 8;       // elements of one rotation are this far apart
 constexpr int kRotated = int(kGroup / kApart);
 constexpr float kMostOfX = 127.0f, kMostOfWeight = 127.0f;
-constexpr float kMostOfFour = 256.0f;  // + 4 x 0.5 of rounding, x 127 = 32,766
+constexpr float kMostOfEight = 254.0f;  // + 8 x 0.5 of rounding, x 127 = 32,766
 constexpr int64_t kPanelGroup = (kGroup + 2 * int64_t(sizeof(float))) * kPanel;  // bytes
 #if defined(BERT_FAST_AVX512_BF16)
 constexpr int kInt8Rows = 6;  // of a register tile; every CPU with BF16 has VNNI
 #else
-constexpr int kInt8Rows = 4;
+constexpr int kInt8Rows = 5;
 #endif
 
 inline int64_t groups_of(int64_t depth) { return ceil_div(depth, kGroup); }
@@ -39,15 +39,23 @@ inline int64_t int8_bytes(int64_t cols, int64_t depth) {
 
 // The lanes of a rotation: eight independent ones, on every instruction set.
 typedef float v8 __attribute__((vector_size(32)));
+typedef float v4 __attribute__((vector_size(16)));
+typedef int32_t i8v __attribute__((vector_size(32)));
+typedef uint8_t u8v __attribute__((vector_size(8)));
 
 // One group, widened, zeros beyond `n`, in rotated (not normalised: 4 times as long) form.
 template <class T>
 ALWAYS_INLINE void rotate_group(const T* from, int64_t n, v8 (&v)[kRotated]) {
   alignas(64) float wide[kGroup];
-  if (n < kGroup) std::memset(wide, 0, sizeof(wide));
-  sweep(n, [&](int64_t i, auto lanes) { store(wide + i, load(from + i, lanes), lanes); });
+  const float* group = wide;
+  if (n < kGroup) {
+    std::memset(wide, 0, sizeof(wide));
+    sweep(n, [&](int64_t i, auto lanes) { store(wide + i, load(from + i, lanes), lanes); });
+  } else {
+    group = as_fp32(from, n, wide);
+  }
 #pragma GCC unroll 16
-  for (int i = 0; i < kRotated; ++i) std::memcpy(&v[i], wide + i * kApart, sizeof(v8));
+  for (int i = 0; i < kRotated; ++i) std::memcpy(&v[i], group + i * kApart, sizeof(v8));
 #pragma GCC unroll 4
   for (int half = 1; half < kRotated; half *= 2)
 #pragma GCC unroll 16
@@ -59,11 +67,18 @@ ALWAYS_INLINE void rotate_group(const T* from, int64_t n, v8 (&v)[kRotated]) {
     }
 }
 
+// f over all lanes.
+template <class F>
+ALWAYS_INLINE float reduced(v8 v, const F& f) {
+  v4 halves[2];
+  std::memcpy(halves, &v, sizeof(v));
+  const v4 four = f(halves[0], halves[1]);
+  return f(f(four[0], four[1]), f(four[2], four[3]));
+}
+
 // NaN if any element of the group is NaN or infinite, else 0: v[0] has the sums of all.
 ALWAYS_INLINE float nan_of(const v8 (&v)[kRotated]) {
-  float sum = 0.0f;
-  for (int lane = 0; lane < kApart; ++lane) sum += v[0][lane] * 0.0f;
-  return sum;
+  return reduced(v[0] * 0.0f, [](auto a, auto b) { return a + b; });
 }
 
 // ---- weights -----------------------------------------------------------------------------------
@@ -75,16 +90,16 @@ void pack_group(const T* weight, int64_t n, int8_t* to, float* scale, float* tot
   rotate_group(weight, n, v);
   alignas(64) float w[kGroup];
   std::memcpy(w, v, sizeof(w));
-  float most = 0.0f, sums[kGroup / 4][2] = {};
+  float most = 0.0f, sums[kGroup / 8][2] = {};
   for (int64_t k = 0; k < kGroup; ++k) {
     w[k] /= kRotated;  // both rotations' lengths
     most = larger(most, w[k] < 0 ? -w[k] : w[k]);
-    // Which four share 16 bits: two neighbours, of this and of the next four.
-    float(&four)[2] = sums[k / 8 * 2 + k % 4 / 2];
-    four[w[k] < 0] += w[k] < 0 ? -w[k] : w[k];
+    // Which eight share 16 bits: the first or the last two of four in a row, sixteen depths long.
+    float(&eight)[2] = sums[k / 16 * 2 + k % 4 / 2];
+    eight[w[k] < 0] += w[k] < 0 ? -w[k] : w[k];
   }
   float step = most / kMostOfWeight;
-  for (auto& four : sums) step = larger(step, larger(four[0], four[1]) / kMostOfFour);
+  for (auto& eight : sums) step = larger(step, larger(eight[0], eight[1]) / kMostOfEight);
   const float inverse = step > 0.0f ? 1.0f / step : 0.0f;
   float sum = 0.0f;
   for (int64_t k = 0; k < kGroup; ++k) {
@@ -132,23 +147,23 @@ ALWAYS_INLINE Range quantise_group(const T* x, int64_t n, uint8_t* to) {
     least = v[i] < least ? v[i] : least;
     most = v[i] > most ? v[i] : most;
   }
-  float low = least[0], high = most[0];
-  for (int lane = 1; lane < kApart; ++lane) {
-    low = smaller(low, least[lane]);
-    high = larger(high, most[lane]);
-  }
+  const float low = reduced(least, [](auto a, auto b) { return a < b ? a : b; });
+  const float high = reduced(most, [](auto a, auto b) { return a > b ? a : b; });
   const float step = (high - low) / kMostOfX, inverse = step > 0.0f ? 1.0f / step : 0.0f;
-  alignas(64) float levels[kGroup];
+  alignas(32) int32_t levels[kGroup];
 #pragma GCC unroll 16
   for (int i = 0; i < kRotated; ++i) {
-    const v8 level = (v[i] - low) * inverse;
-    std::memcpy(levels + i * kApart, &level, sizeof(v8));
+    // Added to 1.5 x 2^23, a small number is rounded and stands in the lowest bits.
+    const i8v bits = (i8v)((v[i] - low) * inverse + 12582912.0f);
+    std::memcpy(levels + i * kApart, &bits, sizeof(bits));
   }
-  for (int64_t k = 0; k < kGroup; ++k) to[k] = uint8_t(int32_t(__builtin_rintf(levels[k])));
+  for (int64_t k = 0; k < kGroup; ++k) to[k] = uint8_t(levels[k]);
   return {step, low + nan_of(v)};
 }
 
-// sums[j] += four products of x and each column of a panel, eight depths of both at once.
+constexpr int64_t kSteps = 16;  // depths between two widenings
+
+// sums[j] += the products of x and each column of a panel, 16 depths of both at once.
 ALWAYS_INLINE void add_int8_products(vi (&sums)[kMaxVectors], const uint8_t* x, const int8_t* w) {
 #if defined(BERT_FAST_AVX512) || defined(BERT_FAST_AVX2)
 #if defined(BERT_FAST_AVX512)
@@ -158,28 +173,38 @@ ALWAYS_INLINE void add_int8_products(vi (&sums)[kMaxVectors], const uint8_t* x, 
   typedef __m256i bytes;
   auto spread = [](int four) { return _mm256_set1_epi32(four); };
 #endif
-  int four[2];
-  std::memcpy(four, x, sizeof(four));
-  const bytes x0 = spread(four[0]), x1 = spread(four[1]);
+  [[maybe_unused]] bytes eights[kMaxVectors];
 #pragma GCC unroll 4
-  for (int j = 0; j < kMaxVectors; ++j) {
-    bytes w0, w1;
-    std::memcpy(&w0, w + j * sizeof(bytes), sizeof(bytes));
-    std::memcpy(&w1, w + (kMaxVectors + j) * sizeof(bytes), sizeof(bytes));
+  for (int q = 0; q < 4; ++q) {
+    int four;
+    std::memcpy(&four, x + 4 * q, sizeof(four));
+    const bytes x4 = spread(four);
+#pragma GCC unroll 4
+    for (int j = 0; j < kMaxVectors; ++j) {
+      bytes w4;
+      std::memcpy(&w4, w + (q * kMaxVectors + j) * sizeof(bytes), sizeof(bytes));
 #if defined(BERT_FAST_AVX512_BF16)
-    sums[j] = (vi)_mm512_dpbusd_epi32(_mm512_dpbusd_epi32((bytes)sums[j], x0, w0), x1, w1);
+      sums[j] = (vi)_mm512_dpbusd_epi32((bytes)sums[j], x4, w4);
 #elif defined(BERT_FAST_AVX512)
-    const bytes pairs =
-        _mm512_add_epi16(_mm512_maddubs_epi16(x0, w0), _mm512_maddubs_epi16(x1, w1));
-    sums[j] += (vi)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+      const bytes twos = _mm512_maddubs_epi16(x4, w4);
+      eights[j] = q == 0 ? twos : _mm512_add_epi16(eights[j], twos);
 #else
-    const bytes pairs =
-        _mm256_add_epi16(_mm256_maddubs_epi16(x0, w0), _mm256_maddubs_epi16(x1, w1));
-    sums[j] += (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+      const bytes twos = _mm256_maddubs_epi16(x4, w4);
+      eights[j] = q == 0 ? twos : _mm256_add_epi16(eights[j], twos);
 #endif
+    }
   }
+#if !defined(BERT_FAST_AVX512_BF16)
+#pragma GCC unroll 4
+  for (int j = 0; j < kMaxVectors; ++j)
+#if defined(BERT_FAST_AVX512)
+    sums[j] += (vi)_mm512_madd_epi16(eights[j], _mm512_set1_epi16(1));
 #else
-  for (int k = 0; k < 8; ++k)
+    sums[j] += (vi)_mm256_madd_epi16(eights[j], _mm256_set1_epi16(1));
+#endif
+#endif
+#else
+  for (int k = 0; k < kSteps; ++k)
     for (int c = 0; c < kPanel; ++c)
       sums[c / W][c % W] += int(x[k]) * w[k / 4 * 4 * kPanel + 4 * c + k % 4];
 #endif
@@ -189,7 +214,7 @@ ALWAYS_INLINE void add_int8_products(vi (&sums)[kMaxVectors], const uint8_t* x, 
 template <bool ADD, int MR>
 void multiply_group(const uint8_t* x, const Range* ranges, const int8_t* panel, float* sums) {
   vi exact[MR][kMaxVectors] = {};
-  for (int64_t k = 0; k < kGroup; k += 8)
+  for (int64_t k = 0; k < kGroup; k += kSteps)
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) add_int8_products(exact[i], x + i * kGroup + k, panel + k * kPanel);
   const auto* scales = reinterpret_cast<const float*>(panel + kGroup * kPanel);
