@@ -8,6 +8,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .families import Family, LayerParts
 from .ops.registry import tracing
@@ -54,8 +55,18 @@ class Structure:
     plain: Plain | None
 
 
-_dtype, _device = attrgetter("dtype"), attrgetter("device")
-_Seen = tuple[Structure, list[nn.Module], tuple[Any, ...]]
+_dtype = attrgetter("dtype")
+
+
+class _Seen(NamedTuple):
+    """A look at a model, and what tells that it is still true."""
+
+    structure: Structure
+    modules: list[nn.Module]
+    state: tuple[Any, ...]
+    hooks: int
+
+
 _seen: weakref.WeakKeyDictionary[nn.Module, _Seen] = weakref.WeakKeyDictionary()
 
 
@@ -63,18 +74,28 @@ def structure_of(model: nn.Module, family: Family) -> Structure:
     """The structure of a family's model as it is now."""
     if tracing():
         return _look(model, family)
-    found = _seen.get(model)
-    if found is None or _state(found[1]) != found[2]:
-        inner = list(model.modules())
-        found = _seen[model] = _look(model, family), inner[1:], _state(inner[1:])
-    return found[0]
+    # Every hook that is registered, on whatever module, takes the next number: while that stands
+    # still, no hook has come to a model that had none.
+    found, hooks = _seen.get(model), RemovableHandle.next_id
+    if found and found.hooks != hooks and not hooked_inside(model):
+        found = _seen[model] = found._replace(hooks=hooks)
+    if (
+        found is None
+        or found.hooks != hooks
+        or found.structure.why
+        or _state(found.modules) != found.state
+    ):
+        inner = list(model.modules())[1:]
+        found = _seen[model] = _Seen(_look(model, family), inner, _state(inner), hooks)
+    return found.structure
 
 
 def _state(modules: list[nn.Module]) -> tuple[Any, ...]:
-    """What tells that an inner module was replaced, hooked, or moved to another dtype or device.
+    """What tells that an inner module was replaced, wrapped, or moved to another dtype or device.
 
     The modules are those of the last look, kept alive, so that no address stands for another. This
-    runs in every call: maps and comprehensions are the fastest Python there is.
+    runs in every call, on memory that the layers' weights have pushed out of the caches: what is
+    touched counts, and maps and comprehensions are the fastest Python there is.
     """
     insides = [module.__dict__ for module in modules]
     parameters = [p for i in insides if i["_parameters"] for p in i["_parameters"].values()]
@@ -82,16 +103,11 @@ def _state(modules: list[nn.Module]) -> tuple[Any, ...]:
     return (
         list(map(type, modules)),
         [id(child) for i in insides if i["_modules"] for child in i["_modules"].values()],
-        [
-            (*i["_forward_hooks"], *i["_forward_pre_hooks"], *i["_backward_hooks"], "forward" in i)
-            for i in insides
-            if i["_forward_hooks"] or i["_forward_pre_hooks"] or i["_backward_hooks"]
-            or "forward" in i
-        ],
+        ["forward" in inside for inside in insides],
         list(map(id, parameters)),
         list(map(_dtype, there)),
-        list(map(_device, there)),
-    )  # fmt: skip
+        list(map(Tensor.get_device, there)),
+    )
 
 
 def _look(model: nn.Module, family: Family) -> Structure:

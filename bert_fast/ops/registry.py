@@ -84,7 +84,11 @@ class Op:
         self.names = [part.split()[-1] for part in self.arguments.split(", ")]
         self._lead = self.names.index(self.lead)
         self._wanted = [self.names.index(name) for name in self.differentiable]
-        self._is_tensor = [part.startswith("Tensor") for part in self.arguments.split(", ")]
+        self._tensors = [
+            (i, self.names[i], self.names[i] in self.differentiable)
+            for i, part in enumerate(self.arguments.split(", "))
+            if part.startswith("Tensor")
+        ]
         self.kernels = (*self.kernels, self._reference_kernel())
         self._by_backend = {kernel.backend: kernel for kernel in self.kernels}
         OPS[self.name] = self
@@ -160,22 +164,23 @@ class Op:
 
     def _check_tensors(self, args: tuple[Any, ...]) -> None:
         lead = args[self._lead]
-        for name, is_tensor, value in zip(self.names, self._is_tensor, args, strict=True):
-            if not is_tensor or value is None:
+        device, dtype = lead.device, lead.dtype
+        for i, name, typed in self._tensors:
+            value = args[i]
+            if value is None:
                 continue
             for one in value if isinstance(value, list) else (value,):
                 if not isinstance(one, Tensor):
                     raise TypeError(f"bert_fast.{self.name}: {name} is {one!r}, expected a Tensor")
-                if one.device != lead.device:
+                if one.device != device:
                     raise ValueError(
                         f"bert_fast.{self.name}: {name} is on {one.device}, "
-                        f"{self.lead} on {lead.device}; all must share one device"
+                        f"{self.lead} on {device}; all must share one device"
                     )
-                alike = one is not value or name in self.differentiable
-                if alike and one.dtype != lead.dtype:
+                if (typed or one is not value) and one.dtype != dtype:
                     raise TypeError(
                         f"bert_fast.{self.name}: {name} is {one.dtype}, {self.lead} is "
-                        f"{lead.dtype}; all floating tensors of a call must share one dtype"
+                        f"{dtype}; all floating tensors of a call must share one dtype"
                     )
 
     def _reference_kernel(self) -> Kernel:

@@ -35,9 +35,10 @@ _copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def copy_of(weights: Sequence[Tensor | None], kind: str, make: Callable[[], Any]) -> Any:
     """`make()`, or what it gave before for these weights and this kind of copy."""
     given = [w for w in weights if w is not None]
-    if any(map(Tensor.is_inference, given)):  # have no version to tell when a copy is stale
+    try:
+        stamp = (*map(id, given), *map(Tensor.data_ptr, given), *map(_version, given))
+    except RuntimeError:  # an inference tensor has no version to tell when a copy is stale
         return make()
-    stamp = (*map(id, given), *map(Tensor.data_ptr, given), *map(_version, given))
     kinds = _copies.get(given[0])
     if kinds is None:
         kinds = _copies[given[0]] = {}
