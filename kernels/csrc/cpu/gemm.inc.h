@@ -42,7 +42,9 @@ void multiply_tile(
     const float* b,  // [depth, NR * W]
     int64_t ldb,
     float* c,  // [MR, NR * W]
-    int64_t ldc) {
+    int64_t ldc,
+    const char* ahead,  // what to ask memory for, `step` bytes at every k
+    int64_t step) {
   vf sums[MR][NR];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
@@ -64,8 +66,10 @@ void multiply_tile(
 #pragma GCC unroll 16
       for (int j = 0; j < NR; ++j) sums[i][j] = PRODUCT::add(sums[i][j], set1(left), right[j]);
     }
-    // What lies behind b: of a weight, the next panel. With few rows, reading it is most of the time.
-    if (LAYOUT == Layout::row_major) __builtin_prefetch(b + depth * ldb, 0, 2);
+    if (LAYOUT == Layout::row_major) {
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += step;
+    }
     b += ldb;
 #pragma GCC unroll 16
     for (int i = 0; i < kPointers; ++i) rows[i] += LAYOUT == Layout::row_major ? 1 : lda;
@@ -94,10 +98,16 @@ void multiply_panel(
     int64_t ldc) {
   constexpr int most = kAccumulators / NR < kMaxRows ? kAccumulators / NR : kMaxRows;
   const int64_t tiles = ceil_div(m, most);
+  // What lies behind b: of a weight, the next panel. With few rows, reading it is most of the time,
+  // so all tiles ask for it evenly: a burst by the first would find the queue to memory full.
+  const char* ahead = reinterpret_cast<const char*>(b + depth * ldb);
+  const int64_t step = ldb * int64_t(sizeof(float)) / larger<int64_t>(1, tiles);
   for (int64_t tile = 0, i = 0; tile < tiles; ++tile) {
     const int64_t rows = m / tiles + (tile < m % tiles);
     find_tile<PRODUCT, LAYOUT, ADD, NR>(rows, std::make_integer_sequence<int, most>{})(
-        depth, a + i * (LAYOUT == Layout::row_major ? lda : 1), lda, b, ldb, c + i * ldc, ldc);
+        depth, a + i * (LAYOUT == Layout::row_major ? lda : 1), lda, b, ldb, c + i * ldc, ldc, ahead,
+        step);
+    ahead += step * depth;
     i += rows;
   }
 }

@@ -212,11 +212,15 @@ ALWAYS_INLINE void add_int8_products(vi (&sums)[kMaxVectors], const uint8_t* x, 
 
 // sums[i, :] (+)= x[i, :] . panel for MR rows of one group.
 template <bool ADD, int MR>
-void multiply_group(const uint8_t* x, const Range* ranges, const int8_t* panel, float* sums) {
+void multiply_group(
+    const uint8_t* x, const Range* ranges, const int8_t* panel, const int8_t* ahead, int64_t step,
+    float* sums) {
   vi exact[MR][kMaxVectors] = {};
-  for (int64_t k = 0; k < kGroup; k += kSteps)
+  for (int64_t k = 0; k < kGroup; k += kSteps, ahead += step) {
+    __builtin_prefetch(ahead, 0, 2);
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) add_int8_products(exact[i], x + i * kGroup + k, panel + k * kPanel);
+  }
   const auto* scales = reinterpret_cast<const float*>(panel + kGroup * kPanel);
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i)
@@ -237,9 +241,13 @@ void multiply_rows(
   using Tile = decltype(&multiply_group<ADD, 1>);
   static constexpr Tile tiles[] = {multiply_group<ADD, I + 1>...};
   const int64_t count = ceil_div(rows, kInt8Rows);
+  // The next group is asked for evenly by all tiles; for one tile the hardware does it better.
+  const int64_t whole = count > 1 ? kPanelGroup : 0, step = whole / count * kSteps / kGroup;
+  const int8_t* ahead = panel + whole;
   for (int64_t t = 0, i = 0; t < count; ++t) {
     const int64_t high = rows / count + (t < rows % count);
-    tiles[high - 1](x + i * kGroup, ranges + i, panel, sums + i * kPanel);
+    tiles[high - 1](x + i * kGroup, ranges + i, panel, ahead, step, sums + i * kPanel);
+    ahead += step * (kGroup / kSteps);
     i += high;
   }
 }
