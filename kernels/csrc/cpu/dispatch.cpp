@@ -17,8 +17,8 @@ void run_parallel(int64_t n, int64_t grain, void (*call)(int64_t, int64_t, void*
 
 int64_t thread_count() { return torch::stable::get_num_threads(); }
 
-// Aligned by hand: what an aligned allocation of glibc's leaves when it is freed is too small for the
-// next one of its size, so that every call would get new pages.
+// Aligned by hand: what an aligned allocation of glibc's leaves when it is freed is too small for
+// the next one of its size, so that every call would get new pages.
 float* allocate_floats(int64_t count) {
   constexpr uintptr_t kAlignment = 64;
   void* memory = std::malloc(count * sizeof(float) + kAlignment + sizeof(void*));
@@ -74,7 +74,8 @@ Activation activation_of(const char* op, const std::string& name) {
   if (name == "gelu_tanh") return Activation::gelu_tanh;
   if (name == "relu") return Activation::relu;
   require(
-      name == "silu", op, ": activation is '", name, "', expected gelu, gelu_tanh, relu, silu or none");
+      name == "silu", op, ": activation is '", name,
+      "', expected gelu, gelu_tanh, relu, silu or none");
   return Activation::silu;
 }
 

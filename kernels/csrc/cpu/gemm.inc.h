@@ -105,8 +105,8 @@ void multiply_panel(
   for (int64_t tile = 0, i = 0; tile < tiles; ++tile) {
     const int64_t rows = m / tiles + (tile < m % tiles);
     find_tile<PRODUCT, LAYOUT, ADD, NR>(rows, std::make_integer_sequence<int, most>{})(
-        depth, a + i * (LAYOUT == Layout::row_major ? lda : 1), lda, b, ldb, c + i * ldc, ldc, ahead,
-        step);
+        depth, a + i * (LAYOUT == Layout::row_major ? lda : 1), lda, b, ldb, c + i * ldc, ldc,
+        ahead, step);
     ahead += step * depth;
     i += rows;
   }

@@ -123,8 +123,8 @@ void pack_weight_int8(const PackWeight& a) {
       auto* scales = reinterpret_cast<float*>(to + kGroup * kPanel);
       for (int64_t j = 0; j < kPanel; ++j) {
         const int64_t col = i / groups * kPanel + j;
-        if (col < a.cols)
-          pack_group(weight + col * a.depth + first, n, to + 4 * j, scales + j, scales + kPanel + j);
+        const T* from = weight + col * a.depth + first;
+        if (col < a.cols) pack_group(from, n, to + 4 * j, scales + j, scales + kPanel + j);
       }
     }
   });
@@ -217,9 +217,10 @@ void multiply_group(
     float* sums) {
   vi exact[MR][kMaxVectors] = {};
   for (int64_t k = 0; k < kGroup; k += kSteps, ahead += step) {
-    __builtin_prefetch(ahead, 0, 2);
+    __builtin_prefetch(ahead, 0, 3);
 #pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i) add_int8_products(exact[i], x + i * kGroup + k, panel + k * kPanel);
+    for (int i = 0; i < MR; ++i)
+      add_int8_products(exact[i], x + i * kGroup + k, panel + k * kPanel);
   }
   const auto* scales = reinterpret_cast<const float*>(panel + kGroup * kPanel);
 #pragma GCC unroll 8
