@@ -36,7 +36,9 @@ void make_slice(
   for (int64_t j = 0; j < wide; j += kPanel) {
     const int64_t col = first + j, cols = smaller(kPanel, wide - j);
     const T* panel = static_cast<const T*>(a.up) + col * a.hidden;
-    multiply_by_panel<false>(rows, a.hidden, x, a.hidden, panel, m.panel, m.sums);
+    const T* next = j + kPanel < wide ? panel + kPanel * a.hidden
+                                      : static_cast<const T*>(a.down) + first * kPanel;
+    multiply_by_panel<false>(rows, a.hidden, x, a.hidden, panel, next, m.panel, m.sums);
     const T* bias = a.up_bias ? static_cast<const T*>(a.up_bias) + col : nullptr;
     finish_sums<T, A>(rows, cols, bias, m.sums);
     copy_panel(rows, cols, m.sums, m.inner + j, kSlice);
@@ -57,11 +59,14 @@ void feed_forward_forward(const FeedForward& a) {
         make_slice<T, A>(a, m, x, rows, first, wide);
         for (int64_t col = 0; col < a.cols; col += kPanel) {
           const T* panel = static_cast<const T*>(a.down) + col * a.inner + first * kPanel;
+          const T* next = col + kPanel < a.cols
+              ? panel + kPanel * a.inner
+              : static_cast<const T*>(a.up) + (first + wide) % a.inner * a.hidden;
           float* sums = m.out + col * rows;
           if (first == 0)
-            multiply_by_panel<false>(rows, wide, m.inner, kSlice, panel, m.panel, sums);
+            multiply_by_panel<false>(rows, wide, m.inner, kSlice, panel, next, m.panel, sums);
           else
-            multiply_by_panel<true>(rows, wide, m.inner, kSlice, panel, m.panel, sums);
+            multiply_by_panel<true>(rows, wide, m.inner, kSlice, panel, next, m.panel, sums);
         }
       }
       for (int64_t col = 0; col < a.cols; col += kPanel)

@@ -95,13 +95,13 @@ Tile find_tile(int64_t rows, std::integer_sequence<int, I...>) {
 template <class PRODUCT, Layout LAYOUT, bool ADD, int NR>
 void multiply_panel(
     int64_t m, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-    int64_t ldc) {
+    int64_t ldc, const void* next, int64_t bytes) {
   constexpr int most = kAccumulators / NR < kMaxRows ? kAccumulators / NR : kMaxRows;
   const int64_t tiles = ceil_div(m, most);
-  // What lies behind b: of a weight, the next panel. With few rows, reading it is most of the time,
-  // so all tiles ask for it evenly: a burst by the first would find the queue to memory full.
-  const char* ahead = reinterpret_cast<const char*>(b + depth * ldb);
-  const int64_t step = ldb * int64_t(sizeof(float)) / larger<int64_t>(1, tiles);
+  // What is read next, of a weight. With few rows, reading it is most of the time, so all tiles ask
+  // for it evenly: a burst by the first would find the queue to memory full.
+  const char* ahead = static_cast<const char*>(next);
+  const int64_t step = bytes / larger<int64_t>(1, tiles * depth);
   for (int64_t tile = 0, i = 0; tile < tiles; ++tile) {
     const int64_t rows = m / tiles + (tile < m % tiles);
     find_tile<PRODUCT, LAYOUT, ADD, NR>(rows, std::make_integer_sequence<int, most>{})(
@@ -122,7 +122,7 @@ void multiply(
     const float* right = b + j * W;
     float* out = c + j * W;
     auto multiply_by = [&]<int NR>() {
-      multiply_panel<PRODUCT, LAYOUT, ADD, NR>(m, depth, a, lda, right, ldb, out, ldc);
+      multiply_panel<PRODUCT, LAYOUT, ADD, NR>(m, depth, a, lda, right, ldb, out, ldc, right, 0);
     };
     switch (wide) {
       case 1: multiply_by.template operator()<1>(); break;

@@ -41,18 +41,21 @@ const float* as_fp32(const T* p, int64_t n, float* buffer) {
   return buffer;
 }
 
-// sums[i, :] (+)= x[i, :] . panel for `rows` rows of x, ldx apart, all of the depth.
+// sums[i, :] (+)= x[i, :] . panel for `rows` rows of x, ldx apart, all of the depth. `next` is the
+// panel that is multiplied by after this one.
 template <bool MORE, class T>
 void multiply_by_panel(
-    int64_t rows, int64_t depth, const float* x, int64_t ldx, const T* panel, float* buffer,
-    float* sums) {
+    int64_t rows, int64_t depth, const float* x, int64_t ldx, const T* panel, const T* next,
+    float* buffer, float* sums) {
   const int64_t blocks = larger<int64_t>(1, ceil_div(depth, kDepth));
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t first = depth * block / blocks, deep = depth * (block + 1) / blocks - first;
     const float* right = as_fp32(panel + first * kPanel, deep * kPanel, buffer);
+    const T* ahead = block + 1 < blocks ? panel + (first + deep) * kPanel : next;
     auto run = [&]<bool ADD>() {
       multiply_panel<Fp32Product, Layout::row_major, ADD, kMaxVectors>(
-          rows, deep, x + first, ldx, right, kPanel, sums, kPanel);
+          rows, deep, x + first, ldx, right, kPanel, sums, kPanel, ahead,
+          deep * kPanel * int64_t(sizeof(T)));
     };
     if (block == 0 && !MORE)
       run.template operator()<false>();
@@ -87,7 +90,7 @@ struct FloatProduct {
 
   void multiply(const void* packed, int64_t panel, float* sums) const {
     const T* w = static_cast<const T*>(packed) + panel * kPanel * depth;
-    multiply_by_panel<false>(rows, depth, x, depth, w, panels, sums);
+    multiply_by_panel<false>(rows, depth, x, depth, w, w + kPanel * depth, panels, sums);
   }
 };
 
