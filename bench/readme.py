@@ -38,10 +38,8 @@ def table(run: Run, path: Path) -> str:
     kinds = ordered(s.ours.precision for s in found)
     for model in dict.fromkeys(s.ours.model for s in found):
         head = [f"| {model} |"]
-        head += [
-            f" {kind} tokens/s | fastest {kind} peer | ratio | bert_fast is |" for kind in kinds
-        ]
-        said += ["", "".join(head), "| --- |" + " ---: | --- | ---: | --- |" * len(kinds)]
+        head += [f" {kind} tokens/s | beside the fastest {kind} peer |" for kind in kinds]
+        said += ["", "".join(head), "| --- |" + " ---: | --- |" * len(kinds)]
         mine = {(*cell(s.ours), s.ours.precision): s for s in found if s.ours.model == model}
         for place in dict.fromkeys(key[:3] for key in mine):
             cells = (_cells(mine.get((*place, kind))) for kind in kinds)
@@ -51,10 +49,9 @@ def table(run: Run, path: Path) -> str:
 
 def _cells(s: Standing | None) -> str:
     if s is None:
-        return f" {NONE} |" * 4
-    peer = s.peer
-    rate, name = number(s.ours.tokens_per_s, ",.0f"), peer.contender if peer else NONE
-    return f" {rate} | {name} | {interval(peer.ratio if peer else None)} | {s.verdict} |"
+        return f" {NONE} |" * 2
+    beside = f"{interval(s.peer.ratio)} {s.peer.contender}: {s.verdict}" if s.peer else s.verdict
+    return f" {number(s.ours.tokens_per_s, ',.0f')} | {beside} |"
 
 
 def relative(path: Path) -> str:

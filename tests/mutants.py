@@ -86,7 +86,7 @@ MUTANTS = [
     Mutant("linear_int8: eight overflow 16 bits", CPU + "product_int8.inc.h",
            "kMostOfEight = 254.0f", "kMostOfEight = 4096.0f", parity("int8-avx2 and greatest")),
     Mutant("linear_int8: rounded towards zero", CPU + "product_int8.inc.h",
-           "inverse + 12582912.0f", "inverse + 12582911.5f", parity("linear_int8-avx2")),
+           "int32_t(__builtin_rintf(levels[k]))", "int32_t(levels[k])", parity("linear_int8-avx2")),
     Mutant("linear_int8: the first group's range for all", CPU + "product_int8.inc.h",
            "ranges + g * rows, w", "ranges, w", parity("linear_int8-avx2 and blocks")),
     Mutant("int8: another precision without a word", "bert_fast/modeling.py",
