@@ -90,7 +90,8 @@ def test_every_instruction_set_rounds_alike(level: int) -> None:
         found = cpu.linear_forward(x, packed, bias, weight.shape[0], activation, level)
         wide = None if bias is None else bias.double()
         expected = OP.reference(x.double(), weight.double(), wide, activation)
-        torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=1e-5)  # a level: 1e-3
+        # One level off in one value would be 1e-3 and more; sums of 768 in fp32 are 1e-5 off.
+        torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["reference", "best"])
