@@ -9,6 +9,8 @@ API: one build serves torch >= 2.11 and CPython >= 3.10.
 import os
 import platform
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ CSRC = Path("kernels/csrc")
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
 AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 X86_FLAGS = {
+    "_generic": [],
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "_avx512": AVX512,
     "_avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
@@ -38,18 +41,24 @@ class BuildByISA(BuildExtension):
         super().finalize_options()
 
     def build_extension(self, ext):
-        for suffix, flags in X86_FLAGS.items() if IS_X86 else ():
-            sources = [s for s in ext.sources if Path(s).stem.endswith(suffix)]
-            args = ext.extra_compile_args
-            ext.extra_objects += self.compiler.compile(
-                sources,
-                output_dir=self.build_temp,
-                include_dirs=ext.include_dirs,
-                extra_postargs={**args, "cxx": args["cxx"] + flags},
-                depends=ext.depends,
-            )
-            ext.sources = [s for s in ext.sources if s not in sources]
+        if IS_X86:
+            with ThreadPoolExecutor() as pool:  # half a minute each
+                for sources, objects in pool.map(partial(self.compile, ext), X86_FLAGS):
+                    ext.extra_objects += objects
+                    ext.sources = [s for s in ext.sources if s not in sources]
         super().build_extension(ext)
+
+    def compile(self, ext, suffix):
+        """The sources whose names end so, and their objects."""
+        sources = [s for s in ext.sources if Path(s).stem.endswith(suffix)]
+        args = ext.extra_compile_args
+        return sources, self.compiler.compile(
+            sources,
+            output_dir=self.build_temp + suffix,  # holds the state of a build, so one for each
+            include_dirs=ext.include_dirs,
+            extra_postargs={**args, "cxx": args["cxx"] + X86_FLAGS[suffix]},
+            depends=ext.depends,
+        )
 
 
 def extension():

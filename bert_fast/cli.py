@@ -95,10 +95,13 @@ def embed(
         json_lines = source.endswith(".jsonl") or text_field is not None
         texts = read_texts(source, (text_field or "text") if json_lines else None)
 
+        from .convert import accelerate
         from .encode import embed_tokens, sentence_settings, token_limit, tokenize, truncation_note
 
         own = sentence_settings(model)
         bert, tokenizer = load(model, dtype, device)
+        if dtype == "int8":
+            accelerate(bert, dtype="int8")
         limit = token_limit(bert, tokenizer, max_length or own.max_length)
         start = time.perf_counter()
         with log.status("tokenising"):
@@ -114,7 +117,6 @@ def embed(
                 pooling=pooling or own.pooling or "mean",
                 normalize=own.normalize is not False if normalize is None else normalize,
                 backend=backend,
-                int8=dtype == "int8",
                 progress=lambda n, t: bar.update(
                     task, advance=n, tokens=bar.tasks[task].fields["tokens"] + t
                 ),

@@ -25,7 +25,7 @@ from .convert import is_encoder
 from .families import family_of
 from .modeling import Backend, chosen, encode
 from .ops.pool import MODES
-from .packed import reasons_against
+from .packed import options_of, reasons_against
 from .structure import structure_of
 
 TEXTS_AT_ONCE = 8_192  # bounds what the tokenizer's Python lists take, not what is kept
@@ -69,23 +69,22 @@ def embed(
     pooling: str = "mean",
     normalize: bool = True,
     max_length: int | None = None,
-    backend: Backend = "auto",
-    int8: bool = False,
+    backend: Backend | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
     """One vector per text, in the order given; equal texts are computed once.
 
     Args:
-        model: a transformers encoder (accelerated or not), or a module with one inside; on any
-            device, in fp32, bf16 or fp16. It runs in evaluation mode and is left as it was.
+        model: a transformers encoder, or a module with one inside; on any device, in fp32, bf16
+            or fp16. Accelerated or not; accelerated with dtype="int8", it runs in int8. It runs
+            in evaluation mode and is left as it was.
         tokenizer: its fast tokenizer.
         texts: n strings; an empty one gives the embedding of the empty text.
         batch_tokens: tokens per batch; a longer text gets a batch of its own.
         pooling: "mean" over a text's tokens, or "cls", its first token.
         normalize: divide each vector by its L2 norm.
         max_length: tokens kept of each text; None: as many as model and tokenizer take.
-        backend: as in `bert_fast.accelerate`.
-        int8: as `bert_fast.accelerate` has dtype="int8".
+        backend: as in `bert_fast.accelerate`; None: what the model was accelerated with, or "auto".
         progress: called after each batch with how many (texts, tokens) it has answered.
 
     Returns: float32 [n, H]. Pooling and norms are computed in fp32, whatever the model's dtype.
@@ -104,7 +103,6 @@ def embed(
         pooling=pooling,
         normalize=normalize,
         backend=backend,
-        int8=int8,
         progress=progress,
     )
 
@@ -138,8 +136,7 @@ def embed_tokens(
     batch_tokens: int = 16_384,
     pooling: str = "mean",
     normalize: bool = True,
-    backend: Backend = "auto",
-    int8: bool = False,
+    backend: Backend | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
     """`embed` for a corpus that is tokenised already; the arguments are those of `embed`."""
@@ -148,6 +145,8 @@ def embed_tokens(
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens is {batch_tokens}, expected at least 1")
     bert = _packable(model)
+    options = options_of(bert)
+    backend = options.backend if backend is None else backend
     firsts, which = tokens.distinct()
     lengths, times = tokens.lengths[firsts], np.bincount(which, minlength=len(firsts))
     out = np.empty((len(firsts), bert.config.hidden_size), np.float32)
@@ -167,7 +166,7 @@ def embed_tokens(
                 read = cu_seqlens[:-1].long() if pooling == "cls" else None
                 longest = int(lengths[rows[0]])
                 hidden = encode(
-                    bert, ids, cu_seqlens, longest, backend=backend, rows=read, int8=int8
+                    bert, ids, cu_seqlens, longest, backend=backend, rows=read, int8=options.int8
                 )  # [T, H], or [B, H] of the first tokens
                 bounds = cu_seqlens
                 if read is not None:

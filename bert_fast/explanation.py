@@ -111,7 +111,7 @@ def _watch(module: Any, structure: Structure, given: dict[str, Any]) -> Explanat
         )
         return kernel
 
-    batch = read_batch(module, structure.family, given, options.keep_padding)
+    batch = read_batch(structure, given, options.keep_padding)
     h = packed_forward(module, structure, batch, watch, int8=options.int8)
     batch.packing.pad(h, watch)
     packing = batch.packing

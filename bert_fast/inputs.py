@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .families import Family
-from .padding import Packing, pack_full, pack_mask
+from .padding import Packing, pack_full, pack_mask, progression
+from .structure import Embeddings, Structure
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Batch:
 
 
 def read_batch(
-    model: nn.Module, family: Family, inputs: Mapping[str, Any], keep_padding: bool = False
+    structure: Structure, inputs: Mapping[str, Any], keep_padding: bool = False
 ) -> Batch:
     """Checks and packs a call's inputs [B, S], by the names of Hugging Face's arguments;
     `cu_seq_lens_q` marks inputs that are packed already.
@@ -63,12 +63,12 @@ def read_batch(
 
     Raises: ValueError or TypeError that names the argument, its value and what is allowed.
     """
-    embeddings = model.embeddings
+    family, embeddings = structure.family, structure.embeddings
     input_ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
     given = embeds if input_ids is None else input_ids
     if given is None or (input_ids is not None and embeds is not None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-    table = embeddings.word_embeddings.weight
+    table = embeddings.words
     if input_ids is not None:
         _check_ids("input_ids", input_ids)
         if input_ids.dim() != 2:
@@ -108,7 +108,7 @@ def read_batch(
 
 
 def _positions(
-    embeddings: nn.Module,
+    embeddings: Embeddings,
     input_ids: Tensor | None,
     given: Tensor,
     bounds: Tensor | None,
@@ -118,23 +118,22 @@ def _positions(
 
     Of packed inputs, counted within each sequence.
     """
-    length, limit = given.shape[1], embeddings.position_embeddings.weight.shape[0]
+    length, limit = given.shape[1], embeddings.positions.shape[0]
+    padding_idx = vars(embeddings.module).get("padding_idx")
     first = 0
-    if hasattr(embeddings, "padding_idx"):
-        first = embeddings.padding_idx + 1
+    if padding_idx is not None:
+        first = padding_idx + 1
         if input_ids is not None and bounds is None:
-            real = input_ids.ne(embeddings.padding_idx).long()
+            real = input_ids.ne(padding_idx).long()
             if length > limit - first and not torch.compiler.is_compiling():
                 _check_length(int(real.sum(1).max()), limit - first)
-            return real.cumsum(1) * real + embeddings.padding_idx
-    columns = torch.arange(length, device=given.device)
+            return real.cumsum(1) * real + padding_idx
+    _check_length(length if bounds is None else longest or 0, limit - first)
+    columns = progression((1, length), first, 1, torch.int64, given.device)
     if bounds is not None:
-        _check_length(longest or 0, limit - first)
         starts, lengths = bounds[:-1].long(), (bounds[1:] - bounds[:-1]).long()
         columns = columns - torch.repeat_interleave(starts, lengths, output_size=length)
-    else:
-        _check_length(length, limit - first)
-    return (columns + first).unsqueeze(0)
+    return columns
 
 
 def _check_length(length: int, limit: int) -> None:

@@ -25,18 +25,13 @@ from .ops.encoder import LAYER, preferred
 from .ops.encoder import OP as ENCODER
 from .ops.registry import Chooser, tracing
 from .ops.rng import draw_seeds
-from .structure import Plain, Structure, activation_name, structure_of
+from .structure import Embeddings, Plain, Structure, activation_name, structure_of
 
 Backend = str | Mapping[str, str] | Chooser
 
 # What training keeps of a layer: all but what an elementwise pass restores; not the inner states
 # of the feed-forward network either (one GEMM more); its input only (the whole layer again).
 CHECKPOINTS = ("none", "selective", "full")
-
-_FUSED_EMBEDDINGS = {
-    *("word_embeddings", "position_embeddings", "token_type_embeddings"),
-    *("LayerNorm", "dropout"),
-}
 
 
 class Sequences(NamedTuple):
@@ -89,7 +84,7 @@ def encode(
     structure = structure_of(model, family)
     if structure.why:
         raise ValueError(f"{type(model).__name__} cannot run packed: {'; '.join(structure.why)}")
-    batch = read_batch(model, family, inputs)
+    batch = read_batch(structure, inputs)
     return packed_forward(model, structure, batch, backend, rows=rows, int8=int8)
 
 
@@ -113,7 +108,7 @@ def packed_forward(
     int8: the layers' products with weights in 8 bits; where that cannot be, says why once.
     """
     family = structure.family
-    h = embed(model.embeddings, batch, backend)
+    h = embed(structure.embeddings, batch, backend)
     projection = family.project(model)
     h = h if projection is None else linear(projection, h, backend)
     packing, bias = batch.packing, batch.bias
@@ -124,32 +119,30 @@ def packed_forward(
     return run_layers(structure, h, sequences, backend, between, checkpoint, rows, int8)
 
 
-def embed(embeddings: nn.Module, batch: Batch, backend: Backend) -> Tensor:
+def embed(e: Embeddings, batch: Batch, backend: Backend) -> Tensor:
     """The embedding layer -> packed tokens [T, E]."""
     packing, ids = batch.packing, batch.input_ids
-    if not set(embeddings._modules) <= _FUSED_EMBEDDINGS:  # boxes, paths, shapes of characters
-        return packing.unpad(embeddings(**batch.embedding_inputs()), chosen(backend, "unpad"))
-    word, norm = embeddings.word_embeddings, embeddings.LayerNorm
-    table, padding_idx = word.weight, word.padding_idx
+    if not e.fused:
+        return packing.unpad(e.module(**batch.embedding_inputs()), chosen(backend, "unpad"))
+    table, padding_idx = e.words, e.word.padding_idx
     if batch.inputs_embeds is None:
         assert ids is not None
         ids = packing.unpad_ids(ids)
     else:  # rows of a table of their own
         table = packing.unpad(batch.inputs_embeds, chosen(backend, "unpad")).to(table.dtype)
         ids, padding_idx = torch.arange(table.shape[0], device=table.device), None
-    types = getattr(embeddings, "token_type_embeddings", None)
-    has_types = types is not None and batch.token_type_ids is not None
-    p = rate(embeddings.dropout)
+    has_types = e.types is not None and batch.token_type_ids is not None
+    p = rate(e.dropout)
     return ops.embed_layernorm(
         ids,
         packing.unpad_ids(batch.token_type_ids) if has_types else None,
         packing.unpad_ids(batch.position_ids),
         table,
-        _position_table(embeddings.position_embeddings),
-        None if types is None else types.weight,
-        norm.weight,
-        norm.bias,
-        norm.eps,
+        _position_table(e),
+        e.types,
+        e.scale,
+        e.shift,
+        e.norm.eps,
         -1 if padding_idx is None else padding_idx,
         p,
         draw_seeds(1, table.device) if p else None,
@@ -157,9 +150,9 @@ def embed(embeddings: nn.Module, batch: Batch, backend: Backend) -> Tensor:
     )
 
 
-def _position_table(positions: nn.Embedding) -> Tensor:
+def _position_table(e: Embeddings) -> Tensor:
     """The table; where it is trained, without a gradient for the row of padding, as in HF."""
-    table, row = positions.weight, positions.padding_idx
+    table, row = e.positions, e.position.padding_idx
     if row is None or not (torch.is_grad_enabled() and table.requires_grad):
         return table
     rows = torch.arange(table.shape[0], device=table.device).unsqueeze(1)

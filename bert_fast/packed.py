@@ -128,7 +128,7 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tell(why)
         return model.bert_fast_original.forward(model, *args, **kwargs)
     options = options_of(model)
-    batch = read_batch(model, family, given, options.keep_padding)
+    batch = read_batch(structure, given, options.keep_padding)
     states: list[Tensor] = []
 
     def keep(h: Tensor) -> Tensor:
@@ -177,7 +177,10 @@ def arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict
 
 def asked(model: Any, given: dict[str, Any], name: str, default: Any = None) -> Any:
     value = given.get(name)
-    return getattr(model.config, name, default) if value is None else value
+    if value is not None:
+        return value
+    settings = vars(model.config)  # where they are; getattr goes through transformers' own first
+    return settings[name] if name in settings else getattr(model.config, name, default)
 
 
 def _selected(states: list[Tensor], which: Any) -> tuple[Tensor | None, ...]:
@@ -206,9 +209,6 @@ def forget_copies(model: Any) -> None:
 def reasons_against(model: Any, structure: Structure) -> list[str]:
     """Why the packed forward cannot run on this model as it is now (empty: it can)."""
     why = reasons_against_kind(model) or list(structure.why)
-    device = model.embeddings.word_embeddings.weight.device.type
-    if device not in ("cpu", "cuda"):
-        why.append(f"parameters are on {device}")
     rule = torch.nn.modules.module
     if rule._global_forward_hooks or rule._global_forward_pre_hooks:
         why.append("global module hooks are registered")
@@ -217,8 +217,8 @@ def reasons_against(model: Any, structure: Structure) -> list[str]:
 
 def reasons_against_kind(model: Any) -> list[str]:
     """Why the packed forward cannot run on this kind of model."""
-    config = model.config
-    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+    config = vars(model.config)
+    if config.get("is_decoder") or config.get("add_cross_attention"):
         return ["it is a decoder or has cross-attention"]
     return []
 
@@ -232,7 +232,7 @@ def reasons_against_call(model: Any, given: dict[str, Any]) -> list[str]:
     ]
     if asked(model, given, "output_attentions"):
         why.append("output_attentions: the fused attention never forms the probabilities")
-    if asked(model, given, "is_causal"):
+    if given.get("is_causal") or vars(model.config).get("is_causal"):
         why.append("is_causal is given")
     mask = given.get("attention_mask")
     if mask is not None and not isinstance(mask, Tensor):

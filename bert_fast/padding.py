@@ -6,6 +6,8 @@ attention kernels find the sequences by `cu_seqlens`; everything else never sees
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .ops.registry import Chooser
+from .ops.registry import Chooser, tracing
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,9 @@ class Packing:
 
     def unpad_ids(self, ids: Tensor) -> Tensor:
         """[B, S] (or [1, S], shared by the batch) -> [T]."""
-        flat = ids.expand(self.batch, self.length).reshape(-1)
+        if ids.shape[0] != self.batch:
+            ids = ids.expand(self.batch, self.length)
+        flat = ids.reshape(-1)
         return flat if self.indices is None else flat[self.indices]
 
     def starts(self) -> Tensor:
@@ -63,9 +67,26 @@ class Packing:
         return x if self.real is None else x.masked_fill(~self.real.unsqueeze(-1), 0.0)
 
 
+def progression(
+    shape: tuple[int, ...], first: int, step: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """first, first + step, ... in this shape; kept for the next call, so not to be written to."""
+    make = _progression.__wrapped__ if tracing() else _progression
+    return make(shape, first, step, dtype, device)
+
+
+@functools.lru_cache(256)
+def _progression(
+    shape: tuple[int, ...], first: int, step: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    with torch.inference_mode(False):  # it may be needed where gradients are recorded
+        numbers = torch.arange(math.prod(shape), dtype=dtype, device=device)
+        return (numbers * step + first).view(shape)
+
+
 def pack_full(batch: int, length: int, device: torch.device) -> Packing:
     """A batch without padding: every token is kept where it stands."""
-    bounds = torch.arange(batch + 1, device=device, dtype=torch.int32) * length
+    bounds = progression((batch + 1,), 0, length, torch.int32, device)
     return Packing(batch, length, None, bounds, None, length)
 
 
@@ -76,14 +97,14 @@ def pack_mask(mask: Tensor) -> Packing:
     read it; `key_start` then excludes it from the keys.
     """
     batch, length = mask.shape
-    keep = mask.bool()
     if torch.compiler.is_compiling():
-        return pack_traced(keep)
+        return pack_traced(mask.bool())
     # On a GPU, asking about values would stall the launch queue; there every mask is taken as
     # ragged, and the only wait is the one for the number of tokens.
     on_host = mask.device.type == "cpu"
-    if on_host and bool(keep.all()):
+    if on_host and bool(mask.all()):
         return pack_full(batch, length, mask.device)
+    keep = mask.bool()
     hidden_first = ~keep[:, 0]
     any_hidden_first = not on_host or bool(hidden_first.any())
     if any_hidden_first:

@@ -101,10 +101,9 @@ def _difference(original: Any, family: Family) -> float:
     with torch.device("cpu"), _apart(), torch.no_grad():
         model, inputs = _small(original)
         expected = model(**inputs).last_hidden_state
-        batch = read_batch(model, family, inputs)
-        found = batch.packing.pad(
-            packed_forward(model, structure_of(model, family), batch, "reference")
-        )
+        structure = structure_of(model, family)
+        batch = read_batch(structure, inputs)
+        found = batch.packing.pad(packed_forward(model, structure, batch, "reference"))
     rows = inputs["attention_mask"].bool()
     return (found[rows] - expected[rows]).abs().max().item()
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from operator import attrgetter
+from itertools import chain, repeat
+from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -30,6 +31,36 @@ ACTIVATIONS = {
 _HARMLESS = {"transformers.utils.output_capturing", "transformers.modeling_utils"}
 
 
+# What `ops.embed_layernorm` computes. A layer with more than that (boxes, paths, shapes of
+# characters) or with other modules (LoRA's) runs as is.
+_FUSED_EMBEDDINGS = {
+    "word_embeddings": nn.Embedding,
+    "position_embeddings": nn.Embedding,
+    "token_type_embeddings": nn.Embedding,
+    "LayerNorm": nn.LayerNorm,
+    "dropout": nn.Dropout,
+}
+
+
+class Embeddings(NamedTuple):
+    """The embedding layer: modules, for what may be set on them, and their tensors.
+
+    fused: whether `ops.embed_layernorm` computes it; else what comes after has no meaning.
+    """
+
+    module: nn.Module
+    word: nn.Embedding
+    position: nn.Embedding
+    words: Tensor
+    positions: Tensor
+    fused: bool
+    types: Tensor | None = None
+    norm: Any = None
+    scale: Any = None
+    shift: Any = None
+    dropout: Any = None
+
+
 class Plain(NamedTuple):
     """Layers of nothing but plain modules, alike in their settings; weights one after the other."""
 
@@ -44,27 +75,56 @@ class Structure:
     """A model's layers as modules and as their parts, in running order.
 
     family: the row by which they were found.
+    embeddings: what comes before them.
     why: the reasons, if any, why the packed forward cannot run on these modules.
     plain: the layers as `ops.encoder` takes them; None if they are more than what it computes.
     """
 
     family: Family
+    embeddings: Embeddings
     modules: list[nn.Module]
     layers: list[LayerParts]
     why: list[str]
     plain: Plain | None
 
 
+# Called for every inner module in every forward: without a frame of Python each.
+_children, _parameters = itemgetter("_modules"), itemgetter("_parameters")
 _dtype = attrgetter("dtype")
 
 
-class _Seen(NamedTuple):
-    """A look at a model, and what tells that it is still true."""
+class _Seen:
+    """A look at a model, and what tells that it is still true: that no inner module was replaced,
+    wrapped, or moved to another dtype or device.
 
-    structure: Structure
-    modules: list[nn.Module]
-    state: tuple[Any, ...]
-    hooks: int
+    `holds` runs on memory that the layers' weights have pushed out of the caches: what is touched
+    counts, so modules without parameters or children are not asked for them again (what they were
+    given since, a module of that class does not read). Objects are kept, not their addresses: as
+    long as they live, no other is taken for them.
+    """
+
+    def __init__(self, structure: Structure, modules: list[nn.Module], hooks: int) -> None:
+        self.structure, self.modules, self.hooks = structure, modules, hooks
+        self.insides = [module.__dict__ for module in modules]
+        self.parents = [inside for inside in self.insides if inside["_modules"]]
+        self.owners = [inside for inside in self.insides if inside["_parameters"]]
+        self.parameters, self.rest = self._now()
+
+    def _now(self) -> tuple[list[Tensor | None], tuple[list[Any], ...]]:
+        parameters = list(chain.from_iterable(map(dict.values, map(_parameters, self.owners))))
+        there = [p for p in parameters if p is not None]
+        return parameters, (
+            list(map(type, self.modules)),
+            list(chain.from_iterable(map(dict.values, map(_children, self.parents)))),
+            list(map(dict.__contains__, self.insides, repeat("forward"))),
+            list(map(_dtype, there)),
+            list(map(Tensor.get_device, there)),
+        )
+
+    def holds(self) -> bool:
+        parameters, rest = self._now()
+        alike = len(parameters) == len(self.parameters) and rest == self.rest
+        return alike and all(map(is_, parameters, self.parameters))
 
 
 _seen: weakref.WeakKeyDictionary[nn.Module, _Seen] = weakref.WeakKeyDictionary()
@@ -78,45 +138,33 @@ def structure_of(model: nn.Module, family: Family) -> Structure:
     # still, no hook has come to a model that had none.
     found, hooks = _seen.get(model), RemovableHandle.next_id
     if found and found.hooks != hooks and not hooked_inside(model):
-        found = _seen[model] = found._replace(hooks=hooks)
-    if (
-        found is None
-        or found.hooks != hooks
-        or found.structure.why
-        or _state(found.modules) != found.state
-    ):
-        inner = list(model.modules())[1:]
-        found = _seen[model] = _Seen(_look(model, family), inner, _state(inner), hooks)
+        found.hooks = hooks
+    if found is None or found.hooks != hooks or found.structure.why or not found.holds():
+        found = _seen[model] = _Seen(_look(model, family), list(model.modules())[1:], hooks)
     return found.structure
-
-
-def _state(modules: list[nn.Module]) -> tuple[Any, ...]:
-    """What tells that an inner module was replaced, wrapped, or moved to another dtype or device.
-
-    The modules are those of the last look, kept alive, so that no address stands for another. This
-    runs in every call, on memory that the layers' weights have pushed out of the caches: what is
-    touched counts, and maps and comprehensions are the fastest Python there is.
-    """
-    insides = [module.__dict__ for module in modules]
-    parameters = [p for i in insides if i["_parameters"] for p in i["_parameters"].values()]
-    there = [p for p in parameters if p is not None]
-    return (
-        list(map(type, modules)),
-        [id(child) for i in insides if i["_modules"] for child in i["_modules"].values()],
-        ["forward" in inside for inside in insides],
-        list(map(id, parameters)),
-        list(map(_dtype, there)),
-        list(map(Tensor.get_device, there)),
-    )
 
 
 def _look(model: nn.Module, family: Family) -> Structure:
     why = reasons_against_layers(model, family)
     if found := hooked_inside(model):
         why.append(f"a hook or a replaced forward sits on an inner {type(found).__name__}")
+    embeddings = _embeddings(model.embeddings)
+    device = embeddings.words.device.type
+    if device not in ("cpu", "cuda"):
+        why.append(f"parameters are on {device}")
     modules = family.layers(model)
     layers = [] if why else [family.parts(module) for module in modules]
-    return Structure(family, modules, layers, why, _plain(layers))
+    return Structure(family, embeddings, modules, layers, why, _plain(layers))
+
+
+def _embeddings(module: nn.Module) -> Embeddings:
+    word, position = module.word_embeddings, module.position_embeddings
+    parts = module, word, position, word.weight, position.weight
+    if any(type(m) is not _FUSED_EMBEDDINGS.get(name) for name, m in module.named_children()):
+        return Embeddings(*parts, fused=False)
+    types, norm = getattr(module, "token_type_embeddings", None), module.LayerNorm
+    table = None if types is None else types.weight
+    return Embeddings(*parts, True, table, norm, norm.weight, norm.bias, module.dropout)
 
 
 def _plain(layers: list[LayerParts]) -> Plain | None:

@@ -227,6 +227,20 @@ def test_lora_runs_packed_and_trains(order: str, autocast: bool) -> None:
     assert "query unfused" in str(bert_fast.report(ours))
 
 
+def test_lora_on_the_embeddings() -> None:
+    """Its own module runs, on padding too; what comes after is packed."""
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=2, target_modules=["word_embeddings"], init_lora_weights=False)
+    model = peft.get_peft_model(tiny(), settings).eval()
+    inputs = {"input_ids": ids(4, 11), "attention_mask": masks(4, 11)["right"]}
+    with torch.inference_mode():
+        expected = model(**inputs).last_hidden_state
+        found = bert_fast.accelerate(model)(**inputs).last_hidden_state
+    kept = inputs["attention_mask"].bool()
+    close(found[kept], expected[kept])
+    assert not found[~kept].any(), "it did not run packed"
+
+
 def test_offload_hooks_fall_back(tmp_path: Path) -> None:
     library = pytest.importorskip("accelerate")
     plain = tiny()

@@ -1,5 +1,6 @@
 """bert_fast.encode against transformers on padded batches, and its own promises."""
 
+import copy
 import itertools
 import json
 
@@ -20,6 +21,7 @@ from transformers import (
 import bert_fast
 from bench import assets
 from bert_fast.encode import batches, embed, sentence_settings, tokenize
+from bert_fast.ops.backends import best_isa
 
 from . import tiny
 
@@ -125,6 +127,31 @@ def test_equal_texts_are_computed_once(model, tokenizer):
     )
     assert ran == [len(tokenize(tokenizer, tiny.TEXTS[:3], 24).ids)]
     assert seen == [(6, len(tokenize(tokenizer, texts, 24).ids))]
+
+
+def test_what_the_model_was_accelerated_with_holds(model, tokenizer):
+    ran = []
+
+    def watch(op, args):
+        ran.append(op.name)
+        return op.choose(args)
+
+    ours = bert_fast.accelerate(copy.deepcopy(model), backend=watch)
+    np.testing.assert_array_equal(
+        embed(ours, tokenizer, tiny.TEXTS), embed(model, tokenizer, tiny.TEXTS)
+    )
+    assert "embed_layernorm" in ran
+    ran.clear()
+    embed(ours, tokenizer, tiny.TEXTS, backend="auto")
+    assert not ran
+
+
+@pytest.mark.skipif(best_isa() == 0, reason="8-bit products of models need AVX2")
+def test_a_model_in_int8_embeds_in_int8(model, tokenizer):
+    ours = bert_fast.accelerate(copy.deepcopy(model), dtype="int8")
+    found, exact = embed(ours, tokenizer, tiny.TEXTS), embed(model, tokenizer, tiny.TEXTS)
+    assert np.abs(found - exact).max() > 1e-5
+    assert (found * exact).sum(1).min() > 0.999
 
 
 def test_truncation_is_told_once_with_its_count(model, tokenizer):
