@@ -28,6 +28,10 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
+from rich.progress import track
+
+from .console import log
+
 # tf32 is float32 with torch's own permission to round the factors of a product
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "tf32": "float32"}
 # name: (backend, arch, threads of a warp, shared memory of a block in bytes)
@@ -214,7 +218,8 @@ def table(units: list[Unit], processes: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with multiprocessing.get_context("spawn").Pool(processes) as pool:
-            rows = [row for found in pool.imap_unordered(_compile, units) for row in found]
+            done = track(pool.imap_unordered(_compile, units), "compiling", len(units), console=log)
+            rows = [row for found in done for row in found]
     unique = {(row.target, row.binary): row for row in reversed(rows)}
     return sorted(unique.values(), key=lambda row: (row.target, row.kernel, row.dtype, row.config))
 

@@ -77,8 +77,11 @@ class Packed:
         return super().train(mode)  # type: ignore[misc]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        forget_copies(self)
-        return super()._apply(fn, recurse)  # type: ignore[misc]
+        before = _places(self)
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        if _places(self) != before:  # many a caller moves a model to where it is, before every use
+            forget_copies(self)
+        return self
 
 
 @functools.cache
@@ -195,6 +198,10 @@ def _selected(states: list[Tensor], which: Any) -> tuple[Tensor | None, ...]:
 def options_of(model: nn.Module) -> Options:
     """What an accelerated model was given."""
     return model.__dict__.get(OPTIONS, _DEFAULT)
+
+
+def _places(model: Any) -> list[tuple[torch.device, torch.dtype]]:
+    return [(p.device, p.dtype) for p in model.parameters()]
 
 
 def forget_copies(model: Any) -> None:

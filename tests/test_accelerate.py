@@ -15,6 +15,7 @@ from transformers import BertForMaskedLM, BertModel
 from transformers.models.bert import modeling_bert as hf
 
 import bert_fast
+from bert_fast.ops.weight_copies import _copies
 
 from .models import ids, masks, tiny
 from .parity import DEVICE
@@ -229,3 +230,24 @@ def test_names_that_other_code_matches_on() -> None:
     model = bert_fast.accelerate(tiny())
     assert isinstance(model, hf.BertModel) and type(model).__name__ == "BertModel"
     assert set(BertModel._no_split_modules) <= set(model._no_split_modules)
+
+
+def test_copies_of_weights_outlive_a_move_to_where_the_model_is() -> None:
+    model = bert_fast.accelerate(tiny())
+    weight, inputs = model.encoder.layer[0].attention.self.query.weight, {"input_ids": ids(2, 9)}
+
+    def copies() -> dict[str, Any]:
+        with torch.inference_mode():
+            model(**inputs)
+        return dict(_copies[weight])
+
+    kept = copies()
+    assert kept
+    model.to(weight.device).float().eval()
+    assert all(copies()[kind] is copy for kind, copy in kept.items())
+    model.half()
+    assert weight not in _copies
+    model.float()
+    copies()
+    model.train()
+    assert weight not in _copies
