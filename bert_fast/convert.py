@@ -14,12 +14,6 @@ from torch import nn
 from . import ops
 from .attention_interface import accelerate_attention, restore_attention
 from .families import ATTENTION_ONLY, BY_CLASS, REFUSED, Family
-from .first_token import (
-    FirstTokenHead,
-    is_first_token_head,
-    restore_first_token_head,
-    swap_first_token_head,
-)
 from .masked_lm import PackedHead, is_head, reasons_against_head, restore_head, swap_head
 from .modeling import CHECKPOINTS, Backend
 from .notice import warn_once
@@ -33,7 +27,8 @@ from .packed import (
     reasons_against,
     reasons_against_kind,
 )
-from .probe import strange, strange_first_token_head, strange_head
+from .probe import strange, strange_head, strange_reading_head
+from .reading import ReadingHead, is_reading_head, restore_reading_head, swap_reading_head
 from .structure import reasons_against_layers, structure_of
 
 
@@ -123,11 +118,11 @@ def accelerate(
             warn_once(told, stacklevel=3)
         else:
             swap_head(head, Options(backend, sparse_logits=sparse_logits))
-    for head in filter(is_first_token_head, model.modules()):
-        if told := strange_first_token_head(head):
+    for head in filter(is_reading_head, model.modules()):
+        if told := strange_reading_head(head):
             warn_once(told, stacklevel=3)
         else:
-            swap_first_token_head(head)
+            swap_reading_head(head)
     if len(refused) == len(found):
         told = "; ".join(sorted({reason for why in refused.values() for reason in why}))
         raise ValueError(f"bert_fast.accelerate: cannot accelerate this model: {told}")
@@ -141,7 +136,7 @@ def restore(model: nn.Module) -> nn.Module:
     for module in model.modules():
         restore_attention(module)
         restore_head(module)
-        restore_first_token_head(module)
+        restore_reading_head(module)
         if isinstance(module, Packed) and OPTIONS in module.__dict__:
             forget_copies(module)
             del module.__dict__[OPTIONS]
@@ -178,8 +173,8 @@ def report(model: nn.Module) -> Report:
             else:
                 result.swapped[name] = "loss on scored tokens only"
             continue
-        if isinstance(module, FirstTokenHead):
-            result.swapped[name] = "the last layer computes first tokens only"
+        if isinstance(module, ReadingHead):
+            result.swapped[name] = f"its encoder computes {module.bert_fast_reads}"
             continue
         if row is None:
             if _other(module):
@@ -197,7 +192,7 @@ def report(model: nn.Module) -> Report:
             options = options_of(module)
             how = [f"backend {options.backend}"]
             how += ["products of the layers in int8"] * options.int8
-            how += ["padding kept: its head reads every position"] * options.keep_padding
+            how += ["padding kept where its head reads it"] * options.keep_padding
             how += sorted(
                 f"{part} unfused: {type(found).__qualname__}"
                 for part, found in {

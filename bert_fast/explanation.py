@@ -14,7 +14,7 @@ from .inputs import read_batch
 from .modeling import chosen, packed_forward
 from .ops.encoder import OP as ENCODER
 from .ops.registry import Kernel, Op
-from .packed import Packed, arguments, options_of, reasons_against, reasons_against_call
+from .packed import REAL_ONLY, Packed, arguments, options_of, reasons_against, reasons_against_call
 from .structure import Structure, structure_of
 
 
@@ -111,7 +111,8 @@ def _watch(module: Any, structure: Structure, given: dict[str, Any]) -> Explanat
         )
         return kernel
 
-    batch = read_batch(structure, given, options.keep_padding)
+    keep_padding = options.keep_padding and not given.get(REAL_ONLY)
+    batch = read_batch(structure, given, keep_padding)
     h = packed_forward(module, structure, batch, watch, int8=options.int8)
     batch.packing.pad(h, watch)
     packing = batch.packing

@@ -265,22 +265,27 @@ HEADS = (
     _masked_lm("layoutlm", "LayoutLM"),
 )
 
-# Heads that read each sequence's first token only, of its last state or through the pooler, and
-# hand keywords on to their encoder (MPNet's do not).
-FIRST_TOKEN_HEADS = {
-    (f"transformers.models.{folder}.modeling_{file or folder}", f"{stem}For{task}")
-    for folder, file, stem, more in (
-        ("bert", None, "Bert", ("MultipleChoice", "NextSentencePrediction")),
-        ("roberta", None, "Roberta", ("MultipleChoice",)),
-        ("xlm_roberta", None, "XLMRoberta", ("MultipleChoice",)),
-        ("camembert", None, "Camembert", ("MultipleChoice",)),
-        ("data2vec", "data2vec_text", "Data2VecText", ("MultipleChoice",)),
-        ("ernie", None, "Ernie", ("MultipleChoice", "NextSentencePrediction")),
-        ("electra", None, "Electra", ()),
-        ("distilbert", None, "DistilBert", ("MultipleChoice",)),
-        ("albert", None, "Albert", ("MultipleChoice",)),
+# What a head reads of its encoder's states, by its class, where it hands keywords on to the encoder
+# (MPNet's do not): each sequence's first token, by itself or through the pooler, or real tokens
+# (so far as there is no loss; see `reading`). Of spans, where the words alone are the input.
+_FIRST = ("SequenceClassification",)
+_CHOICE = (*_FIRST, "MultipleChoice")
+_PAIR = (*_CHOICE, "NextSentencePrediction")
+READING_HEADS = {
+    (f"transformers.models.{folder}.modeling_{file or folder}", f"{stem}For{task}"): reads
+    for folder, file, stem, first in (
+        ("bert", None, "Bert", _PAIR),
+        ("roberta", None, "Roberta", _CHOICE),
+        ("xlm_roberta", None, "XLMRoberta", _CHOICE),
+        ("camembert", None, "Camembert", _CHOICE),
+        ("data2vec", "data2vec_text", "Data2VecText", _CHOICE),
+        ("ernie", None, "Ernie", _PAIR),
+        ("electra", None, "Electra", _FIRST),
+        ("distilbert", None, "DistilBert", _CHOICE),
+        ("albert", None, "Albert", _CHOICE),
     )
-    for task in ("SequenceClassification", *more)
+    for reads, tasks in (("first tokens", first), ("real tokens", ("QuestionAnswering",)))
+    for task in tasks
 }
 
 HEAD_BY_CLASS = {(row.module, row.model): row for row in HEADS}

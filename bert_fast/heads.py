@@ -8,9 +8,9 @@ from torch import nn
 from transformers.models.bert import modeling_bert as hf
 
 from .convert import accelerate
-from .first_token import first_token_head
 from .masked_lm import packed_head
 from .packed import packed_class
+from .reading import reading_head
 
 BertModel = packed_class(hf.BertModel)
 
@@ -30,15 +30,15 @@ class BertForMaskedLM(_Head, packed_head(hf.BertForMaskedLM)):  # type: ignore[m
     """transformers' BertForMaskedLM on the packed encoder."""
 
 
-class BertForNextSentencePrediction(_Head, first_token_head(hf.BertForNextSentencePrediction)):  # type: ignore[misc]
+class BertForNextSentencePrediction(_Head, reading_head(hf.BertForNextSentencePrediction)):  # type: ignore[misc]
     """transformers' BertForNextSentencePrediction on the packed encoder."""
 
 
-class BertForSequenceClassification(_Head, first_token_head(hf.BertForSequenceClassification)):  # type: ignore[misc]
+class BertForSequenceClassification(_Head, reading_head(hf.BertForSequenceClassification)):  # type: ignore[misc]
     """transformers' BertForSequenceClassification on the packed encoder."""
 
 
-class BertForMultipleChoice(_Head, first_token_head(hf.BertForMultipleChoice)):  # type: ignore[misc]
+class BertForMultipleChoice(_Head, reading_head(hf.BertForMultipleChoice)):  # type: ignore[misc]
     """transformers' BertForMultipleChoice on the packed encoder."""
 
 
@@ -46,7 +46,7 @@ class BertForTokenClassification(_Head, hf.BertForTokenClassification):
     """transformers' BertForTokenClassification on the packed encoder."""
 
 
-class BertForQuestionAnswering(_Head, hf.BertForQuestionAnswering):
+class BertForQuestionAnswering(_Head, reading_head(hf.BertForQuestionAnswering)):  # type: ignore[misc]
     """transformers' BertForQuestionAnswering on the packed encoder."""
 
 

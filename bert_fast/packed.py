@@ -28,6 +28,7 @@ OPTIONS = "_bert_fast"
 # function's choice: `PackedStates.rows`), or says that it reads each sequence's first token only.
 AS_PACKED = "bert_fast_packed"
 FIRST_ONLY = "bert_fast_first_only"
+REAL_ONLY = "bert_fast_real_only"
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,9 @@ def __getattr__(name: str) -> type:
 
 
 def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    as_packed, first_only = kwargs.pop(AS_PACKED, False), kwargs.pop(FIRST_ONLY, False)
+    as_packed, first_only, real_only = (
+        kwargs.pop(name, False) for name in (AS_PACKED, FIRST_ONLY, REAL_ONLY)
+    )
     given, family = arguments(model, args, kwargs), model.bert_fast_family
     structure = structure_of(model, family)
     why = reasons_against_call(model, given) or reasons_against(model, structure)
@@ -131,7 +134,7 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tell(why)
         return model.bert_fast_original.forward(model, *args, **kwargs)
     options = options_of(model)
-    batch = read_batch(structure, given, options.keep_padding)
+    batch = read_batch(structure, given, options.keep_padding and not real_only)
     states: list[Tensor] = []
 
     def keep(h: Tensor) -> Tensor:

@@ -17,11 +17,11 @@ import transformers
 from torch import Tensor, nn
 
 from .families import Family
-from .first_token import FirstTokenHead, first_token_head
 from .inputs import read_batch
 from .masked_lm import PackedHead, packed_head
 from .modeling import packed_forward
 from .packed import Packed, packed_class
+from .reading import ReadingHead, reading_head
 from .structure import structure_of
 
 
@@ -39,11 +39,11 @@ def strange_head(model: nn.Module) -> str | None:
     return _probe(original, _forwards(model), _head_difference)
 
 
-def strange_first_token_head(model: nn.Module) -> str | None:
-    """The same of a head that reads first tokens only: its logits."""
+def strange_reading_head(model: nn.Module) -> str | None:
+    """The same of a head that reads a part of the states: its logits."""
     cls = type(model)
-    original = cls.bert_fast_original if isinstance(model, FirstTokenHead) else cls
-    return _probe(original, _forwards(model), _first_token_difference)
+    original = cls.bert_fast_original if isinstance(model, ReadingHead) else cls
+    return _probe(original, _forwards(model), _reading_difference)
 
 
 def _forwards(model: nn.Module) -> frozenset[Any]:
@@ -82,7 +82,7 @@ def _small(original: Any) -> tuple[nn.Module, dict[str, Tensor]]:
     )  # fmt: skip
     model = original(config).float().eval()
     for module in model.modules():  # a constructor may have accelerated what it made
-        if isinstance(module, Packed | PackedHead | FirstTokenHead):
+        if isinstance(module, Packed | PackedHead | ReadingHead):
             module.__class__ = module.bert_fast_original
     for parameter in model.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
@@ -123,14 +123,21 @@ def _head_difference(original: Any) -> float:
     return max(logits.item(), (found["loss"] - expected["loss"]).abs().item())
 
 
-def _first_token_difference(original: Any) -> float:
+def _reading_difference(original: Any) -> float:
     """The largest difference between the logits."""
     with torch.device("cpu"), _apart(), torch.no_grad():
         model, inputs = _small(original)
         if original.__name__.endswith("MultipleChoice"):  # the texts are choices of one question
             inputs = {name: value.unsqueeze(0) for name, value in inputs.items()}
-        ours = _packed_copy(model, first_token_head(original))
-        return (ours(**inputs).logits - model(**inputs).logits).abs().max().item()
+        ours = _packed_copy(model, reading_head(original))
+        expected, found = model(**inputs), ours(**inputs)
+        if ours.bert_fast_reads == "first tokens":
+            return (found.logits - expected.logits).abs().max().item()
+    rows = inputs["attention_mask"].bool()
+    return max(
+        (found[name] - expected[name])[rows].abs().max().item()
+        for name in ("start_logits", "end_logits")
+    )
 
 
 def _packed_copy(model: Any, cls: type) -> Any:

@@ -9,17 +9,24 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import BertForMaskedLM, BertForPreTraining, BertForSequenceClassification
+from transformers import (
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+)
 
 import bert_fast
-from bert_fast.families import FIRST_TOKEN_HEADS
-from bert_fast.first_token import FirstTokenHead
+from bert_fast.families import READING_HEADS
 from bert_fast.modeling import encode
+from bert_fast.reading import ReadingHead
 
 from .against_hf import over_budget
 from .models import ids, masks, small, tiny
 from .parity import DEVICE
 
+FIRST = sorted(head for head, reads in READING_HEADS.items() if reads == "first tokens")
+SPANS = sorted(READING_HEADS.keys() - set(FIRST))
 BATCH, LENGTH = 24, 19  # errors of a few logits alone are luck
 
 
@@ -58,7 +65,7 @@ def rows_normalised(model: Any, inputs: dict[str, Any], **options: Any) -> list[
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("module", "name"), sorted(FIRST_TOKEN_HEADS), ids=lambda x: x)
+@pytest.mark.parametrize(("module", "name"), FIRST, ids=lambda x: x)
 def test_every_head_of_first_tokens(module: str, name: str) -> None:
     """Loss, logits and every gradient: within budget of transformers in fp64."""
     model = small(module, name)
@@ -67,12 +74,57 @@ def test_every_head_of_first_tokens(module: str, name: str) -> None:
         exact = results(copy.deepcopy(model).double(), inputs)
         plain = results(copy.deepcopy(model), inputs)
         ours = bert_fast.accelerate(copy.deepcopy(model))
-        assert isinstance(ours, FirstTokenHead)
+        assert isinstance(ours, ReadingHead)
         told = over_budget(exact, plain, results(ours, inputs))
         assert not told, "; ".join(told)
     tokens = int(inputs_of(name)["attention_mask"].sum())
     assert rows_normalised(model, inputs_of(name)) == [tokens, tokens, BATCH, BATCH]
     assert type(bert_fast.restore(ours)) is type(model)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("module", "name"), SPANS, ids=lambda x: x)
+def test_every_head_of_spans(module: str, name: str) -> None:
+    """Without labels, in evaluation: no padding computed, and none of it the best place."""
+    model = small(module, name)
+    for mask in ("right", "left", "first_hidden"):
+        inputs = {**inputs_of(name, mask)}
+        del inputs["labels"]
+        real = inputs["attention_mask"].bool()
+        with torch.no_grad():
+            exact, plain = copy.deepcopy(model).double()(**inputs), model(**inputs)
+            ours = bert_fast.accelerate(copy.deepcopy(model))
+            found = ours(**inputs)
+            assert isinstance(ours, ReadingHead) and found.keys() == plain.keys()
+            start, end = ours(**inputs, return_dict=False)
+        assert torch.equal(start, found.start_logits) and torch.equal(end, found.end_logits)
+        assert (start[~real] == torch.finfo(start.dtype).min).all()
+        told = over_budget(
+            *({"y": torch.stack(m.to_tuple(), 2)[real]} for m in (exact, plain, found))
+        )
+        assert not told, "; ".join(told)
+    tokens = int(inputs_of(name)["attention_mask"].sum())
+    inputs = {**inputs_of(name)}
+    del inputs["labels"]
+    assert rows_normalised(model, inputs) == [tokens] * 4
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_padding_that_a_loss_of_spans_reads(labelled: bool, training: bool) -> None:
+    """Its softmax runs over padding too; in training it may be taken of the logits."""
+    model = tiny(
+        BertForQuestionAnswering, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    model.train(training)
+    inputs: dict[str, Any] = {"input_ids": ids(4, 9), "attention_mask": masks(4, 9)["right"]}
+    if labelled:
+        inputs |= {"start_positions": ids(4, 1, 3), "end_positions": ids(4, 1, 3)}
+    padded = sum(rows_normalised(model, inputs)) == 4 * 36
+    assert padded == (labelled or training)
+    if labelled:
+        found = bert_fast.accelerate(copy.deepcopy(model))(**inputs).loss
+        torch.testing.assert_close(found, model(**inputs).loss, rtol=1e-5, atol=1e-5)
 
 
 def test_what_else_is_asked_of_a_head_is_whole() -> None:
@@ -91,7 +143,7 @@ def test_what_else_is_asked_of_a_head_is_whole() -> None:
     twin = pickle.loads(pickle.dumps(ours))
     assert type(twin) is type(ours)
     torch.testing.assert_close(twin(**inputs).logits, logits, rtol=0, atol=0)
-    assert "first tokens only" in str(bert_fast.report(ours))
+    assert "computes first tokens" in str(bert_fast.report(ours))
 
 
 def test_a_wrapped_encoder_is_not_told() -> None:
