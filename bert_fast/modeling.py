@@ -176,11 +176,7 @@ def run_layers(
     )
     if recompute and not h.requires_grad:
         h = h.detach().requires_grad_()  # reentrant checkpoints need an input with a gradient
-    dropping = any(
-        rate(d)
-        for layer in layers
-        for d in (layer.attention_dropout, layer.out_dropout, layer.down_dropout)
-    )
+    dropping = any(map(rate, structure.dropouts))
     why = _reasons_against_one_call(structure, dropping, h, backend)
     if not why and (int8 or preferred(h) or chosen(backend, "encoder") in ISAS):
         found = _in_one_call(structure.plain, h, sequences, backend, between, rows, int8)
@@ -222,7 +218,7 @@ def _reasons_against_one_call(
         return ["it trains or records gradients (torch.inference_mode() stops that)"]
     if tracing() or torch.is_autocast_enabled(h.device.type):
         return ["it is traced, or autocast is on"]
-    if any(norm.eps != plain.eps for m in structure.layers for norm in (m.out_norm, m.down_norm)):
+    if any(norm.eps != plain.eps for norm in structure.norms):
         return ["an eps was set since"]
     if chosen(backend, "encoder") == "reference":
         return ["backends of single ops are asked for"]

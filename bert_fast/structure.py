@@ -78,6 +78,7 @@ class Structure:
     embeddings: what comes before them.
     why: the reasons, if any, why the packed forward cannot run on these modules.
     plain: the layers as `ops.encoder` takes them; None if they are more than what it computes.
+    norms, dropouts: those of the layers, in one list.
     """
 
     family: Family
@@ -86,6 +87,8 @@ class Structure:
     layers: list[LayerParts]
     why: list[str]
     plain: Plain | None
+    norms: list[nn.Module]
+    dropouts: list[nn.Module]
 
 
 # Called for every inner module in every forward: without a frame of Python each.
@@ -154,7 +157,10 @@ def _look(model: nn.Module, family: Family) -> Structure:
         why.append(f"parameters are on {device}")
     modules = family.layers(model)
     layers = [] if why else [family.parts(module) for module in modules]
-    return Structure(family, embeddings, modules, layers, why, _plain(layers))
+    norms = [norm for m in layers for norm in (m.out_norm, m.down_norm)]
+    dropouts = [(m.attention_dropout, m.out_dropout, m.down_dropout) for m in layers]
+    there = [dropout for three in dropouts for dropout in three if dropout is not None]
+    return Structure(family, embeddings, modules, layers, why, _plain(layers), norms, there)
 
 
 def _embeddings(module: nn.Module) -> Embeddings:
