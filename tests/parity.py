@@ -87,8 +87,13 @@ def results(
     leaves = leaves_of(op, args, op.differentiable if wanted is None else wanted)
     y = run(*leaves)
     y.backward(dy)
+    return [y.detach(), *gradients(op, leaves)]
+
+
+def gradients(op: Op, leaves: tuple[Any, ...]) -> list[Tensor | None]:
+    """Those of the differentiable arguments, in their order."""
     found = [leaves[op.names.index(n)] for n in op.differentiable]
-    return [y.detach(), *(None if leaf is None else leaf.grad for leaf in found)]
+    return [None if leaf is None else leaf.grad for leaf in found]
 
 
 def trainable(op: Op, backend: str, args: tuple[Any, ...]) -> tuple[str, ...]:
