@@ -6,9 +6,8 @@ Each op's own launch code is run on meta tensors (the `samples` of its kernels r
 config) under a stand-in driver that names the target, so what is compiled here is what a launch
 there would compile. The table tells registers, spilled bytes (registers on AMD) and shared memory;
 the exit status is 1 if a kernel spills or wants more shared memory than the target has. `--quick`
-is for CI: every kernel in bf16 for every target, and in fp32 for sm90, at the main shapes; of those
-of attention and of the matrix products, which take most of the time, all for sm90 in bf16 and one
-each for the rest.
+is for CI: every kernel in bf16 for every target, and in fp32 for sm90; at all of the main shapes
+for sm90 in bf16, at one each for the rest.
 """
 
 from __future__ import annotations
@@ -42,11 +41,9 @@ TARGETS = {
     "sm120": ("cuda", 120, 32, 101376),
     "gfx942": ("hip", "gfx942", 64, 65536),
 }
-# Three quarters of the time of the main samples, which are few, goes into these.
-COSTLY = ("attention", "linear", "linear_gelu")
-# Which of their main samples a quick run compiles: all of them for the target of most users, one
-# each for the others. The last has the largest tiles: it goes to the targets with the least shared
-# memory, where it is what would not fit.
+# Which of a kernel's main samples a quick run compiles: all of them for the target of most users,
+# one each for the others. The last has the largest tiles: it goes to the targets with the least
+# shared memory, where it is what would not fit.
 QUICK = {
     ("sm90", "bf16"): None,
     ("sm90", "fp32"): -1,
@@ -145,7 +142,9 @@ def _record(unit: Unit) -> list[tuple[str, Any, dict[str, Any]]]:
     triton.knobs.runtime.jit_cache_hook = hook
     tiles.family.cache_clear()
     samples = list(module.samples(dtype, device, unit.full))
-    for label, args in samples if unit.only is None else [samples[unit.only]]:
+    if unit.only is not None and samples:
+        samples = [samples[unit.only % len(samples)]]
+    for label, args in samples:
         y, *residuals = module.forward(*args, save=True)
         if unit.module == "attention":
             residuals = [y, *residuals]  # its backward takes the output too
@@ -227,7 +226,7 @@ def table(units: list[Unit], processes: int) -> list[Row]:
 def quick(targets: list[str], names: list[str]) -> list[Unit]:
     """What CI compiles."""
     return [
-        Unit(name, target, dtype, full=False, only=only if name in COSTLY else None)
+        Unit(name, target, dtype, full=False, only=only)
         for (target, dtype), only in QUICK.items()
         if target in targets
         for name in names
