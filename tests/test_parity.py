@@ -100,7 +100,7 @@ def test_avx512_without_bf16_instructions(name: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("name", "backend"), BACKENDS)
 def test_compiled(name: str, backend: str, dtype: torch.dtype) -> None:
-    """The same through torch.compile: dynamo, fakes, the registered autograd, dynamic shapes."""
+    """The same through torch.compile: dynamo, fakes, the registered autograd."""
     if interpreted(backend) and dtype != torch.float32:
         pytest.skip("in the interpreter eager runs every dtype: compiling does not depend on it")
     op = OPS[name]
