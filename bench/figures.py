@@ -23,7 +23,13 @@ from .standings import OURS, Standing, fill, ordered, standings
 STRONG = "#d1490c"
 MUTED = ("#7f94b5", "#9dbb94", "#b59fc4", "#c9b37e", "#84b8b3", "#c99aa0", "#a7a7a7", "#6f8f78",
          "#8a7ca8", "#b98d6a", "#5f8aa0", "#c2c492")  # fmt: skip
-BY_PRECISION = {"fp32": "#1d4e89", "bf16": "#8f3b8a", "fp16": "#3d7a3a", "int8": "#8a6d1b"}
+BY_PRECISION = {
+    "fp32": "#1d4e89",
+    "bf16": "#8f3b8a",
+    "fp16": "#3d7a3a",
+    "int8": "#8a6d1b",
+    "fp8": "#7a3d3d",
+}
 BY_KERNEL = (STRONG, "#1d4e89", "#3d7a3a", "#7a3b8f", "#b8901c", "#0f7f83", "#8c2f39", "#4a4a8a")
 REFERENCE = "reference"
 MARKERS = "osD^vP*Xh<>p"

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from .results import Entry, Run
 from .standings import OURS
 
 # Relative L2 to fp64 over the real tokens above which an answer is wrong, not merely rounded.
-WRONG = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2, "int8": 0.6}
+WRONG = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2, "int8": 0.6, "fp8": 0.3}
 CHECKED = 4  # texts of a batch that are compared with fp64
 ROUNDS = 25
 # Seconds of a pass over all batches beyond which a contender is named instead of timed: a few
@@ -203,10 +204,8 @@ def _prepared(
     start = time.perf_counter()
     found = call(batches[0])
     entry.first_call_s = time.perf_counter() - start
-    start = time.perf_counter()
-    call(batches[0])
     numel = batches[0]["input_ids"].numel()
-    pace = (time.perf_counter() - start) / numel
+    pace = _best_of_three(partial(call, batches[0])) / numel
     if numel >= TELLING:
         contenders.pace[peer] = pace
     a_pass = pace * entry.padded_tokens
@@ -226,6 +225,19 @@ def _prepared(
         entry.failed = f"too slow to repeat: {a_pass:.0f} s a pass"
         return None
     return call, a_pass
+
+
+def _best_of_three(run: Callable[[], object]) -> float:
+    """Seconds: one call may be held up, and what is foretold from it would rule a peer out.
+
+    Of a call that takes long, fewer: it is not a short hold-up that makes it slow.
+    """
+    times: list[float] = []
+    while len(times) < 3 and sum(times) < 2.0:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 @torch.inference_mode()

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from bert_fast.ops.backends import best_isa
+from bert_fast.verification import IN_8_BITS
 
 from . import peers_exported as exported
 from . import peers_torch as inside
@@ -34,7 +35,13 @@ ABOUT = {
     "openvino_static": "Intel OpenVINO, compiled for the largest batch; smaller ones are padded",
     "ctranslate2": "CTranslate2, which drops padding too",
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Of all but the products that a precision names.
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "int8": torch.float32,
+    "fp8": torch.bfloat16,
+}
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,9 @@ def _never_missing() -> str | None:
 def _bert_fast_missing(precision: str) -> str | None:
     if precision == "int8" and best_isa() == 0:
         return "8-bit products need a processor with AVX2, and the C++ extension"
+    there = torch.cuda.is_available()
+    if precision == "fp8" and not (there and torch.cuda.get_device_capability() >= (8, 9)):
+        return "8-bit floats need an NVIDIA GPU of compute capability 8.9 or more"
     return None
 
 
@@ -89,8 +99,8 @@ def _openvino_missing(precision: str) -> str | None:
 
 def _bert_fast(precision: str) -> Peer:
     def build(model: nn.Module, folder: Path, batches: Sequence[Batch]) -> Forward:
-        int8 = precision == "int8"
-        return inside.build_bert_fast(model, batches, DTYPES["fp32" if int8 else precision], int8)
+        narrow = precision if precision in IN_8_BITS else None
+        return inside.build_bert_fast(model, batches, DTYPES[precision], narrow)
 
     return Peer("bert_fast", precision, partial(_bert_fast_missing, precision), build)
 
@@ -133,7 +143,7 @@ def _ctranslate2(precision: str) -> Peer:
 
 
 PEERS: tuple[Peer, ...] = (
-    *(_bert_fast(precision) for precision in ("fp32", "bf16", "int8")),
+    *(_bert_fast(precision) for precision in DTYPES),
     _transformers("eager", "fp32"),
     *(_transformers("sdpa", precision) for precision in ("fp32", "bf16")),
     *(_torch_compile(precision) for precision in ("fp32", "bf16")),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import bert_fast
+from bert_fast.verification import IN_8_BITS
 
 Batch = Mapping[str, Tensor]
 Forward = Callable[[Batch], Tensor]
@@ -28,16 +29,17 @@ class LastHidden(nn.Module):
 
 
 def build_bert_fast(
-    model: nn.Module, batches: Sequence[Batch], dtype: torch.dtype, int8: bool = False
+    model: nn.Module, batches: Sequence[Batch], dtype: torch.dtype, narrow: str | None = None
 ) -> Forward:
+    """narrow: the precision of products, as `accelerate` takes it."""
     encoder = LastHidden(model, "sdpa", dtype)
-    bert_fast.accelerate(encoder, dtype="int8" if int8 else None)
+    bert_fast.accelerate(encoder, dtype=narrow, graphs=True)
     if not isinstance(encoder.model, bert_fast.BertModel):
         raise RuntimeError(f"accelerate left the model as it was: {bert_fast.report(encoder)}")
-    if int8:
+    if narrow:
         with torch.inference_mode():
             told = bert_fast.explain(encoder, min(batches, key=lambda b: b["input_ids"].numel()))
-        if not any("int8" in choice.on for choice in told.choices):
+        if not any(map(IN_8_BITS[narrow], told.choices)):
             raise RuntimeError(f"8-bit products do not run here: {told}")
     return _inference(encoder)
 

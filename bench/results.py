@@ -45,7 +45,7 @@ class Entry:
     """One contender on one workload.
 
     contender: "bert_fast", "hf_sdpa", "openvino_static", ...; see `bench.peers`.
-    precision: "fp32", "bf16", "fp16" or "int8": the class it competes in.
+    precision: "fp32", "bf16", "fp16", "int8" or "fp8": the class it competes in.
     seconds: of each kept window, all batches of the workload once.
     ratio: this contender's time over that of bert_fast in its precision: above 1, bert_fast is
         faster. None for bert_fast itself.

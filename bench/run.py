@@ -30,7 +30,7 @@ from .workloads import MODELS, WORKLOADS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARTS = ("models", "ops", "scaling")
-PRECISIONS = ("fp32", "bf16", "int8")
+PRECISIONS = ("fp32", "bf16", "int8", "fp8")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", help=f"of {','.join(MODELS)}")
     parser.add_argument("--workloads", help=f"of {','.join(WORKLOADS)}")
     parser.add_argument("--contenders", help="names of peers; all that are installed otherwise")
-    parser.add_argument("--precisions", help="of fp32,bf16,int8")
+    parser.add_argument("--precisions", help="of fp32,bf16,int8,fp8")
     parser.add_argument("--seconds", type=float, help="for each workload, about (20; --quick: 10)")
     parser.add_argument("--out", type=Path, help="bench/results/cpu-<machine>-<commit>.json")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"))

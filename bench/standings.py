@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .results import Entry, Run
 
 OURS = "bert_fast"
-PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")
 FULL = 0.98  # of a batch are real tokens: nothing to gain from dropping the padding
 FULL_NAMES = {"bf16": "bfloat16", "fp16": "float16"}
 KINDS = {

@@ -148,7 +148,8 @@ def _record(unit: Unit) -> list[tuple[str, Any, dict[str, Any]]]:
         y, *residuals = module.forward(*args, save=True)
         if unit.module == "attention":
             residuals = [y, *residuals]  # its backward takes the output too
-        module.backward(torch.empty_like(y), *args, *residuals, needs=[True] * len(args))
+        if hasattr(module, "backward"):
+            module.backward(torch.empty_like(y), *args, *residuals, needs=[True] * len(args))
         for key, kernel, found in launches:
             jobs.setdefault(key, (label, kernel, found))
         launches.clear()

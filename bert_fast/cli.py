@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-MODES = {**DTYPES, "int8": "float32"}  # of a model: products in 8 bits are made of fp32 weights
+NARROW = {"int8": "float32", "fp8": "bfloat16"}  # of products; and what all else is in
+MODES = {**DTYPES, **NARROW}
 ModelDtype = Annotated[
-    str, typer.Option(help="fp32, bf16, fp16, or int8: products in 8 bits, on a CPU.")
+    str, typer.Option(help="fp32, bf16, fp16; products in 8 bits: int8 on a CPU, fp8 on a GPU.")
 ]
 DEVICES = ("auto", "cpu", "cuda")
 POOLINGS = ("mean", "cls")
@@ -100,8 +101,8 @@ def embed(
 
         own = sentence_settings(model)
         bert, tokenizer = load(model, dtype, device)
-        if dtype == "int8":
-            accelerate(bert, dtype="int8")
+        if dtype in NARROW:
+            accelerate(bert, dtype=dtype)
         limit = token_limit(bert, tokenizer, max_length or own.max_length)
         start = time.perf_counter()
         with log.status("tokenising"):
@@ -148,8 +149,8 @@ def verify(
     """Whether this model through bert_fast is as exact as through transformers, against fp64.
 
     Exit code 1 where an error is over twice that of transformers in the same dtype (three times
-    for gradients), or where bert_fast's own forward does not run; in int8, where the cosine to the
-    truth is below 0.998 for a text or 0.98 for a token.
+    for gradients), or where bert_fast's own forward does not run; in int8 and fp8, where the cosine
+    to the truth is below 0.998 for a text or 0.98 for a token, or where they do not run.
     """
     with one_line_errors():
         check_choice("dtype", dtype, MODES)
@@ -164,8 +165,8 @@ def verify(
         bert, tokenizer = load(model, dtype, device)
         from .verification import verify as compare
 
-        int8 = "int8" if dtype == "int8" else None
-        found = compare(bert, chosen, tokenizer, backend, gradients, int8)
+        narrow = dtype if dtype in NARROW else None
+        found = compare(bert, chosen, tokenizer, backend, gradients, narrow)
         print(found)
         if json_file:
             json_file.write_text(json.dumps(found.to_json(), indent=1) + "\n")
@@ -233,7 +234,7 @@ def explain(
 
         batch = tokenizer(list(SAMPLE_TEXTS), padding=True, return_tensors="pt").to(bert.device)
         with torch.inference_mode():
-            bert_fast.accelerate(bert, dtype="int8" if dtype == "int8" else None)
+            bert_fast.accelerate(bert, dtype=dtype if dtype in NARROW else None)
             print(bert_fast.explain(bert, batch))
 
 

@@ -14,8 +14,9 @@ from torch import nn
 from . import ops
 from .attention_interface import accelerate_attention, restore_attention
 from .families import ATTENTION_ONLY, BY_CLASS, REFUSED, Family
+from .graphs import kept_of
 from .masked_lm import PackedHead, is_head, reasons_against_head, restore_head, swap_head
-from .modeling import CHECKPOINTS, Backend
+from .modeling import CHECKPOINTS
 from .notice import warn_once
 from .packed import (
     OPTIONS,
@@ -27,6 +28,7 @@ from .packed import (
     reasons_against,
     reasons_against_kind,
 )
+from .paths import Backend
 from .probe import strange, strange_head, strange_reading_head
 from .reading import ReadingHead, is_reading_head, restore_reading_head, swap_reading_head
 from .structure import reasons_against_layers, structure_of
@@ -39,6 +41,7 @@ def accelerate(
     sparse_logits: bool = False,
     checkpoint: str = "none",
     dtype: str | None = None,
+    graphs: bool = False,
 ) -> nn.Module:
     """Makes every Hugging Face encoder inside `model` run packed and fused, in place.
 
@@ -56,10 +59,14 @@ def accelerate(
             network, a third less memory for about a tenth more time. "full": every layer from
             its input. Hugging Face's `gradient_checkpointing_enable()` works as well.
         dtype: None: the model's own everywhere. "int8": in inference on a CPU, products with the
-            layers' weights in 8 bits (`ops.linear_int8`), all else in the model's dtype; the
-            weights stay as they are. Where that cannot be, the model's dtype is used, with the
-            reason said once (but not inside torch.compile and torch.export). About 0.999 of cosine
-            similarity to fp32; `verify` tells for yours.
+            layers' weights in 8 bits (`ops.linear_int8`), all else in the model's dtype. "fp8":
+            the same on a GPU that has e4m3 (`ops.linear_fp8`). The weights stay as they are. Where
+            that cannot be, the model's dtype is used, with the reason said once (but not inside
+            torch.compile and torch.export). About 0.999 of cosine similarity to fp32; `verify`
+            tells for yours.
+        graphs: in inference on a GPU, batches of up to 4,096 tokens replay CUDA graphs, recorded at
+            their first use for buckets of like sizes (at most 32, the last used). Elsewhere it
+            changes nothing.
 
     Returns: the same object. Parameters, state_dict, dtype and device are not touched;
         `restore` undoes the change.
@@ -73,9 +80,10 @@ def accelerate(
         raise ValueError(
             f"bert_fast.accelerate: checkpoint is {checkpoint!r}, expected one of {CHECKPOINTS}"
         )
-    if dtype not in (None, "int8"):
-        raise ValueError(f"bert_fast.accelerate: dtype is {dtype!r}, expected None or 'int8'")
-    int8 = dtype == "int8"
+    if dtype not in (None, "int8", "fp8"):
+        raise ValueError(
+            f"bert_fast.accelerate: dtype is {dtype!r}, expected None, 'int8' or 'fp8'"
+        )
     found = [m for m in model.modules() if _row(m) or _other(m)]
     if not found:
         raise ValueError(
@@ -94,7 +102,7 @@ def accelerate(
         row = _row(module)
         if row is None:
             why = _accelerate_other(module)
-            if int8 and not why:
+            if dtype and not why:
                 warn_once(
                     f"bert_fast: {type(module).__name__} takes the attention alone: its products "
                     "stay in the model's dtype",
@@ -109,7 +117,7 @@ def accelerate(
             if not isinstance(module, Packed):
                 module.__class__ = packed_class(type(module))  # type: ignore[arg-type]
             module.__dict__[OPTIONS] = Options(
-                backend, module in read_whole, checkpoint=checkpoint, int8=int8
+                backend, module in read_whole, checkpoint=checkpoint, dtype=dtype, graphs=graphs
             )
         if why:
             refused[module] = why
@@ -191,7 +199,8 @@ def report(model: nn.Module) -> Report:
         if packed and not why:
             options = options_of(module)
             how = [f"backend {options.backend}"]
-            how += ["products of the layers in int8"] * options.int8
+            how += [f"products of the layers in {options.dtype}"] * bool(options.dtype)
+            how += [f"small batches by CUDA graphs, {kept_of(module)} kept"] * options.graphs
             how += ["padding kept where its head reads it"] * options.keep_padding
             how += sorted(
                 f"{part} unfused: {type(found).__qualname__}"

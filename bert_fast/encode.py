@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from . import ops
 from .convert import is_encoder
 from .families import family_of
-from .modeling import Backend, chosen, encode
+from .modeling import encode
 from .ops.pool import MODES
 from .packed import options_of, reasons_against
+from .paths import Backend, chosen
 from .structure import structure_of
 
 TEXTS_AT_ONCE = 8_192  # bounds what the tokenizer's Python lists take, not what is kept
@@ -76,7 +77,7 @@ def embed(
 
     Args:
         model: a transformers encoder, or a module with one inside; on any device, in fp32, bf16
-            or fp16. Accelerated or not; accelerated with dtype="int8", it runs in int8. It runs
+            or fp16. Accelerated or not; accelerated with dtype="int8" or "fp8", in that. It runs
             in evaluation mode and is left as it was.
         tokenizer: its fast tokenizer.
         texts: n strings; an empty one gives the embedding of the empty text.
@@ -166,7 +167,7 @@ def embed_tokens(
                 read = cu_seqlens[:-1].long() if pooling == "cls" else None
                 longest = int(lengths[rows[0]])
                 hidden = encode(
-                    bert, ids, cu_seqlens, longest, backend=backend, rows=read, int8=options.int8
+                    bert, ids, cu_seqlens, longest, backend=backend, rows=read, dtype=options.dtype
                 )  # [T, H], or [B, H] of the first tokens
                 bounds = cu_seqlens
                 if read is not None:

@@ -11,10 +11,11 @@ from torch import nn
 
 from .convert import is_encoder
 from .inputs import read_batch
-from .modeling import chosen, packed_forward
+from .modeling import packed_forward
 from .ops.encoder import OP as ENCODER
 from .ops.registry import Kernel, Op
 from .packed import REAL_ONLY, Packed, arguments, options_of, reasons_against, reasons_against_call
+from .paths import Backend, chosen
 from .structure import Structure, structure_of
 
 
@@ -85,23 +86,26 @@ def explain(model: nn.Module, inputs: Mapping[str, Any]) -> Explanation:
     given = arguments(module, args, kwargs)
     structure = structure_of(module, module.bert_fast_family)
     why = reasons_against_call(module, given) or reasons_against(module, structure)
-    return Explanation(fallback=why) if why else _watch(module, structure, given)
+    return Explanation(fallback=why) if why else _explained(module, structure, given)
 
 
-def _watch(module: Any, structure: Structure, given: dict[str, Any]) -> Explanation:
-    options = options_of(module)
-    seen: dict[tuple[str, str], Choice] = {}
+@dataclass(frozen=True)
+class _Watch:
+    """Chooses as `backend` says, and keeps what was chosen by op and what it ran on."""
 
-    def watch(op: Op, args: tuple[Any, ...]) -> Kernel:
-        kernel = op.choose(args, chosen(options.backend, op.name))
+    backend: Backend
+    seen: dict[tuple[str, str], Choice] = field(default_factory=dict)
+
+    def __call__(self, op: Op, args: tuple[Any, ...]) -> Kernel:
+        kernel = op.choose(args, chosen(self.backend, op.name))
         tensors = [a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
         on = "x".join(map(str, tensors[0].shape)) + f" {tensors[0].dtype}".replace("torch.", "")
         if op is ENCODER and args[-1]:
             on += " in int8"
-        before = seen.get((op.name, on))
+        before = self.seen.get((op.name, on))
         # Where no kernel takes the layers as a whole, their ops follow.
         by_ops = op is ENCODER and kernel.backend == "reference"
-        seen[op.name, on] = Choice(
+        self.seen[op.name, on] = Choice(
             op.name,
             "op by op" if by_ops else kernel.backend,
             kernel.backward_backend,
@@ -111,13 +115,17 @@ def _watch(module: Any, structure: Structure, given: dict[str, Any]) -> Explanat
         )
         return kernel
 
+
+def _explained(module: Any, structure: Structure, given: dict[str, Any]) -> Explanation:
+    options = options_of(module)
+    watch = _Watch(options.backend)
     keep_padding = options.keep_padding and not given.get(REAL_ONLY)
     batch = read_batch(structure, given, keep_padding)
-    h = packed_forward(module, structure, batch, watch, int8=options.int8)
+    h = packed_forward(module, structure, batch, watch, dtype=options.dtype)
     batch.packing.pad(h, watch)
     packing = batch.packing
     return Explanation(
         tokens=batch.tokens,
         padded_tokens=packing.batch * packing.length,
-        choices=list(seen.values()),
+        choices=list(watch.seen.values()),
     )

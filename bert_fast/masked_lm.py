@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .families import HEAD_BY_CLASS, HEADS, Head, HeadParts
-from .modeling import activated_linear, cast, chosen, linear, normalized
+from .modeling import activated_linear, cast, linear, normalized
 from .ops.masked_lm_loss import IGNORED
 from .packed import (
     AS_PACKED,
@@ -32,6 +32,7 @@ from .packed import (
     tell,
 )
 from .padding import Packing, pack_full
+from .paths import chosen
 from .structure import hooked, hooked_inside, odd
 
 

@@ -8,9 +8,9 @@ arXiv 1706.03762).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
@@ -21,26 +21,24 @@ from .families import LayerParts, family_of
 from .inputs import Batch, read_batch
 from .notice import warn_once
 from .ops.backends import ISAS
-from .ops.encoder import LAYER, preferred
-from .ops.encoder import OP as ENCODER
-from .ops.registry import Chooser, tracing
+from .ops.encoder import preferred
+from .ops.qkv_linear import packed
+from .ops.registry import tracing
 from .ops.rng import draw_seeds
-from .structure import Embeddings, Plain, Structure, activation_name, structure_of
-
-Backend = str | Mapping[str, str] | Chooser
+from .paths import (
+    Backend,
+    Sequences,
+    chosen,
+    in_one_call,
+    like,
+    reasons_against_fp8,
+    reasons_against_plain,
+)
+from .structure import Embeddings, Structure, activation_name, structure_of
 
 # What training keeps of a layer: all but what an elementwise pass restores; not the inner states
 # of the feed-forward network either (one GEMM more); its input only (the whole layer again).
 CHECKPOINTS = ("none", "selective", "full")
-
-
-class Sequences(NamedTuple):
-    """What attention needs to know of the packed sequences; see `ops.attention`."""
-
-    cu_seqlens: Tensor
-    max_seqlen: int
-    key_start: Tensor | None = None
-    bias: Tensor | None = None
 
 
 def encode(
@@ -52,7 +50,7 @@ def encode(
     position_ids: Tensor | None = None,
     backend: Backend = "auto",
     rows: Tensor | None = None,
-    int8: bool = False,
+    dtype: str | None = None,
 ) -> Tensor:
     """The last hidden states of packed tokens, without any padding on the way.
 
@@ -65,7 +63,7 @@ def encode(
         position_ids: [T] or None (counted within each sequence).
         backend: "auto", one backend for every op, or a mapping from op to backend.
         rows: [R] int64, distinct, the tokens whose states are wanted; None: all.
-        int8: as `accelerate` has dtype="int8".
+        dtype: of products, as `accelerate` has it.
 
     Returns: [T, H], or [R, H] in the order of `rows`, in the model's dtype.
     Raises: ValueError for a sequence longer than the position table and for a model that cannot
@@ -85,7 +83,7 @@ def encode(
     if structure.why:
         raise ValueError(f"{type(model).__name__} cannot run packed: {'; '.join(structure.why)}")
     batch = read_batch(structure, inputs)
-    return packed_forward(model, structure, batch, backend, rows=rows, int8=int8)
+    return packed_forward(model, structure, batch, backend, rows=rows, dtype=dtype)
 
 
 def packed_forward(
@@ -96,7 +94,7 @@ def packed_forward(
     between: Callable[[Tensor], Tensor] | None = None,
     checkpoint: str = "none",
     rows: Tensor | None = None,
-    int8: bool = False,
+    dtype: str | None = None,
 ) -> Tensor:
     """Embeddings and every layer on packed tokens -> [T, H], or [R, H] of the rows asked for.
 
@@ -105,7 +103,8 @@ def packed_forward(
     checkpoint: one of `CHECKPOINTS`, what training keeps of a layer.
     rows: [R] int64, distinct: all that will be read. After its attention, the last layer computes
         nothing else, which changes no value.
-    int8: the layers' products with weights in 8 bits; where that cannot be, says why once.
+    dtype: "int8", "fp8": the layers' products with weights in 8 bits; where that cannot be, says
+        why once. None: in the model's own.
     """
     family = structure.family
     h = embed(structure.embeddings, batch, backend)
@@ -116,7 +115,7 @@ def packed_forward(
         learned = family.bias(model, packing.max_seqlen, packing.cu_seqlens).to(h.dtype)
         bias = learned if bias is None else bias + learned
     sequences = Sequences(packing.cu_seqlens, packing.max_seqlen, packing.key_start, bias)
-    return run_layers(structure, h, sequences, backend, between, checkpoint, rows, int8)
+    return run_layers(structure, h, sequences, backend, between, checkpoint, rows, dtype)
 
 
 def embed(e: Embeddings, batch: Batch, backend: Backend) -> Tensor:
@@ -167,7 +166,7 @@ def run_layers(
     between: Callable[[Tensor], Tensor] | None,
     checkpoint: str,
     rows: Tensor | None = None,
-    int8: bool = False,
+    dtype: str | None = None,
 ) -> Tensor:
     """Every layer on packed tokens [T, H] -> [T, H] or [R, H]; see `packed_forward`."""
     modules, layers = structure.modules, structure.layers
@@ -177,13 +176,18 @@ def run_layers(
     if recompute and not h.requires_grad:
         h = h.detach().requires_grad_()  # reentrant checkpoints need an input with a gradient
     dropping = any(map(rate, structure.dropouts))
-    why = _reasons_against_one_call(structure, dropping, h, backend)
-    if not why and (int8 or preferred(h) or chosen(backend, "encoder") in ISAS):
-        found = _in_one_call(structure.plain, h, sequences, backend, between, rows, int8)
-        if isinstance(found, Tensor):
-            return found
-        why = found
-    if int8 and not tracing():
+    why, int8 = reasons_against_plain(structure, dropping, h), dtype == "int8"
+    if dtype == "fp8":
+        why = why or reasons_against_fp8(structure.plain, h, backend)
+    else:
+        if not why and chosen(backend, "encoder") == "reference":
+            why = ["backends of single ops are asked for"]
+        if not why and (int8 or preferred(h) or chosen(backend, "encoder") in ISAS):
+            found = in_one_call(structure.plain, h, sequences, backend, between, rows, int8)
+            if isinstance(found, Tensor):
+                return found
+            why = found
+    if dtype and why and not tracing():
         warn_once(f"bert_fast: the layers run in {h.dtype}, not in 8 bits: {'; '.join(why)}")
     seeds = draw_seeds(3 * len(layers), h.device) if dropping else None
     h = h if between is None else between(h)
@@ -195,6 +199,7 @@ def run_layers(
             seeds=None if seeds is None else seeds[3 * i : 3 * i + 3],
             backend=backend,
             recompute=checkpoint == "selective",
+            fp8=dtype == "fp8" and not why,
             rows=rows if i == len(layers) - 1 else None,
         )
         if recompute and module.gradient_checkpointing:
@@ -207,50 +212,6 @@ def run_layers(
     return h
 
 
-def _reasons_against_one_call(
-    structure: Structure, dropping: bool, h: Tensor, backend: Backend
-) -> list[str]:
-    """Why `ops.encoder` cannot stand for these layers now (empty: a kernel may take them)."""
-    plain = structure.plain
-    if plain is None:
-        return ["its layers have other modules than plain ones, or settings that differ"]
-    if dropping or h.requires_grad:
-        return ["it trains or records gradients (torch.inference_mode() stops that)"]
-    if tracing() or torch.is_autocast_enabled(h.device.type):
-        return ["it is traced, or autocast is on"]
-    if any(norm.eps != plain.eps for norm in structure.norms):
-        return ["an eps was set since"]
-    if chosen(backend, "encoder") == "reference":
-        return ["backends of single ops are asked for"]
-    return []
-
-
-def _in_one_call(
-    plain: Plain | None,
-    h: Tensor,
-    sequences: Sequences,
-    backend: Backend,
-    between: Callable[[Tensor], Tensor] | None,
-    rows: Tensor | None,
-    int8: bool,
-) -> Tensor | list[str]:
-    """`run_layers` by `ops.encoder`, layer by layer for `between`; or why no kernel takes it."""
-    assert plain is not None
-    about = (h, sequences.cu_seqlens, sequences.key_start, _like(sequences.bias, h))
-    settings = (plain.heads, sequences.max_seqlen, plain.eps, plain.activation, int8)
-    everything = (*about, rows, plain.weights, *settings)
-    kernel = ENCODER.choose(everything, chosen(backend, "encoder"))
-    if kernel.backend == "reference":
-        return [f"{name}: {'; '.join(why)}" for name, why in ENCODER.reasons(everything) if why]
-    if between is None:
-        return ENCODER.infer(kernel, everything)
-    h = between(h)
-    for i in range(0, len(plain.weights), len(LAYER)):
-        weights = plain.weights[i : i + len(LAYER)]
-        h = between(ENCODER.infer(kernel, (h, *about[1:], None, weights, *settings)))
-    return h
-
-
 def layer_forward(
     h: Tensor,
     layer: LayerParts,
@@ -258,24 +219,28 @@ def layer_forward(
     seeds: Tensor | None,
     backend: Backend,
     recompute: bool = False,
+    fp8: bool = False,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """One post-LN encoder layer on packed tokens [T, H] -> [T, H], or [R, H] of `rows`."""
+    """One post-LN encoder layer on packed tokens [T, H] -> [T, H], or [R, H] of `rows`.
+
+    fp8: its products with weights are those of `ops.linear_fp8`; its linears must be plain ones.
+    """
     m = layer
     s0, s1, s2 = (None, None, None) if seeds is None else seeds.split(1)
     p0, p1, p2 = rate(m.attention_dropout), rate(m.out_dropout), rate(m.down_dropout)
 
-    qkv = project_qkv(m, h, backend)  # [T, 3, N, D]
+    qkv = project_qkv(m, h, backend, fp8)  # [T, 3, N, D]
     context = ops.attention(
         qkv, sequences.cu_seqlens, sequences.max_seqlen, qkv.shape[3] ** -0.5,
-        sequences.key_start, _like(sequences.bias, qkv), p0, s0 if p0 else None,
+        sequences.key_start, like(sequences.bias, qkv), p0, s0 if p0 else None,
         chosen(backend, "attention"),
     ).flatten(1)  # fmt: skip
     if rows is not None:
         use = chosen(backend, "unpad")
         context, h = ops.unpad(context, rows, use), ops.unpad(h, rows, use)
-    h = add_norm(*without_bias(m.out, context, backend), h, m.out_norm, p1, s1, backend)
-    y, bias = feed_forward(m, h, backend, recompute)
+    h = add_norm(*without_bias(m.out, context, backend, fp8), h, m.out_norm, p1, s1, backend)
+    y, bias = feed_forward(m, h, backend, recompute, fp8)
     return add_norm(y, bias, h, m.down_norm, p2, s2, backend)
 
 
@@ -283,10 +248,13 @@ def layer_forward(
 # -- its dtype and norms in that of the weights, as torch.autocast has it for their ATen forms
 
 
-def project_qkv(m: LayerParts, h: Tensor, backend: Backend) -> Tensor:
+def project_qkv(m: LayerParts, h: Tensor, backend: Backend, fp8: bool = False) -> Tensor:
     """[T, H] -> queries, keys and values [T, 3, N, D]."""
     three = (m.query, m.key, m.value)
-    if all(type(part) is nn.Linear for part in three):
+    if fp8:
+        one, bias = packed([part.weight for part in three] + [part.bias for part in three], True)
+        qkv = ops.linear_fp8(h, one, bias, "none", chosen(backend, "linear_fp8"))
+    elif all(type(part) is nn.Linear for part in three):
         q, k, v = (cast(part.weight) for part in three)
         q_bias, k_bias, v_bias = (cast(part.bias) for part in three)
         use = chosen(backend, "qkv_linear")
@@ -318,11 +286,15 @@ def normalized(x: Tensor, norm: nn.Module, backend: Backend) -> Tensor:
 
 
 def feed_forward(
-    m: LayerParts, h: Tensor, backend: Backend, recompute: bool
+    m: LayerParts, h: Tensor, backend: Backend, recompute: bool, fp8: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """[T, H] -> [T, H] and the bias that is still to be added."""
     name = activation_name(m.activation)
     plain = type(m.up) is type(m.down) is nn.Linear
+    if fp8:
+        assert name is not None
+        inner = ops.linear_fp8(h, m.up.weight, m.up.bias, name, chosen(backend, "linear_fp8"))
+        return without_bias(m.down, inner, backend, fp8)
     if name is None or not plain:
         return without_bias(m.down, activated_linear(m.up, m.activation, h, backend), backend)
     up, up_bias, down = cast(m.up.weight), cast(m.up.bias), cast(m.down.weight)
@@ -330,8 +302,13 @@ def feed_forward(
     return ops.feed_forward(cast(h), up, up_bias, down, name, recompute, use), m.down.bias
 
 
-def without_bias(part: nn.Module, x: Tensor, backend: Backend) -> tuple[Tensor, Tensor | None]:
+def without_bias(
+    part: nn.Module, x: Tensor, backend: Backend, fp8: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """A projection and its bias, which is added in the norm; of another module, all at once."""
+    if fp8:
+        use = chosen(backend, "linear_fp8")
+        return ops.linear_fp8(x, part.weight, None, "none", use), part.bias
     if type(part) is not nn.Linear:
         return linear(part, x, backend), None
     y = ops.linear(cast(x), cast(part.weight), None, chosen(backend, "linear"))
@@ -368,21 +345,6 @@ def cast(x: Any) -> Any:
     return x.to(torch.get_autocast_dtype(x.device.type))
 
 
-def _like(bias: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if bias is None else bias.to(x.dtype)
-
-
 def rate(dropout: nn.Module | None) -> float:
     """A dropout module's probability now: 0 in eval mode."""
     return dropout.p if dropout is not None and dropout.training else 0.0
-
-
-def chosen(backend: Backend, op: str) -> str | Chooser:
-    """The backend asked for this op.
-
-    For `encoder`: "reference", which means op by op, where backends of other ops are named.
-    """
-    if isinstance(backend, Mapping):
-        return backend.get(op, "reference" if op == "encoder" else "auto")
-    named = isinstance(backend, str) and backend != "auto"
-    return "reference" if named and op == "encoder" else backend

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, ClassVar, NamedTuple
@@ -16,11 +17,14 @@ from transformers import modeling_outputs
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .families import BY_CLASS, FAMILIES, Family
-from .inputs import read_batch
-from .modeling import Backend, chosen, packed_forward
+from .graphs import bucket_of, forget_graphs, graphs_of
+from .graphs import reasons_against as reasons_against_graph
+from .inputs import Batch, read_batch
+from .modeling import packed_forward
 from .notice import warn_once
 from .ops.weight_copies import forget
 from .padding import Packing
+from .paths import Backend, chosen
 from .structure import Structure, structure_of
 
 OPTIONS = "_bert_fast"
@@ -38,14 +42,16 @@ class Options:
     keep_padding: padded positions are computed too, because the head above reads them.
     checkpoint: one of `modeling.CHECKPOINTS`.
     sparse_logits: a masked-LM head that is given labels leaves out the logits of other tokens.
-    int8: in inference, products with the layers' weights in 8 bits.
+    graphs: small batches on a GPU replay CUDA graphs; see `graphs`.
+    dtype: "int8" or "fp8": in inference, that of products with the layers' weights; or None.
     """
 
     backend: Backend = "auto"
     keep_padding: bool = False
     sparse_logits: bool = False
     checkpoint: str = "none"
-    int8: bool = False
+    dtype: str | None = None
+    graphs: bool = False
 
 
 _DEFAULT = Options()
@@ -152,9 +158,7 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             rows = as_packed(packing)
         elif first_only:
             rows = packing.starts()
-    h = packed_forward(
-        model, structure, batch, options.backend, between, options.checkpoint, rows, options.int8
-    )
+    h = _encoded(model, structure, batch, options, between, rows)
     if as_packed:
         pooled = None
         if family.pooled is not None and packing.length:
@@ -174,6 +178,28 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         fields["hidden_states"] = _selected(states, collect)
     output = getattr(modeling_outputs, family.output)(**fields)
     return output if asked(model, given, "return_dict", True) else output.to_tuple()
+
+
+def _encoded(
+    model: Any,
+    structure: Structure,
+    batch: Batch,
+    options: Options,
+    between: Callable[[Tensor], Tensor] | None,
+    rows: Tensor | None,
+) -> Tensor:
+    """The packed forward, replayed from a graph where that serves."""
+    backend, dtype = options.backend, options.dtype
+
+    def run(batch: Batch, rows: Tensor | None) -> Tensor:
+        return packed_forward(
+            model, structure, batch, backend, between, options.checkpoint, rows, dtype
+        )
+
+    if not options.graphs or between or reasons_against_graph(structure, batch):
+        return run(batch, rows)
+    bucket = bucket_of(batch, rows, backend, dtype)
+    return graphs_of(model, structure)(bucket, batch, rows, run)
 
 
 def arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -208,7 +234,8 @@ def _places(model: Any) -> list[tuple[torch.device, torch.dtype]]:
 
 
 def forget_copies(model: Any) -> None:
-    """Drops every copy made of the model's weights."""
+    """Drops every copy made of the model's weights, and the graphs that read them."""
+    forget_graphs(model)
     for parameter in model.parameters():
         forget(parameter)
 

@@ -19,10 +19,15 @@ from torch import Tensor, nn
 
 from .convert import accelerate, is_encoder, restore
 from .explanation import Explanation, explain
-from .modeling import Backend
+from .paths import Backend
 
 MAX_TEXTS = 64
-SENTENCE, TOKEN = 0.998, 0.98  # least cosines to the truth in int8
+SENTENCE, TOKEN = 0.998, 0.98  # least cosines to the truth with products in 8 bits
+# How `explain` tells that they were.
+IN_8_BITS = {
+    "int8": lambda choice: "int8" in choice.on,
+    "fp8": lambda choice: choice.op == "linear_fp8",
+}
 
 
 @dataclass(frozen=True)
@@ -59,9 +64,9 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        if self.dtype == "int8":
+        if self.dtype in IN_8_BITS:
             near = self.cosine >= SENTENCE and self.token_cosine >= TOKEN
-            return near and any("int8" in choice.on for choice in self.explanation.choices)
+            return near and any(map(IN_8_BITS[self.dtype], self.explanation.choices))
         errors = self.states + ([self.gradient] if self.gradient else [])
         return not self.explanation.fallback and all(error.passed for error in errors)
 
@@ -69,7 +74,7 @@ class Verification:
         return {**asdict(self), "passed": self.passed}
 
     def __str__(self) -> str:
-        exact = "near the truth" if self.dtype == "int8" else "as exact as Hugging Face"
+        exact = "near the truth" if self.dtype in IN_8_BITS else "as exact as Hugging Face"
         lines = [
             f"{self.model} in {self.dtype} on {self.texts} texts: "
             + (exact if self.passed else f"NOT {exact}"),
@@ -78,7 +83,7 @@ class Verification:
         for e in self.states + ([self.gradient] if self.gradient else []):
             numbers = (e.max_abs, e.relative, e.hf_relative, e.allowed)
             row = "".join(f"{number:>12.2e}" for number in numbers)
-            over = not e.passed and self.dtype != "int8"
+            over = not e.passed and self.dtype not in IN_8_BITS
             lines.append(f"{e.name:<12}{row}" + "  over" * over)
         lines.append(f"smallest cosine of a text's mean embedding to the truth: {self.cosine:.8f}")
         lines.append(
@@ -113,7 +118,7 @@ def verify(
         tokenizer: its tokenizer.
         backend: as in `bert_fast.accelerate`.
         gradients: also compare the gradient of a random projection of the last hidden states with
-            respect to the encoder's parameters. Not in int8, which has none.
+            respect to the encoder's parameters. Not with products in 8 bits, which have none.
         dtype: as in `bert_fast.accelerate`.
 
     Returns: errors by hidden state (the embeddings, then each layer), of the gradient, the

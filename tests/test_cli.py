@@ -137,7 +137,7 @@ def test_truncation_is_one_warning(bert_fast_embed, text_file):
 
 
 def test_wrong_options(bert_fast_embed, text_file):
-    refused(bert_fast_embed(text_file, "--dtype", "fp8")[0], "unknown dtype 'fp8'", "bf16")
+    refused(bert_fast_embed(text_file, "--dtype", "fp4")[0], "unknown dtype 'fp4'", "bf16")
     refused(bert_fast_embed(text_file, "--pooling", "max")[0], "unknown pooling 'max'", "mean")
     refused(bert_fast_embed(text_file, "--device", "tpu")[0], "unknown device 'tpu'", "cuda")
     refused(bert_fast_embed(text_file, "--max-length", "99")[0], "max_length is 99", "24")
@@ -203,7 +203,7 @@ def test_doctor():
     assert result.exit_code == 0, result.output
     for word in ("torch", "transformers", "bert_fast", "GPU", "attention", "add_layernorm"):
         assert word in result.stdout
-    refused(CliRunner().invoke(app, ["doctor", "--dtype", "fp8"]), "unknown dtype")
+    refused(CliRunner().invoke(app, ["doctor", "--dtype", "fp4"]), "unknown dtype")
 
 
 def test_doctor_where_nothing_is_installed():

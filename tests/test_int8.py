@@ -153,8 +153,8 @@ def test_a_model_in_int8() -> None:
         assert torch.equal(real(every), found) and len(every.hidden_states) == 3
         bounds = torch.tensor([0, 30, 60, 90], dtype=torch.int32)
         given = (INPUTS["input_ids"].flatten(), bounds, 30)
-        some = encode(model, *given, rows=torch.tensor([3, 70]), int8=True)
-        assert torch.equal(some, encode(model, *given, int8=True)[[3, 70]])
+        some = encode(model, *given, rows=torch.tensor([3, 70]), dtype="int8")
+        assert torch.equal(some, encode(model, *given, dtype="int8")[[3, 70]])
     assert all(torch.equal(before[name], tensor) for name, tensor in ours.state_dict().items())
     assert not runs_in_int8(bert_fast.restore(ours))
 
@@ -221,7 +221,7 @@ def test_verify_and_explain_by_the_command_line(tmp_path: Path, monkeypatch: Any
 
 
 def test_refuses() -> None:
-    with pytest.raises(ValueError, match="dtype is 'int4', expected None or 'int8'"):
+    with pytest.raises(ValueError, match="dtype is 'int4', expected None, 'int8' or 'fp8'"):
         bert_fast.accelerate(tiny(), dtype="int4")
     x, weight = torch.ones(2, 8), torch.ones(3, 8)
     with pytest.raises(ValueError, match="activation is 'tanh'"):

@@ -7,6 +7,7 @@ from .embed_layernorm import embed_layernorm
 from .encoder import encoder
 from .feed_forward import feed_forward
 from .linear import linear
+from .linear_fp8 import linear_fp8
 from .linear_gelu import linear_gelu
 from .linear_int8 import linear_int8
 from .masked_lm_loss import masked_lm_loss
@@ -25,6 +26,7 @@ __all__ = [
     "encoder",
     "feed_forward",
     "linear",
+    "linear_fp8",
     "linear_gelu",
     "linear_int8",
     "masked_lm_loss",

@@ -47,6 +47,25 @@ HALF = {
     },
     "interpreter": dict.fromkeys(("large", "medium", "small"), (32, 32, 32, 4, 1)),
 }
+# e4m3: as many bytes a step; on Hopper a step's sum stands beside the whole sum in registers.
+FP8 = {
+    "sm90": {
+        "large": (128, 128, 128, 8, 4),
+        "medium": (128, 128, 128, 8, 4),
+        "small": (32, 32, 128, 4, 5),
+    },
+    "sm100": {
+        "large": (128, 256, 128, 8, 3),
+        "medium": (128, 128, 128, 8, 4),
+        "small": (32, 32, 128, 4, 5),
+    },
+    "sm120": {
+        "large": (128, 128, 128, 8, 3),
+        "medium": (128, 128, 64, 8, 3),
+        "small": (32, 32, 128, 4, 4),
+    },
+    "interpreter": HALF["interpreter"],
+}
 # float32 without TF32 runs on the ordinary cores: what limits a tile is registers.
 FLOAT = {
     "large": (64, 64, 16, 8, 3),
@@ -61,6 +80,8 @@ TF32 = {
 
 
 def table(family: str, dtype: torch.dtype, precision: str) -> Mapping[str, tuple[int, ...]]:
+    if dtype == torch.float8_e4m3fn:
+        return FP8[family]
     if dtype != torch.float32 or family == "interpreter":
         return HALF[family]
     return TF32 if precision == "tf32" else FLOAT
@@ -99,6 +120,8 @@ def samples(dtype: torch.dtype, device: torch.device, full: bool):
 @triton.jit
 def _finish(
     acc,  # [ROWS, COLS] float32
+    a_scale,
+    b_scale,
     bias,
     y,
     u,
@@ -108,10 +131,13 @@ def _finish(
     n,
     ACT: tl.constexpr,
 ):
-    """Bias, activation and stores of a part of a tile."""
-    m_n = o_n < n
-    mask = (o_m < m)[:, None] & m_n[None, :]
+    """Scales, bias, activation and stores of a part of a tile."""
+    m_m, m_n = o_m < m, o_n < n
+    mask = m_m[:, None] & m_n[None, :]
     p_y = o_m.to(tl.int64)[:, None] * n + o_n[None, :]
+    if a_scale is not None:
+        acc *= tiles.load(a_scale + o_m, m_m)[:, None]
+        acc *= tiles.load(b_scale + o_n, m_n)[None, :]
     if bias is not None:
         acc += tiles.load(bias + o_n, m_n)[None, :]
     if u is not None:
@@ -123,6 +149,8 @@ def _finish(
 def gemm_kernel(
     a,  # [m, k], strides a_m, a_k
     b,  # [k, n], strides b_k, b_n
+    a_scale,  # [m] float32, of the rows of an e4m3 a; or None
+    b_scale,  # [n] float32, of the columns of an e4m3 b; or None
     bias,  # [n] or None
     y,  # [m, n] output: act(a b + bias); float32 [splits, m, n] shares where SPLIT
     u,  # [m, n] output: a b + bias, or None
@@ -173,7 +201,11 @@ def gemm_kernel(
             m_k = i_k + tl.arange(0, BK) < k_last
             b_a = tiles.load_operand(p_a, m_m[:, None] & m_k[None, :])
             b_b = tiles.load_operand(p_b, m_k[:, None] & m_n[None, :])
-        acc = tl.dot(b_a, b_b, acc, input_precision=PRECISION)
+        if a_scale is not None:
+            # Hopper's sums of e4m3 products have 14 bits: none is longer than one step
+            acc = tl.dot(b_a, b_b, acc, max_num_imprecise_acc=BK)
+        else:
+            acc = tl.dot(b_a, b_b, acc, input_precision=PRECISION)
         p_a += BK * a_k
         p_b += BK * b_k
 
@@ -183,10 +215,10 @@ def gemm_kernel(
         # half the columns at a time: the activation of a whole tile would not fit in registers
         left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
         o_half = i_n * BN + tl.arange(0, BN // 2)
-        _finish(left, bias, y, u, o_m, o_half, m, n, ACT)
-        _finish(right, bias, y, u, o_m, o_half + BN // 2, m, n, ACT)
+        _finish(left, a_scale, b_scale, bias, y, u, o_m, o_half, m, n, ACT)
+        _finish(right, a_scale, b_scale, bias, y, u, o_m, o_half + BN // 2, m, n, ACT)
     else:
-        _finish(acc, bias, y, u, o_m, o_n, m, n, ACT)
+        _finish(acc, a_scale, b_scale, bias, y, u, o_m, o_n, m, n, ACT)
 
 
 def gemm(
@@ -197,8 +229,10 @@ def gemm(
     u: torch.Tensor | None = None,  # [m, n] contiguous output
     act: str = "none",
     split: bool = False,
+    a_scale: torch.Tensor | None = None,  # [m] float32, where a and b are e4m3
+    b_scale: torch.Tensor | None = None,  # [n] float32
 ) -> None:
-    """y = act(a b + bias), u = a b + bias."""
+    """y = act(a b + bias), u = a b + bias; of e4m3 factors, with their scales."""
     m, k = a.shape
     n = b.shape[1]
     if not m or not n:
@@ -219,7 +253,8 @@ def gemm(
         splits = triton.cdiv(k, k_split)
         out = a.new_empty((splits, 1, m * n), dtype=torch.float32)
     gemm_kernel[(n_tiles, splits)](
-        a, b, bias, out, u, m // 16 if wide_m else m, n, k, k_split, *a.stride(), *b.stride(),
+        a, b, a_scale, b_scale, bias, out, u,
+        m // 16 if wide_m else m, n, k, k_split, *a.stride(), *b.stride(),
         ACT=act, SPLIT=splits > 1, EVEN_K=k % bk == 0, WIDE_M=wide_m, **cfg,
     )  # fmt: skip
     if splits > 1:

@@ -56,6 +56,11 @@ def store(
         bits = y.to(tl.uint32, bitcast=True)
         bits = (bits + ((bits >> 16) & 1) + 0x7FFF) & 0xFFFF0000
         y = tl.where(y == y, bits.to(tl.float32, bitcast=True), y)
+    if INTERPRET and dtype == tl.float8e4nv:
+        bits = y.to(tl.uint32, bitcast=True)
+        bits = (bits + ((bits >> 20) & 1) + 0x7FFFF) & 0xFFF00000
+        # below 2^-6 its numbers are 2^-9 apart, as those of float32 are at 2^14
+        y = tl.where(tl.abs(y) < 0.015625, y + 24576.0 - 24576.0, bits.to(tl.float32, bitcast=True))
     tl.store(p_y, y.to(dtype), mask=mask)
 
 

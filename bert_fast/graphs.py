@@ -1,0 +1,241 @@
+"""CUDA graphs of the packed forward, for batches so small that launching takes longer than running.
+
+A graph is recorded for a *bucket*: so many tokens, sequences, and tokens of the longest sequence.
+Where sequences begin is data, not shape, so any batch that fits the bucket replays its graph:
+
+    ids, positions, cu_seqlens -> the graph's own inputs;  replay;  its output -> a new tensor
+
+Tokens up to the bucket's make more sequences, and sequences up to the bucket's are empty: nobody
+reads what becomes of either.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import nullcontext
+from operator import attrgetter
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .inputs import Batch
+from .notice import warn_once
+from .ops.registry import tracing
+from .padding import Packing
+from .paths import Backend
+from .structure import Structure
+
+MOST_TOKENS = 4_096  # more keep a GPU busy for longer than their launches take
+KEPT = 32  # graphs of a model, the last used
+
+Run = Callable[[Batch, Tensor | None], Tensor]
+# Records `run` and returns how to run it again on the same memory, and where its result then is.
+Capture = Callable[[Callable[[], Tensor], Any], tuple[Callable[[], None], Tensor]]
+
+_version, _eps = attrgetter("_version"), attrgetter("eps")
+
+
+class Bucket(NamedTuple):
+    """What a graph is recorded for: upper bounds, and which inputs there are.
+
+    rows: of how many tokens the last layer's states are wanted; 0: of all.
+    """
+
+    tokens: int
+    sequences: int
+    longest: int
+    rows: int
+    has_types: bool
+    has_key_start: bool
+    backend: Any
+    dtype: str | None
+
+
+def bucket_of(batch: Batch, rows: Tensor | None, backend: Backend, dtype: str | None) -> Bucket:
+    packing = batch.packing
+    return Bucket(
+        _round_up(batch.tokens),
+        _power(packing.cu_seqlens.shape[0] - 1),
+        max(16, _power(packing.max_seqlen)),
+        0 if rows is None else _round_up(rows.shape[0]),
+        batch.token_type_ids is not None,
+        packing.key_start is not None,
+        backend if isinstance(backend, str) else id(backend),
+        dtype,
+    )
+
+
+def _round_up(number: int) -> int:
+    """To one of four steps an octave: an eighth is wasted in the mean."""
+    step = _step(number)
+    return -(-number // step) * step
+
+
+def _step(number: int) -> int:
+    return max(16, _power(number) // 8)
+
+
+def _power(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def reasons_against(structure: Structure, batch: Batch) -> list[str]:
+    """Why this call is not for a graph (empty: it is)."""
+    device = batch.packing.cu_seqlens.device
+    if device.type != "cuda":
+        return [f"its inputs are on {device}"]
+    dropouts = (*structure.dropouts, structure.embeddings.dropout)
+    if torch.is_grad_enabled() or any(d is not None and d.training for d in dropouts):
+        return ["it trains or records gradients"]
+    if tracing() or torch.is_autocast_enabled(device.type):
+        return ["it is traced, or autocast is on"]
+    if torch.cuda.is_current_stream_capturing():
+        return ["a graph is being recorded around it"]
+    return reasons_against_inputs(structure, batch)
+
+
+def reasons_against_inputs(structure: Structure, batch: Batch) -> list[str]:
+    """Why a graph cannot take these inputs, wherever they are."""
+    if not 0 < batch.tokens <= MOST_TOKENS:
+        return [f"{batch.tokens} tokens, not 1 to {MOST_TOKENS}"]
+    if batch.input_ids is None or batch.bias is not None or batch.extra:
+        return ["it has other inputs than ids and a 2D mask"]
+    if structure.family.bias is not None or not structure.embeddings.fused:
+        return ["its family reads more than packed tokens"]
+    return []
+
+
+class _Graph:
+    """One recorded forward: its inputs, how to replay it, its output."""
+
+    def __init__(self, bucket: Bucket, run: Run, device: torch.device, capture: Capture, pool: Any):
+        def new(count: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(count, dtype=dtype, device=device)
+
+        # So many more sequences hold what a batch may lack of the bucket's tokens.
+        sequences = bucket.sequences + -(-_step(bucket.tokens) // bucket.longest)
+        with torch.inference_mode(False):
+            self.ids, self.positions = new(bucket.tokens), new(bucket.tokens)
+            self.types = new(bucket.tokens) if bucket.has_types else None
+            ramp = torch.arange(sequences + 1, dtype=torch.int32, device=device) * bucket.longest
+            self.ramp, self.bounds = ramp, ramp.clamp_max(bucket.tokens)
+            self.key_start = self.bounds[:-1].clone() if bucket.has_key_start else None
+            self.rows = new(bucket.rows) if bucket.rows else None
+        packing = Packing(1, bucket.tokens, None, self.bounds, self.key_start, bucket.longest)
+        self.batch = Batch(
+            packing,
+            None,
+            self.ids.unsqueeze(0),
+            None,
+            None if self.types is None else self.types.unsqueeze(0),
+            self.positions.unsqueeze(0),
+        )
+        self.replay, self.output = capture(lambda: run(self.batch, self.rows), pool)
+
+    def __call__(self, batch: Batch, rows: Tensor | None) -> Tensor:
+        packing, tokens = batch.packing, batch.tokens
+        assert batch.input_ids is not None
+        self.ids[:tokens] = packing.unpad_ids(batch.input_ids)
+        self.positions[:tokens] = packing.unpad_ids(batch.position_ids)
+        if self.types is not None and batch.token_type_ids is not None:
+            self.types[:tokens] = packing.unpad_ids(batch.token_type_ids)
+        given = packing.cu_seqlens.shape[0]
+        self.bounds[:given] = packing.cu_seqlens
+        rest = self.bounds[given:]
+        torch.add(self.ramp[1 : 1 + rest.shape[0]], tokens, out=rest)
+        rest.clamp_max_(self.ids.shape[0])
+        if self.key_start is not None and packing.key_start is not None:
+            self.key_start.copy_(self.bounds[:-1])
+            self.key_start[: given - 1] = packing.key_start
+        if self.rows is not None and rows is not None:  # what stays behind them is a row too
+            self.rows[: rows.shape[0]] = rows
+        self.replay()
+        return self.output[: tokens if rows is None else rows.shape[0]].clone()
+
+
+def capture_cuda(run: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], None], Tensor]:
+    """Records on a stream of its own, after two runs that compile kernels and copy weights."""
+    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+    aside.wait_stream(here)
+    with torch.cuda.stream(aside):
+        for _ in range(2):
+            run()
+    here.wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may go on using the GPU meanwhile.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        output = run()
+    return graph.replay, output
+
+
+class Graphs:
+    """The graphs of one model; they share memory, as only one of them runs at a time."""
+
+    def __init__(
+        self, model: nn.Module, structure: Structure, capture: Capture = capture_cuda
+    ) -> None:
+        self.structure, self.parameters = structure, list(model.parameters())
+        self.norms = [*structure.norms, structure.embeddings.norm]
+        self.capture, self.lock = capture, threading.Lock()
+        self.kept: OrderedDict[Bucket, _Graph] = OrderedDict()
+        self.stamp: Any = None
+        self.broken = False  # recording failed: an op waits for values
+        on_gpu = capture is capture_cuda
+        self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        self.done = torch.cuda.Event() if on_gpu else None
+
+    def __call__(self, bucket: Bucket, batch: Batch, rows: Tensor | None, run: Run) -> Tensor:
+        device = batch.packing.cu_seqlens.device
+        with self.lock, torch.cuda.device(device) if self.done else nullcontext():
+            if self.done:  # the last replay may be on another stream
+                torch.cuda.current_stream().wait_event(self.done)
+            if (stamp := self._stamp()) != self.stamp:
+                self.kept.clear()
+                self.stamp = stamp
+            graph = self.kept.pop(bucket, None)
+            if graph is None and not self.broken:
+                while len(self.kept) >= KEPT:
+                    self.kept.popitem(last=False)
+                try:
+                    graph = _Graph(bucket, run, device, self.capture, self.pool)
+                except RuntimeError as error:
+                    self.broken = True
+                    warn_once(f"bert_fast: no CUDA graph can be recorded of this model: {error}")
+            if graph is None:
+                return run(batch, rows)
+            self.kept[bucket] = graph
+            found = graph(batch, rows)
+            if self.done:
+                self.done.record()
+            return found
+
+    def _stamp(self) -> Any:
+        """What a graph has inside beside its inputs: copies of weights, and settings."""
+        weights = (*map(_version, self.parameters), *map(Tensor.data_ptr, self.parameters))
+        return weights, [*map(_eps, self.norms)], torch.backends.cuda.matmul.fp32_precision
+
+
+_graphs: WeakKeyDictionary[nn.Module, Graphs] = WeakKeyDictionary()
+
+
+def graphs_of(model: nn.Module, structure: Structure) -> Graphs:
+    """The graphs kept of a model; new ones where its modules are no longer those recorded."""
+    found = _graphs.get(model)
+    if found is None or found.structure is not structure:
+        found = _graphs[model] = Graphs(model, structure)
+    return found
+
+
+def kept_of(model: nn.Module) -> int:
+    """How many graphs are kept of a model."""
+    found = _graphs.get(model)
+    return len(found.kept) if found else 0
+
+
+def forget_graphs(model: nn.Module) -> None:
+    """Gives the memory of a model's graphs back."""
+    _graphs.pop(model, None)

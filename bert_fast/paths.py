@@ -1,0 +1,100 @@
+"""Which way layers run: all in one call, their products in 8 bits, or op by op; and why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .ops.encoder import LAYER
+from .ops.encoder import OP as ENCODER
+from .ops.linear_fp8 import OP as LINEAR_FP8
+from .ops.registry import Chooser, Op, tracing
+from .structure import Plain, Structure
+
+Backend = str | Mapping[str, str] | Chooser
+
+
+class Sequences(NamedTuple):
+    """What attention needs to know of the packed sequences; see `ops.attention`."""
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    key_start: Tensor | None = None
+    bias: Tensor | None = None
+
+
+def chosen(backend: Backend, op: str) -> str | Chooser:
+    """The backend asked for this op.
+
+    For `encoder`: "reference", which means op by op, where backends of other ops are named.
+    """
+    if isinstance(backend, Mapping):
+        return backend.get(op, "reference" if op == "encoder" else "auto")
+    named = isinstance(backend, str) and backend != "auto"
+    return "reference" if named and op == "encoder" else backend
+
+
+def like(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if bias is None else bias.to(x.dtype)
+
+
+def reasons_against_plain(structure: Structure, dropping: bool, h: Tensor) -> list[str]:
+    """Why these layers are now more than what `ops.encoder` computes and 8 bits can serve."""
+    plain = structure.plain
+    if plain is None:
+        return ["its layers have other modules than plain ones, or settings that differ"]
+    if dropping or h.requires_grad:
+        return ["it trains or records gradients (torch.inference_mode() stops that)"]
+    if tracing() or torch.is_autocast_enabled(h.device.type):
+        return ["it is traced, or autocast is on"]
+    if any(norm.eps != plain.eps for norm in structure.norms):
+        return ["an eps was set since"]
+    return []
+
+
+def reasons_against_fp8(plain: Plain | None, h: Tensor, backend: Backend) -> list[str]:
+    """Why the products of plain layers cannot be those of `ops.linear_fp8`."""
+    assert plain is not None
+    args = (h, plain.weights[LAYER.index("up")], None, "none")
+    # Not asked through what watches the choices (`explain`): this one runs nothing.
+    asked = getattr(backend, "backend", backend)
+    if LINEAR_FP8.choose(args, chosen(asked, "linear_fp8")).backend != "reference":
+        return []
+    return _told(LINEAR_FP8, args)
+
+
+def _told(op: Op, args: tuple[Any, ...]) -> list[str]:
+    """Why no kernel but the reference takes these arguments."""
+    reasons = op.reasons(args)[:-1]
+    if not all(why for _, why in reasons):
+        return [f"the reference of {op.name} is asked for"]
+    return [f"{name}: {'; '.join(why)}" for name, why in reasons]
+
+
+def in_one_call(
+    plain: Plain | None,
+    h: Tensor,
+    sequences: Sequences,
+    backend: Backend,
+    between: Callable[[Tensor], Tensor] | None,
+    rows: Tensor | None,
+    int8: bool,
+) -> Tensor | list[str]:
+    """`run_layers` by `ops.encoder`, layer by layer for `between`; or why no kernel takes it."""
+    assert plain is not None
+    about = (h, sequences.cu_seqlens, sequences.key_start, like(sequences.bias, h))
+    settings = (plain.heads, sequences.max_seqlen, plain.eps, plain.activation, int8)
+    everything = (*about, rows, plain.weights, *settings)
+    kernel = ENCODER.choose(everything, chosen(backend, "encoder"))
+    if kernel.backend == "reference":
+        return _told(ENCODER, everything)
+    if between is None:
+        return ENCODER.infer(kernel, everything)
+    h = between(h)
+    for i in range(0, len(plain.weights), len(LAYER)):
+        weights = plain.weights[i : i + len(LAYER)]
+        h = between(ENCODER.infer(kernel, (h, *about[1:], None, weights, *settings)))
+    return h

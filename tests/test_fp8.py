@@ -1,0 +1,199 @@
+"""Products in e4m3: how they round, what a model gets of them, where they are not taken."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import BertForSequenceClassification
+from typer.testing import CliRunner
+
+import bert_fast
+from bert_fast import verification
+from bert_fast.cli import app
+from bert_fast.modeling import encode
+from bert_fast.notice import warn_once
+from bert_fast.ops import backends
+from bert_fast.ops import linear_fp8 as public
+from bert_fast.ops.linear_fp8 import E4M3, OP, quantized
+
+from .models import ids, masks, tiny
+from .parity import DEVICE, sample_names, truth, violations
+from .tiny import save
+
+HALF = torch.ones(1, 16, dtype=torch.bfloat16, device=DEVICE)
+WILLING = not dict(OP.reasons((HALF, HALF, None, "none")))["triton"]
+FAST = pytest.mark.skipif(not WILLING, reason="no kernel for e4m3 runs here")
+INPUTS = {"input_ids": ids(3, 20), "attention_mask": masks(3, 20)["right"]}
+
+
+def real(output: Any) -> Tensor:
+    return output.last_hidden_state[INPUTS["attention_mask"].bool()].float()
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+
+# -- the op -----------------------------------------------------------------------------------
+
+
+def test_rounding_is_near() -> None:
+    """Each factor is 2.5 % off in the mean, and an outlier of 400 does not change that."""
+    x, weight = normal(64, 384), normal(256, 384)
+    for outlier in (0.0, 400.0):
+        x[:, 7] += outlier
+        exact = x.double() @ weight.double().t()
+        exact -= exact.mean(0)  # the outlier's share alike in all rows
+        found = public(x, weight, None).double()
+        assert 0.02 < (found - found.mean(0) - exact).norm() / exact.norm() < 0.05 + outlier
+
+
+def test_scales_are_powers_of_two_that_round_nothing() -> None:
+    x = normal(40, 100) * torch.logspace(-3, 3, 40, device=DEVICE).unsqueeze(1)
+    q, scale = quantized(x)
+    assert torch.equal(torch.frexp(scale).mantissa, torch.full_like(scale, 0.5))
+    greatest = q.float().abs().amax(1)
+    assert (greatest >= 128).all() and (greatest <= 256).all()
+    for power in (2.0**-20, 2.0**20):
+        again, more = quantized(x * power)
+        assert torch.equal(again.float(), q.float()) and torch.equal(more, scale * power)
+    some = torch.tensor([[1.0, -0.5, 0.0, 2.0**-20]], device=DEVICE)
+    q, scale = quantized(some)
+    assert torch.equal(q.float() * scale, torch.tensor([[1.0, -0.5, 0, 0]], device=DEVICE))
+
+
+def test_gradient_is_that_of_the_rounded_weight() -> None:
+    x, weight, dy = normal(6, 150).requires_grad_(), normal(40, 150), normal(6, 40)
+    public(x, weight, None).backward(dy)
+    p, scale = quantized(weight)
+    torch.testing.assert_close(x.grad, dy @ (p.float() * scale))
+    with pytest.raises(ValueError, match="8 bits are for inference"):
+        public(x, weight.requires_grad_(), None)
+
+
+@pytest.mark.gpu
+@FAST
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_triton_rounds_as_torch(dtype: torch.dtype) -> None:
+    from bert_fast._triton.linear_fp8 import quantize
+
+    x = normal(50, 200) * torch.logspace(-6, 3, 50, device=DEVICE).unsqueeze(1)
+    x[:, 3] *= 40.0
+    x[7], x[8] = 0.0, 1e-40
+    x[9, 5], x[10, 6], x[11, 0] = torch.nan, torch.inf, -torch.inf
+    (q, scale), (expected, other) = quantize(x.to(dtype)), quantized(x.to(dtype))
+    assert q.dtype == E4M3 and torch.equal(scale.isnan(), other.isnan())
+    fine = ~scale.isnan().flatten()
+    assert not fine[9:12].any() and fine[:9].all()
+    assert torch.equal(q.float()[fine], expected.float()[fine])
+    assert torch.equal(scale[fine], other[fine])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["reference", "best"])
+def test_not_a_number_stays_one(backend: str) -> None:
+    x, weight = (HALF.repeat(n, 2) for n in (4, 16))
+    name = backend if backend != "best" else OP.choose((x, weight, None, "none")).backend
+    for value in (torch.nan, torch.inf, -torch.inf):
+        x[2, 31] = value
+        y = public(x, weight, None, backend=name)
+        assert y[2].isnan().all() and not y[[0, 1, 3]].isnan().any()
+        x[2, 31], weight[1, 0] = 1.0, value
+        y = public(x, weight, None, backend=name)
+        assert y[:, 1].isnan().all() and not y[:, [0, 2]].isnan().any()
+        weight[1, 0] = 1.0
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="on a GPU the parity tests run it")
+@pytest.mark.parametrize("sample", [s for s in sample_names("linear_fp8")])
+def test_scaled_mm_is_called_rightly(sample: str) -> None:
+    """Not a kernel for a CPU, but torch has the same call there."""
+    expected = truth("linear_fp8", sample, torch.bfloat16)
+    x, weight, *_ = args = tuple(a.contiguous() if isinstance(a, Tensor) else a
+                                 for a in expected.args)  # fmt: skip
+    if not x.shape[0] or x.shape[1] % 16 or weight.shape[0] % 16:
+        pytest.skip("sizes that it does not take")
+    (kernel,) = (kernel for kernel in OP.kernels if kernel.backend == "scaled_mm")
+    (y,) = kernel.forward(*args, save=False)
+    assert not violations(expected, [y, *expected.plain[1:]], torch.bfloat16, ())
+
+
+# -- the model --------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@FAST
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_model_in_fp8(dtype: torch.dtype) -> None:
+    model = tiny(intermediate_size=48).to(dtype)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ours = bert_fast.accelerate(copy.deepcopy(model), dtype="fp8")
+    assert "products of the layers in fp8" in str(bert_fast.report(ours))
+    with torch.inference_mode():
+        choices = bert_fast.explain(ours, INPUTS).choices
+        products = sum(c.calls for c in choices if c.op == "linear_fp8")
+        assert products == 4 * 2 and not {"linear", "qkv_linear", "encoder"} & {
+            c.op for c in choices
+        }
+        found, expected = real(ours(**INPUTS)), real(model(**INPUTS))
+        assert 1e-3 < (found - expected).norm() / expected.norm() < 0.15
+        bounds = torch.tensor([0, 20, 40, 60], dtype=torch.int32, device=DEVICE)
+        given = (INPUTS["input_ids"].flatten(), bounds, 20)
+        rows = torch.tensor([3, 50], device=DEVICE)
+        some = encode(model, *given, rows=rows, dtype="fp8")
+        torch.testing.assert_close(some, encode(model, *given, dtype="fp8")[rows])
+        ours.encoder.layer[0].output.dense.weight.neg_()
+        assert (real(ours(**INPUTS)) - found).abs().max() > 0.01
+        ours.encoder.layer[0].output.dense.weight.neg_()
+    assert all(torch.equal(before[name], tensor) for name, tensor in ours.state_dict().items())
+    bert_fast.restore(ours)
+
+
+@pytest.mark.gpu
+@FAST
+def test_a_head_gets_fp8_states() -> None:
+    model = tiny(BertForSequenceClassification).bfloat16()
+    ours = bert_fast.accelerate(copy.deepcopy(model), dtype="fp8")
+    with torch.inference_mode():
+        found, expected = ours(**INPUTS).logits, model(**INPUTS).logits
+    assert 0 < (found - expected).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("reason", ["device", "gradients", "layers", "reference"])
+def test_where_not_says_why(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    warn_once.cache_clear()  # another test of this process may have been told already
+    model, backend, told = tiny(), "auto", "records gradients"
+    if reason == "layers":
+        model.encoder.layer[0].output.LayerNorm.eps, told = 0.1, "settings that differ"
+    elif reason == "reference":
+        backend, told = {"linear_fp8": "reference"}, "the reference of linear_fp8"
+    elif reason == "device":
+        if DEVICE.type != "cpu":
+            pytest.skip("this machine has a GPU")
+        told = "scaled_mm: cpu has no arithmetic in 8-bit floats"
+        monkeypatch.setattr(backends, "triton_interprets", lambda: False)
+    ours = bert_fast.accelerate(copy.deepcopy(model), backend, dtype="fp8")
+    plain = bert_fast.accelerate(copy.deepcopy(model))
+    with torch.set_grad_enabled(reason == "gradients"):
+        with pytest.warns(UserWarning, match=f"not in 8 bits: .*{told}"):
+            found = ours(**INPUTS)
+        torch.testing.assert_close(real(found), real(plain(**INPUTS)))
+
+
+@FAST
+def test_verify_and_explain_by_the_command_line(tmp_path: Path, monkeypatch: Any) -> None:
+    folder = save(tmp_path)
+    line = ["verify", str(folder), "--dtype", "fp8"]
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 0 and "near the truth" in result.output, result.output
+    assert "linear_fp8" in result.output and "over" not in result.output
+    monkeypatch.setattr(verification, "SENTENCE", 0.99999999)
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 1 and "NOT near the truth" in result.output
+    result = CliRunner().invoke(app, ["explain", str(folder), "--dtype", "fp8"])
+    assert result.exit_code == 0 and "linear_fp8" in result.output

@@ -1,0 +1,210 @@
+"""CUDA graphs: what is around them runs on a CPU too, where running again stands for replaying."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertForSequenceClassification
+
+import bert_fast
+from bert_fast import graphs
+from bert_fast.graphs import Bucket, Graphs, bucket_of, kept_of, reasons_against_inputs
+from bert_fast.inputs import read_batch
+from bert_fast.modeling import packed_forward
+from bert_fast.notice import warn_once
+from bert_fast.structure import structure_of
+
+from .models import ids, masks, tiny
+from .parity import DEVICE
+
+GPU = pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs need a GPU")
+
+
+def run_again(run: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], Any], Tensor]:
+    """Stands for recording: the same memory for inputs and output, nothing else kept."""
+    output = run()
+    return lambda: output.copy_(run()), output
+
+
+class Model:
+    """A packed model and its graphs, with what is to be replayed."""
+
+    def __init__(self) -> None:
+        self.model = bert_fast.accelerate(tiny())
+        self.structure = structure_of(self.model, self.model.bert_fast_family)
+        self.graphs = Graphs(self.model, self.structure, run_again)
+
+    def __call__(self, inputs: dict[str, Tensor], first_only: bool = False) -> tuple[Tensor, ...]:
+        """(from a graph, without one)."""
+        batch = read_batch(self.structure, inputs)
+        rows = batch.packing.starts() if first_only else None
+
+        def run(batch: Any, rows: Tensor | None) -> Tensor:
+            return packed_forward(self.model, self.structure, batch, "auto", rows=rows)
+
+        with torch.inference_mode():
+            found = self.graphs(bucket_of(batch, rows, "auto", None), batch, rows, run)
+            return found, run(batch, rows)
+
+
+def padded(batch: int, length: int, kind: str = "right") -> dict[str, Tensor]:
+    mask = masks(max(batch, 2), max(length, 9))[kind]
+    mask = None if mask is None else mask[:batch, :length]
+    return {"input_ids": ids(batch, length), "attention_mask": mask}
+
+
+def test_buckets_hold_and_waste_little() -> None:
+    for number in range(1, graphs.MOST_TOKENS + 1):
+        held = graphs._round_up(number)
+        assert number <= held <= max(number + 15, 1.25 * number)
+        assert held - number < graphs._step(held)  # what the sequences that are added can hold
+        assert number <= graphs._power(number) < 2 * number + 1
+
+
+@pytest.mark.parametrize("first_only", [False, True])
+def test_every_batch_as_without_graphs(first_only: bool) -> None:
+    model = Model()
+    for kind in (kind for kind in masks(4, 20) if not kind.startswith("4d")):
+        for batch in (1, 2, 3, 4):
+            for length in (7, 9, 15, 20):
+                inputs = padded(batch, length, kind)
+                inputs["token_type_ids"] = ids(batch, length, 2)
+                found, expected = model(inputs, first_only)
+                assert found.shape == expected.shape
+                torch.testing.assert_close(found, expected)
+    assert 2 < len(model.graphs.kept) < 32
+
+
+def test_results_are_the_callers_own() -> None:
+    model = Model()
+    first, expected = model(padded(2, 9))
+    model({"input_ids": ids(2, 9).flip(1), "attention_mask": masks(2, 9)["right"]})
+    torch.testing.assert_close(first, expected)
+    assert len(model.graphs.kept) == 1
+
+
+@pytest.mark.parametrize("change", ["weight", "eps"])
+def test_what_is_written_to_is_seen(change: str) -> None:
+    model, recorded = Model(), []
+    model.graphs.capture = lambda *args: (recorded.append(1), run_again(*args))[1]
+    before, _ = model(padded(2, 9))
+    layer = model.model.encoder.layer[0]
+    if change == "weight":
+        with torch.no_grad():
+            layer.attention.self.query.weight.mul_(3.0)
+    else:
+        layer.output.LayerNorm.eps = 0.5
+    found, expected = model(padded(2, 9))
+    torch.testing.assert_close(found, expected)
+    assert (found - before).abs().max() > 1e-3 and len(recorded) == 2
+
+
+def test_the_last_used_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "KEPT", 2)
+    model, seen = Model(), []
+    for length in (5, 20, 5, 30, 5):
+        model(padded(1, length, "full"))
+        seen.append([bucket.longest for bucket in model.graphs.kept])
+    assert seen == [[16], [16, 32], [32, 16], [16, 32], [32, 16]]
+
+
+def test_where_nothing_can_be_recorded() -> None:
+    warn_once.cache_clear()
+    model = Model()
+
+    def refuse(*args: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    model.graphs.capture = refuse
+    with pytest.warns(UserWarning, match="no CUDA graph .*: operation not permitted"):
+        found, expected = model(padded(2, 9))
+    assert torch.equal(found, expected)
+    model.graphs.capture = lambda *args: pytest.fail("tried again")
+    assert torch.equal(*model(padded(2, 30)))
+
+
+def test_threads_take_turns() -> None:
+    model, wrong = Model(), []
+
+    def work(length: int) -> None:
+        for _ in range(10):
+            found, expected = model(padded(3, length))
+            if not torch.allclose(found, expected, atol=1e-5):
+                wrong.append(length)
+
+    threads = [threading.Thread(target=work, args=(length,)) for length in (9, 10, 11)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_what_a_graph_cannot_take() -> None:
+    model = Model()
+    look = partial(read_batch, model.structure)
+    assert not reasons_against_inputs(model.structure, look(padded(2, 9)))
+    embeds = {"inputs_embeds": torch.zeros(2, 9, 64, device=DEVICE)}
+    whole = torch.ones(2, 1, 9, 9, dtype=torch.bool, device=DEVICE)
+    for inputs in (embeds, {"input_ids": ids(2, 9), "attention_mask": whole}):
+        assert reasons_against_inputs(model.structure, look(inputs))
+    assert reasons_against_inputs(model.structure, look(padded(200, 40)))
+    assert reasons_against_inputs(model.structure, look(padded(0, 9)))
+    if DEVICE.type == "cpu":
+        assert graphs.reasons_against(model.structure, look(padded(2, 9))) == [
+            "its inputs are on cpu"
+        ]
+
+
+def test_buckets_tell_backends_apart() -> None:
+    model = Model()
+    batch = read_batch(model.structure, padded(2, 9))
+    mine, yours = {"linear": "reference"}, {"linear": "aten"}
+    found = {bucket_of(batch, None, b, d) for b in ("auto", mine, yours) for d in (None, "fp8")}
+    assert len(found) == 6 and all(isinstance(bucket, Bucket) for bucket in found)
+
+
+@pytest.mark.gpu
+def test_accelerated_with_graphs() -> None:
+    """On a GPU by graphs, elsewhere as ever."""
+    for cls in (None, BertForSequenceClassification):
+        model: nn.Module = tiny() if cls is None else tiny(cls)
+        expected, found = [], []
+        for graphed, into in ((False, expected), (True, found)):
+            bert_fast.accelerate(model, graphs=graphed)
+            with torch.inference_mode():
+                into += [model(**padded(batch, 20))[0] for batch in (1, 2, 3, 3)]
+        told = str(bert_fast.report(model))
+        assert "by CUDA graphs" in told
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+        inner = model if cls is None else model.bert
+        assert kept_of(inner) == (3 if DEVICE.type == "cuda" else 0)
+        model.train()
+        assert kept_of(inner) == 0
+        model(**padded(2, 20))[0].sum().backward()
+
+
+@GPU
+@pytest.mark.gpu
+def test_streams_do_not_mix() -> None:
+    model = bert_fast.accelerate(tiny(), graphs=True)
+    batches = [padded(2, 9), padded(2, 10)]
+    with torch.inference_mode():
+        expected = [model(**batch)[0] for batch in batches]
+        for _ in range(20):
+            found = []
+            for batch in batches:
+                stream = torch.cuda.Stream()
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    found.append(model(**batch)[0])
+            torch.cuda.synchronize()
+            for ours, theirs in zip(found, expected, strict=True):
+                torch.testing.assert_close(ours, theirs)
