@@ -41,20 +41,20 @@ def ops_in(graph: torch.fx.Graph) -> set[str]:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_one_graph_for_fifty_shapes(training: bool) -> None:
+def test_one_graph_for_many_shapes(training: bool) -> None:
     random.seed(0)
     plain, ours = pair()
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True, dynamic=True)
     plain.train(training)
     ours.train(training)
     early = 0
-    for step in range(50):
+    for step in range(20):
         tokens, mask = ragged(random.randint(2, 9), random.randint(2, 40))
         with torch.set_grad_enabled(training):
             found = compiled(tokens, attention_mask=mask)
         if step == 1:
             early = counters["stats"]["unique_graphs"]
-        if step % 5:
+        if step % 4:
             continue
         expected = plain(tokens, attention_mask=mask)
         kept = mask.bool()

@@ -6,7 +6,6 @@ import copy
 import warnings
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -29,10 +28,8 @@ def loss_of(model: nn.Module, rows: slice) -> Tensor:
     return model(input_ids=ids(BATCH, 11)[rows], attention_mask=mask, labels=labels).loss
 
 
-def worker(rank: int, kind: str, rendezvous: str) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+def check_one_step(rank: int, kind: str) -> None:
+    """The gradients are those of one process on the whole batch."""
     plain = tiny(BertForSequenceClassification)
     ours = bert_fast.accelerate(copy.deepcopy(plain))
     if kind == "ddp":
@@ -49,12 +46,6 @@ def worker(rank: int, kind: str, rendezvous: str) -> None:
         grad = found.grad
         grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
         torch.testing.assert_close(grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp2_layers"])
-def test_one_step_on_two_processes(kind: str, tmp_path: Path) -> None:
-    mp.spawn(worker, args=(kind, f"file://{tmp_path}/rendezvous"), nprocs=2)
 
 
 def masked_lm_batch(step: int, rows: slice) -> dict[str, Tensor]:
@@ -67,10 +58,8 @@ def masked_lm_batch(step: int, rows: slice) -> dict[str, Tensor]:
     return {name: value[rows] for name, value in found.items()}
 
 
-def training_worker(rank: int, kind: str, rendezvous: str) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+def check_losses(rank: int, kind: str) -> None:
+    """Four steps at equal global batch: the losses are those of one process."""
     plain = tiny(BertForMaskedLM).train()
     ours = bert_fast.accelerate(copy.deepcopy(plain), sparse_logits=True)
     if kind == "ddp":
@@ -90,10 +79,24 @@ def training_worker(rank: int, kind: str, rendezvous: str) -> None:
         for optimizer in (alone, together):
             optimizer.step()
             optimizer.zero_grad()
+
+
+CHECKS = {check_one_step: ("ddp", "fsdp2", "fsdp2_layers"), check_losses: ("ddp", "fsdp2")}
+
+
+def worker(rank: int, rendezvous: str) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    for check, kinds in CHECKS.items():
+        for kind in kinds:
+            try:
+                check(rank, kind)
+            except Exception as error:
+                raise AssertionError(f"{check.__name__}, {kind}") from error
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_masked_lm_losses_of_two_processes(kind: str, tmp_path: Path) -> None:
-    """Four steps at equal global batch: the losses are those of one process."""
-    mp.spawn(training_worker, args=(kind, f"file://{tmp_path}/rendezvous"), nprocs=2)
+def test_two_processes_as_one(tmp_path: Path) -> None:
+    """All of `CHECKS` in one pair of processes: to start it takes longer than to check."""
+    mp.spawn(worker, args=(f"file://{tmp_path}/rendezvous",), nprocs=2)

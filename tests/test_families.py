@@ -53,6 +53,8 @@ def small(family: Family, **changes: Any) -> nn.Module:
             "hidden_dim": 37,
             "embedding_size": 48,
             "num_hidden_groups": 1,
+            "pronunciation_vocab_size": 128,
+            "shape_vocab_size": 128,
             **changes,
         }
     )

@@ -19,6 +19,8 @@ NATIVE = [(op, k.backend) for op in OPS for k in OPS[op].kernels]
 @pytest.mark.parametrize(("name", "backend"), NATIVE)
 def test_opcheck(name: str, backend: str, dtype: torch.dtype) -> None:
     """torch.library's own checks: schema, no aliasing, autograd and fakes registered, AOT."""
+    if backend == "triton" and DEVICE.type == "cpu" and dtype != torch.float32:
+        pytest.skip("in the interpreter test_parity runs every dtype: the contract is the same")
     op = OPS[name]
     expected = truth(name, smallest_sample(name), dtype)
     why = dict(op.reasons(expected.args))[backend]

@@ -157,8 +157,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
     for sample in linear_samples(device, dtype, large=False):
         yield Sample(sample.name, (*sample.args, "none"))
     x, weight, bias = next(iter(linear_samples(device, dtype))).args
-    for activation in checks.ACTIVATIONS:
-        yield Sample(activation, (x, weight, bias, activation))
+    yield Sample("gelu", (x, weight, bias, "gelu"))
     outlier = x.clone()
     outlier[:, 5] = 400  # most of a row falls below 2^-6, where e4m3 has fewer bits
     yield Sample("outlier", (outlier, weight, bias, "none"))
