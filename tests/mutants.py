@@ -107,7 +107,7 @@ MUTANTS = [
     Mutant("graphs: the last batch's sequences stay", "bert_fast/graphs.py",
            "        rest.clamp_max_(self.ids.shape[0])\n", "", ("tests/test_graphs.py",)),
     Mutant("graphs: weights written to later are not seen", "bert_fast/graphs.py",
-           "*map(_version, self.parameters), ", "", ("tests/test_graphs.py",)),
+           "*map(_version, self.parameters), ", "0, ", ("tests/test_graphs.py",)),
     Mutant("graphs: a result is the graph's own memory", "bert_fast/graphs.py",
            "rows.shape[0]].clone()", "rows.shape[0]]", ("tests/test_graphs.py",)),
     Mutant("pretrain: keys of their own in a mimetic start", TRAINING + "mimetic.py",
