@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from transformers import BertForMaskedLM
+from transformers import BertForMaskedLM, BertForQuestionAnswering
 
 import bert_fast
 
@@ -122,6 +122,20 @@ def test_a_head_compiles_whole() -> None:
     compiled = torch.compile(ours, backend="eager", fullgraph=True)
     inputs = {"input_ids": ids(3, 8), "labels": ids(3, 8)}
     torch.testing.assert_close(compiled(**inputs).loss, plain(**inputs).loss)
+
+
+def test_spans_are_spared_padding_when_compiled_too() -> None:
+    torch._dynamo.reset()
+    plain = tiny(BertForQuestionAnswering)
+    ours = bert_fast.accelerate(copy.deepcopy(plain))
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    mask = masks(4, 11)["right"]
+    inputs, kept = {"input_ids": ids(4, 11), "attention_mask": mask}, mask.bool()
+    with torch.no_grad():
+        found, expected = compiled(**inputs), plain(**inputs)
+    for name in ("start_logits", "end_logits"):
+        torch.testing.assert_close(found[name][kept], expected[name][kept], rtol=1e-4, atol=1e-5)
+        assert (found[name][~kept] == torch.finfo(torch.float32).min).all()
 
 
 @pytest.mark.gpu
