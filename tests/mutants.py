@@ -69,7 +69,7 @@ MUTANTS = [
     Mutant("encoder: rows dealt to the chunk after theirs", CPU + "encoder.cpp",
            "*(after - 1)", "*(after == chunks.end() ? after - 1 : after)", ENCODER),
     Mutant("encoder: the first layer's weights in all", CPU + "encoder.cpp",
-           "layer_at(op, weights, i,", "layer_at(op, weights, 0,", parity("encoder and rows")),
+           "layer_at(op, weights, i, like", "layer_at(op, weights, 0, like", parity("encoder and rows")),
     Mutant("structure: hooks added later are not seen", "bert_fast/structure.py",
            " or found.hooks != hooks", "", ENCODER),
     Mutant("structure: classes changed later are not seen", "bert_fast/structure.py",

@@ -124,14 +124,15 @@ def _kernel(name: str, isa: int) -> Kernel:
         x, cu_seqlens, key_start, bias, rows, weights, heads, max_seqlen, eps, activation, int8,
         *, save,
     ) -> tuple[Tensor]:  # fmt: skip
-        def make() -> list[Tensor]:
-            return [t for w in layers_of(weights) for t in _packed(w, isa, int8)]
+        def make() -> tuple[Tensor, list[Tensor]]:
+            ready = [t for w in layers_of(weights) for t in _packed(w, isa, int8)]
+            # The table holds their addresses, so they stay beside it.
+            return torch.ops.bert_fast_cpu.encoder_table(ready, x, heads, isa), ready
 
         # By their number too: layer by layer, the first one's weights are the first of both.
-        ready = copy_of(weights, f"encoder {isa} {int8} {len(weights)}", make)
+        table, _ = copy_of(weights, f"encoder {isa} {int8} {len(weights)} {heads}", make)
         run = torch.ops.bert_fast_cpu.encoder_forward
-        y = run(x, cu_seqlens, key_start, bias, rows, ready, heads, eps, activation, isa)
-        return (y,)
+        return (run(x, cu_seqlens, key_start, bias, rows, table, eps, activation, isa),)
 
     return Kernel(name, forward, None, why_not)
 

@@ -22,17 +22,17 @@ struct Layer {
   const void *up, *up_bias, *down, *down_bias, *down_norm, *down_norm_bias;
 };
 
+// `like`: of the dtype of what will be multiplied.
 static Layer layer_at(
-    const char* op, const Tensors& weights, size_t index, const Tensor& x, bool int8,
-    const Kernels& kernels) {
-  const int64_t hidden = x.size(1);
+    const char* op, const Tensors& weights, size_t index, const Tensor& like, bool int8,
+    int64_t hidden, const Kernels& kernels) {
   const Tensor* next = weights.data() + index * Layer::kTensors;
   Layer layer{next[1].numel() / 3, next[7].numel()};
   auto matrix = [&](const char* name, int64_t cols, int64_t depth) {
-    return checked_panels(op, name, *next++, x, int8, cols, depth, kernels);
+    return checked_panels(op, name, *next++, like, int8, cols, depth, kernels);
   };
   auto row = [&](const char* name, int64_t cols) {
-    return checked(op, name, *next++, x.scalar_type(), {cols});
+    return checked(op, name, *next++, like.scalar_type(), {cols});
   };
   layer.qkv = matrix("qkv", 3 * layer.inside, hidden);
   layer.qkv_bias = row("qkv_bias", 3 * layer.inside);
@@ -47,6 +47,40 @@ static Layer layer_at(
   layer.down_norm = row("down_norm", hidden);
   layer.down_norm_bias = row("down_norm_bias", hidden);
   return layer;
+}
+
+// What a table of weights begins with; a `Layer` for each layer follows.
+struct Header {
+  int64_t hidden, heads, dtype, int8, isa;
+};
+
+constexpr size_t kHeader = sizeof(Header) / sizeof(int64_t);
+constexpr size_t kLayer = sizeof(Layer) / sizeof(int64_t);
+
+// The weights of all layers, checked once: to look at a hundred tensors in every call takes longer
+// than a short input does. The caller keeps them, and the table no longer than them.
+static Tensor encoder_table(
+    const Tensors& weights, const Tensor& like, int64_t heads, int64_t isa) {
+  const char* op = "encoder";
+  require(heads > 0, op, ": heads is ", heads, ", expected a positive number");
+  const size_t count = weights.size() / Layer::kTensors;
+  require(
+      count > 0 && weights.size() % Layer::kTensors == 0, op, ": weights has ", weights.size(),
+      " tensors, expected ", Layer::kTensors, " for each layer");
+  const bool int8 = has_int8_values(weights[0]);  // then all are; no other kind is mixed in
+  const int64_t hidden = weights[3].numel();
+  const Dtype dtype = float_dtype(op, "like", like);
+  Tensor table = uninitialised({static_cast<int64_t>(kHeader + count * kLayer)}, ScalarType::Long);
+  auto* to = static_cast<int64_t*>(table.data_ptr());
+  const Header header{hidden, heads, static_cast<int64_t>(dtype), int8, isa};
+  std::memcpy(to, &header, sizeof header);
+  for (size_t i = 0; i < count; ++i) {
+    const Layer m = layer_at(op, weights, i, like, int8, hidden, kernels_for(op, isa));
+    require(
+        m.inside % heads == 0, op, ": heads is ", heads, ", expected a divisor of ", m.inside);
+    std::memcpy(to + kHeader + i * kLayer, &m, sizeof m);
+  }
+  return table;
 }
 
 // Sequences that go through a layer together.
@@ -189,32 +223,35 @@ struct Encoder {
 
 static Tensor encoder_forward(
     const Tensor& x, const Tensor& cu_seqlens, const OptionalTensor& key_start,
-    const OptionalTensor& bias, const OptionalTensor& rows, const Tensors& weights, int64_t heads,
-    double eps, String activation, int64_t isa) {
+    const OptionalTensor& bias, const OptionalTensor& rows, const Tensor& table, double eps,
+    String activation, int64_t isa) {
   const char* op = "encoder";
   const Activation act = activation_of(op, take(activation));
   require_rank(op, "x", x, 2);
-  require(heads > 0, op, ": heads is ", heads, ", expected a positive number");
-  const size_t count = weights.size() / Layer::kTensors;
-  require(
-      count > 0 && weights.size() % Layer::kTensors == 0, op, ": weights has ", weights.size(),
-      " tensors, expected ", Layer::kTensors, " for each layer");
-  const bool int8 = has_int8_values(weights[0]);  // then all are; no other kind is mixed in
   const Kernels& kernels = kernels_for(op, isa);
   const ScalarType type = x.scalar_type();
-  const int64_t tokens = x.size(0), hidden = x.size(1);
-  const Encoder encoder{kernels, float_dtype(op, "x", x), int8, act, hidden, heads, float(eps)};
+  const Dtype dtype = float_dtype(op, "x", x);
+  const auto* words = static_cast<const int64_t*>(
+      checked(op, "table", table, ScalarType::Long, {table.numel()}));
+  const auto size = static_cast<size_t>(table.numel());
+  require(
+      size > kHeader && (size - kHeader) % kLayer == 0, op, ": table has ", size, " numbers");
+  const size_t count = (size - kHeader) / kLayer;
+  Header header;
+  std::memcpy(&header, words, sizeof header);
+  const int64_t tokens = x.size(0), hidden = header.hidden, heads = header.heads;
+  require(
+      header.isa == isa && header.dtype == static_cast<int64_t>(dtype), op,
+      ": the table of weights is for another dtype or instruction set");
+  const Encoder encoder{kernels, dtype, header.int8 != 0, act, hidden, heads, float(eps)};
   const auto* input = static_cast<const char*>(checked(op, "x", x, type, {tokens, hidden}));
 
-  std::vector<Layer> layers;
+  std::vector<Layer> layers(count);
+  std::memcpy(layers.data(), words + kHeader, count * sizeof(Layer));
   int64_t inside = 0, inner = 0;
-  for (size_t i = 0; i < count; ++i) {
-    const Layer m = layer_at(op, weights, i, x, int8, kernels);
-    require(
-        m.inside % heads == 0, op, ": heads is ", heads, ", expected a divisor of ", m.inside);
+  for (const Layer& m : layers) {
     inside = std::max(inside, m.inside);
     inner = std::max(inner, m.inner);
-    layers.push_back(m);
   }
   std::vector<Chunk> chunks = chunks_of(attention_arguments(
       op, encoder.dtype, tokens, heads, inside / heads, cu_seqlens, key_start, bias, 1.0));
@@ -249,9 +286,11 @@ static Tensor encoder_forward(
 STABLE_TORCH_LIBRARY_FRAGMENT(bert_fast_cpu, m) {
   m.def(
       "encoder_forward(Tensor x, Tensor cu_seqlens, Tensor? key_start, Tensor? bias, "
-      "Tensor? rows, Tensor[] weights, int heads, float eps, str activation, int isa) -> Tensor");
+      "Tensor? rows, Tensor table, float eps, str activation, int isa) -> Tensor");
+  m.def("encoder_table(Tensor[] weights, Tensor like, int heads, int isa) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bert_fast_cpu, CPU, m) {
   m.impl("encoder_forward", TORCH_BOX(&bert_fast::cpu::encoder_forward));
+  m.impl("encoder_table", TORCH_BOX(&bert_fast::cpu::encoder_table));
 }
