@@ -21,6 +21,7 @@ from .families import LayerParts, family_of
 from .inputs import Batch, read_batch
 from .notice import warn_once
 from .ops.backends import ISAS
+from .ops.embed_layernorm import OP as EMBED
 from .ops.encoder import preferred
 from .ops.qkv_linear import packed
 from .ops.registry import tracing
@@ -132,7 +133,7 @@ def embed(e: Embeddings, batch: Batch, backend: Backend) -> Tensor:
         ids, padding_idx = torch.arange(table.shape[0], device=table.device), None
     has_types = e.types is not None and batch.token_type_ids is not None
     p = rate(e.dropout)
-    return ops.embed_layernorm(
+    args = (
         ids,
         packing.unpad_ids(batch.token_type_ids) if has_types else None,
         packing.unpad_ids(batch.position_ids),
@@ -145,8 +146,13 @@ def embed(e: Embeddings, batch: Batch, backend: Backend) -> Tensor:
         -1 if padding_idx is None else padding_idx,
         p,
         draw_seeds(1, table.device) if p else None,
-        chosen(backend, "embed_layernorm"),
     )
+    use = chosen(backend, "embed_layernorm")
+    device = table.device.type
+    if device != "cpu" or torch.is_grad_enabled() or tracing() or torch.is_autocast_enabled(device):
+        return EMBED(*args, backend=use)
+    # What `read_batch` and C++ have not checked of these, nobody can get wrong.
+    return EMBED.infer(EMBED.choose(args, use), args)
 
 
 def _position_table(e: Embeddings) -> Tensor:
