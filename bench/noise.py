@@ -22,6 +22,7 @@ TICKS = 0.03  # seconds: what the kernel's clock ticks may be off by
 DRAWS = 2_000
 # Rounds at least: from the least to the largest of fewer is no 95 % interval of their median.
 LEAST = 5
+REST = 0.5  # seconds at most that a turn waits for the threads of the one before
 FEW = 3  # rounds of a contender that is so much slower that no more are needed to see it
 
 
@@ -106,6 +107,19 @@ def undisturbed(measure: Callable[[], Found], tries: int = 3) -> Found:
     return found
 
 
+def wait_for_rest() -> None:
+    """Until no thread of this process computes.
+
+    The threads of a library spin on after its call, in case work comes (Intel's OpenMP, which
+    CTranslate2 brings, for 200 ms): whoever came next would share the cores with them.
+    """
+    for _ in range(round(REST / 0.005)):
+        before = time.process_time()
+        time.sleep(0.005)
+        if time.process_time() - before < 0.0005:
+            return
+
+
 def interleaved(
     runs: Mapping[Name, Callable[[], object]],
     probe: Probe,
@@ -130,6 +144,7 @@ def interleaved(
         quiet, found = probe.quiet(), {}
         others.start()
         for name in order[tried % len(order) :] + order[: tried % len(order)]:
+            wait_for_rest()
             begin = time.perf_counter()
             runs[name]()
             found[name] = time.perf_counter() - begin
