@@ -14,7 +14,7 @@ from torch import nn
 from . import ops
 from .attention_interface import accelerate_attention, restore_attention
 from .families import ATTENTION_ONLY, BY_CLASS, REFUSED, Family
-from .graphs import kept_of
+from .graphs import forget_graphs, kept_of
 from .masked_lm import PackedHead, is_head, reasons_against_head, restore_head, swap_head
 from .modeling import CHECKPOINTS
 from .notice import warn_once
@@ -116,6 +116,7 @@ def accelerate(
         else:
             if not isinstance(module, Packed):
                 module.__class__ = packed_class(type(module))  # type: ignore[arg-type]
+            forget_graphs(module)  # they are of what it was told before
             module.__dict__[OPTIONS] = Options(
                 backend, module in read_whole, checkpoint=checkpoint, dtype=dtype, graphs=graphs
             )

@@ -26,7 +26,6 @@ from .inputs import Batch
 from .notice import warn_once
 from .ops.registry import tracing
 from .padding import Packing
-from .paths import Backend
 from .structure import Structure
 
 MOST_TOKENS = 4_096  # more keep a GPU busy for longer than their launches take
@@ -51,11 +50,9 @@ class Bucket(NamedTuple):
     rows: int
     has_types: bool
     has_key_start: bool
-    backend: Any
-    dtype: str | None
 
 
-def bucket_of(batch: Batch, rows: Tensor | None, backend: Backend, dtype: str | None) -> Bucket:
+def bucket_of(batch: Batch, rows: Tensor | None) -> Bucket:
     packing = batch.packing
     return Bucket(
         _round_up(batch.tokens),
@@ -64,8 +61,6 @@ def bucket_of(batch: Batch, rows: Tensor | None, backend: Backend, dtype: str | 
         0 if rows is None else _round_up(rows.shape[0]),
         batch.token_type_ids is not None,
         packing.key_start is not None,
-        backend if isinstance(backend, str) else id(backend),
-        dtype,
     )
 
 

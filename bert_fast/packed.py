@@ -198,8 +198,7 @@ def _encoded(
 
     if not options.graphs or between or reasons_against_graph(structure, batch):
         return run(batch, rows)
-    bucket = bucket_of(batch, rows, backend, dtype)
-    return graphs_of(model, structure)(bucket, batch, rows, run)
+    return graphs_of(model, structure)(bucket_of(batch, rows), batch, rows, run)
 
 
 def arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -46,14 +46,14 @@ def normal(*shape: int) -> Tensor:
 
 
 def test_rounding_is_near() -> None:
-    """Each factor is 2.5 % off in the mean, and an outlier of 400 does not change that."""
+    """Each factor is 2.5 % off in the mean; what is beside an outlier no more than that."""
     x, weight = normal(64, 384), normal(256, 384)
-    for outlier in (0.0, 400.0):
-        x[:, 7] += outlier
+    for outlier in (0.0, 384.0):  # both are in e4m3 as they are
+        x[:, 7] = outlier
         exact = x.double() @ weight.double().t()
-        exact -= exact.mean(0)  # the outlier's share alike in all rows
+        exact -= exact.mean(0)  # the outlier's share is alike in all rows
         found = public(x, weight, None).double()
-        assert 0.02 < (found - found.mean(0) - exact).norm() / exact.norm() < 0.05 + outlier
+        assert 0.02 < (found - found.mean(0) - exact).norm() / exact.norm() < 0.05
 
 
 def test_scales_are_powers_of_two_that_round_nothing() -> None:

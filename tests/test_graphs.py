@@ -14,7 +14,7 @@ from transformers import BertForSequenceClassification
 
 import bert_fast
 from bert_fast import graphs
-from bert_fast.graphs import Bucket, Graphs, bucket_of, kept_of, reasons_against_inputs
+from bert_fast.graphs import Graphs, bucket_of, kept_of, reasons_against_inputs
 from bert_fast.inputs import read_batch
 from bert_fast.modeling import packed_forward
 from bert_fast.notice import warn_once
@@ -49,7 +49,7 @@ class Model:
             return packed_forward(self.model, self.structure, batch, "auto", rows=rows)
 
         with torch.inference_mode():
-            found = self.graphs(bucket_of(batch, rows, "auto", None), batch, rows, run)
+            found = self.graphs(bucket_of(batch, rows), batch, rows, run)
             return found, run(batch, rows)
 
 
@@ -162,12 +162,13 @@ def test_what_a_graph_cannot_take() -> None:
         ]
 
 
-def test_buckets_tell_backends_apart() -> None:
+def test_another_backend_has_graphs_of_its_own() -> None:
     model = Model()
-    batch = read_batch(model.structure, padded(2, 9))
-    mine, yours = {"linear": "reference"}, {"linear": "aten"}
-    found = {bucket_of(batch, None, b, d) for b in ("auto", mine, yours) for d in (None, "fp8")}
-    assert len(found) == 6 and all(isinstance(bucket, Bucket) for bucket in found)
+    model(padded(2, 9))
+    graphs._graphs[model.model] = model.graphs
+    assert kept_of(model.model) == 1
+    bert_fast.accelerate(model.model, {"linear": "reference"})
+    assert kept_of(model.model) == 0
 
 
 @pytest.mark.gpu

@@ -13,20 +13,22 @@ of the rounded W (straight-through for x).
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from . import checks
 from .backends import triton_kernel, widest_row
 from .bias_gelu import OP as BIAS_GELU
 from .bias_gelu import activate
-from .linear import check as check_linear
 from .linear import cost
 from .linear import samples as linear_samples
+from .linear_int8 import check as check_8_bits
+from .linear_int8 import fake
 from .registry import Chooser, Kernel, Op, Sample
 from .weight_copies import copy_of, reasons_against_copies
 
@@ -71,31 +73,19 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -
     return (y if activation == "none" else activate(y, activation)).to(x.dtype)
 
 
-def check(x, weight, bias, activation) -> None:
-    op = "linear_fp8"
-    check_linear(x, weight, bias, op)
-    if activation != "none":
-        checks.activation(op, activation)
-    if torch.is_grad_enabled() and weight.requires_grad:
-        raise ValueError(f"bert_fast.{op}: weight wants a gradient; 8 bits are for inference")
-
-
-def fake(x, weight, bias, activation, *, save) -> tuple[Tensor, ...]:
-    return (x.new_empty(x.shape[0], weight.shape[0]),)
-
-
 def kept(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The rounded copy kept of a weight [N, K], and its scales [N, 1]."""
     return copy_of((weight,), "e4m3", lambda: quantized(weight))
 
 
-def _too_old(x: Tensor, *least: int) -> list[str]:
+@functools.cache
+def _too_old(device: torch.device, *least: int) -> list[str]:
     """Why this GPU has no arithmetic in e4m3."""
     if not torch.cuda.is_available():  # `doctor` asks about a GPU that is not here
         return []
     if torch.version.hip:
         return ["AMD's e4m3 is not NVIDIA's on every GPU"]
-    found = torch.cuda.get_device_capability(x.device)
+    found = torch.cuda.get_device_capability(device)
     told = f"compute capability is {found[0]}.{found[1]}, not {least[0]}.{least[1]} or more"
     return [told] if found < least else []
 
@@ -110,7 +100,7 @@ def _triton() -> Kernel:
         return _TRITON.forward(x, *kept(weight), bias, activation, save=False)
 
     def why_not(x, weight, *rest) -> list[str]:
-        found = _TRITON.why_not(x) or (_too_old(x, 8, 9) if x.is_cuda else [])
+        found = _TRITON.why_not(x) or list(_too_old(x.device, 8, 9) if x.is_cuda else ())
         if x.is_cuda and x.dtype == torch.float32:
             found.append("sums of e4m3 products have too few bits on a GPU for fp32")
         return found or reasons_against_copies(weight)
@@ -142,7 +132,7 @@ def _scaled_mm() -> Kernel:
     def why_not(x, weight, *rest) -> list[str]:
         if not x.is_cuda:
             return [f"{x.device.type} has no arithmetic in 8-bit floats"]
-        found = _too_old(x, 9, 0)
+        found = list(_too_old(x.device, 9, 0))
         if x.dtype != torch.bfloat16:
             found.append(f"{x.dtype} is not bf16")
         if not x.shape[0] or x.shape[1] % 16 or weight.shape[0] % 16:
@@ -168,7 +158,7 @@ OP = Op(
     name="linear_fp8",
     arguments="Tensor x, Tensor weight, Tensor? bias, str activation",
     reference=reference,
-    check=check,
+    check=partial(check_8_bits, op="linear_fp8"),
     fake=fake,
     kernels=(_scaled_mm(), _triton()),
     samples=samples,

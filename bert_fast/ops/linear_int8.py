@@ -86,8 +86,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -
     return (y if activation == "none" else activate(y, activation)).to(x.dtype)
 
 
-def check(x, weight, bias, activation) -> None:
-    op = "linear_int8"
+def check(x, weight, bias, activation, op: str = "linear_int8") -> None:
     check_linear(x, weight, bias, op)
     if activation != "none":
         checks.activation(op, activation)
