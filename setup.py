@@ -1,9 +1,9 @@
 """Builds `bert_fast._C`: the C++ kernels, and the CUDA ones where torch has CUDA and nvcc is found.
 
-Everything else about the package is in pyproject.toml. A file whose name ends in `_avx2`, `_avx512`
-or `_avx512_bf16` is compiled with that instruction set; which one runs is decided by CPUID at run
-time, so one binary serves every x86-64. The extension uses torch's stable ABI and Python's limited
-API: one build serves torch >= 2.11 and CPython >= 3.10.
+Everything else about the package is in pyproject.toml. A file whose name ends in `_avx2`,
+`_avx512`, `_avx512_bf16` or `_amx` is compiled with that instruction set; which one runs is decided
+by CPUID at run time, so one binary serves every x86-64. The extension uses torch's stable ABI and
+Python's limited API: one build serves torch >= 2.11 and CPython >= 3.10.
 """
 
 import os
@@ -21,12 +21,17 @@ CSRC = Path("kernels/csrc")
 # The warnings are GCC 12's about its own immintrin.h.
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
 AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+AVX512_BF16 = [*AVX512, "-mavx512bf16", "-mavx512vnni"]
 X86_FLAGS = {
     "_generic": [],
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "_avx512": AVX512,
-    "_avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
+    "_avx512_bf16": AVX512_BF16,
+    "_amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
 }
+# For tests on machines without them: AVX-512 and AMX by stand-ins, in files compiled for AVX2.
+STAND_INS = ["-include", str(Path("tests/emulation/isa.h").resolve()), "-Wno-psabi"]
+EMULATED = {"_avx512": 3, "_avx512_bf16": 4, "_amx": 5}  # their numbers in cpu/dispatch.h
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 # The compiler must be there, not a device: a wheel is the same wherever it was built.
 HAS_CUDA = torch.version.cuda is not None and CUDA_HOME is not None
@@ -36,11 +41,21 @@ HAS_CUDA = HAS_CUDA and shutil.which("nvcc", path=f"{CUDA_HOME}/bin") is not Non
 class BuildByISA(BuildExtension):
     """BuildExtension, with extra flags for the files that name an instruction set."""
 
+    user_options = (*BuildExtension.user_options, ("emulate", None, "AVX-512 by stand-ins"))
+    boolean_options = (*BuildExtension.boolean_options, "emulate")
+
+    def initialize_options(self):
+        super().initialize_options()
+        self.emulate = False
+
     def finalize_options(self):
-        self.build_temp = "build/objects"  # kept: an editable install would delete its own
+        # Kept: an editable install would delete its own.
+        self.build_temp = "build/emulated" if self.emulate else "build/objects"
         super().finalize_options()
 
     def build_extension(self, ext):
+        if self.emulate:
+            ext.extra_compile_args["cxx"] += STAND_INS
         if IS_X86:
             with ThreadPoolExecutor() as pool:  # half a minute each
                 for sources, objects in pool.map(partial(self.compile, ext), X86_FLAGS):
@@ -51,12 +66,14 @@ class BuildByISA(BuildExtension):
     def compile(self, ext, suffix):
         """The sources whose names end so, and their objects."""
         sources = [s for s in ext.sources if Path(s).stem.endswith(suffix)]
-        args = ext.extra_compile_args
+        args, flags = ext.extra_compile_args, X86_FLAGS[suffix]
+        if self.emulate and suffix in EMULATED:
+            flags = [*X86_FLAGS["_avx2"], f"-DEMULATED_ISA={EMULATED[suffix]}"]
         return sources, self.compiler.compile(
             sources,
             output_dir=self.build_temp + suffix,  # holds the state of a build, so one for each
             include_dirs=ext.include_dirs,
-            extra_postargs={**args, "cxx": args["cxx"] + X86_FLAGS[suffix]},
+            extra_postargs={**args, "cxx": args["cxx"] + flags},
             depends=ext.depends,
         )
 

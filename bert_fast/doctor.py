@@ -19,7 +19,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from . import __version__
 from .ops import OPS
-from .ops.backends import ISAS, best_isa, cuda_missing, extension_missing, triton_missing
+from .ops.backends import (
+    ISAS,
+    best_isa,
+    cuda_missing,
+    extension_missing,
+    has_tiles,
+    triton_missing,
+)
 from .ops.products import has_native
 
 
@@ -50,7 +57,8 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, str]:
     """CPU, instruction sets, threads, GPU, and whether the extension is there."""
-    names = {level: name for name, level in ISAS.items()}
+    isa = next(name for name, level in ISAS.items() if level == best_isa())
+    isa += " with AMX" * has_tiles()
     missing = extension_missing()
     half = [str(d).removeprefix("torch.") for d in (torch.bfloat16, torch.float16) if has_native(d)]
     gpu = "none"
@@ -61,7 +69,7 @@ def machine() -> dict[str, str]:
         "CPU": f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "torch's CPU code": torch.backends.cpu.get_cpu_capability(),
         "oneDNN natively in": ", ".join(["float32", *half]),
-        "C++ extension": missing[0] if missing else f"loaded, runs {names[best_isa()]} here",
+        "C++ extension": missing[0] if missing else f"loaded, runs {isa} here",
         "GPU": gpu,
     }
 

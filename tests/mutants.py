@@ -43,6 +43,7 @@ TRAINING = "bert_fast/training/"
 LOOP, PRETRAINING = ("tests/test_training_loop.py",), ("tests/test_pretraining.py",)
 SPANS, FINETUNE = ("tests/test_spans.py",), ("tests/test_finetune.py",)
 ENCODER = ("tests/test_encoder.py",)
+EMULATED = ("tests/test_emulation.py",)
 COPIES = "bert_fast/ops/weight_copies.py"
 MUTANTS = [
     # C++
@@ -58,10 +59,21 @@ MUTANTS = [
     Mutant("layernorm backward: mean(g xhat) lost", CPU + "layernorm.inc.h",
            "- mean_g - load(buffers.z + i) * mean_gx) * rstd", "- mean_g) * rstd",
            parity("layernorm and (avx512 or avx2) and bert")),
+    Mutant("tiles: only the last slice of the depth counts", CPU + "tiles.inc.h",
+           "load_sums<N>(c, row_c);", "zero_sums<N>();", EMULATED),
+    Mutant("tiles: the second tile of columns read twice", CPU + "tiles.inc.h",
+           "right + 2 * W, row_b", "right + W, row_b", EMULATED),
+    Mutant("tiles: half of a group of bytes", CPU + "tiles.inc.h",
+           "k < depth; k += 4 * kTilePairs", "k < depth / 2; k += 4 * kTilePairs", EMULATED),
+    Mutant("attention by tiles: earlier blocks not rescaled", CPU + "attention_operands.inc.h",
+           "store(sums + i, load(sums + i) * load(factors + i))", "(void)factors", EMULATED),
+    Mutant("attention by tiles: keys from the first one in every block",
+           CPU + "attention_operands.inc.h", "values + key / 2, value_row", "values, value_row",
+           EMULATED),
     Mutant("encoder: the residual is not of the rows asked for", CPU + "encoder.cpp",
            "residual = gather(x,", "gather(x,", parity("encoder and rows")),
     Mutant("encoder: rows taken in every layer", CPU + "encoder.cpp",
-           "rows && i == count - 1;", "rows.has_value();", parity("encoder and rows")),
+           "chosen && i == count - 1;", "chosen;", parity("encoder and rows")),
     Mutant("encoder: the first sequences' bias for all", CPU + "encoder.cpp",
            "first * a.bias_batch", "0", ENCODER),
     Mutant("encoder: first keys counted from the first row of all", CPU + "encoder.cpp",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -86,6 +87,31 @@ def test_a_batch_of_many_chunks(layers: int) -> None:
     alone = torch.cat([run(i, i + 1) for i in range(len(lengths))])
     torch.testing.assert_close(run(0, len(lengths)), alone, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(run(0, len(lengths), rows), alone[rows], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_number_of_threads(dtype: torch.dtype) -> None:
+    """The same bits by one thread, a team, more threads than processors, and teams at once."""
+    weights, heads = next(s.args for s in OPS["encoder"].samples(torch.device("cpu"), dtype))[5:7]
+    bounds = torch.tensor([0, 200, 201, 290, 600], dtype=torch.int32)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(600, weights[0].shape[1], generator=generator).to(dtype)
+    rows = torch.tensor([0, 599, 200, 3])
+
+    def run(_: int = 0) -> Tensor:
+        rest = (bounds, 310, weights * 3, heads, 1e-12)
+        return torch.cat([ops.encoder(x, *rest, rows=some, backend=ISA) for some in (None, rows)])
+
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found += [run() for _ in range(3)]
+    finally:
+        torch.set_num_threads(before)
+    with ThreadPoolExecutor(3) as pool:
+        found += pool.map(run, range(9))
+    assert all(torch.equal(found[0], one) for one in found[1:])
 
 
 def test_where_it_runs() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bert_fast.ops import OPS
+from bert_fast.ops.backends import has_isa
 
 from .guard import guarded_allocations
 from .parity import (
@@ -79,20 +80,27 @@ def test_gradcheck(name: str) -> None:
                 assert torch.autograd.gradcheck(run, leaves, fast_mode=True), sample.name
 
 
+@pytest.mark.parametrize("isa", [3, 4])
 @pytest.mark.parametrize("name", OPS)
-def test_avx512_without_bf16_instructions(name: str) -> None:
-    """A machine with them runs both kinds of AVX-512 code; level 3 asks for the older kind."""
-    op = OPS[name]
+def test_lesser_avx512(name: str, isa: int) -> None:
+    """A machine with the latest runs the older kinds too: 3 is without BF16, 4 without AMX."""
+    op, cpu = OPS[name], torch.ops.bert_fast_cpu
+    if not has_isa(isa):
+        pytest.skip("this CPU lacks the instructions")
+    forward = getattr(cpu, f"{name}_forward", None)
+    taken = [a.name for a in forward.default._schema.arguments] if forward else []
+    packed = name in ("linear", "linear_gelu")
+    if not packed and taken != [*op.names, "save", "isa"]:
+        pytest.skip("it has no kernel of its own, or of what others have too")
     for sample in sample_names(name):
         expected = truth(name, sample, torch.bfloat16)
-        if dict(op.reasons(expected.args)).get("avx512", ["no such kernel"]):
-            pytest.skip("no AVX-512 kernel runs here")
-        forward = getattr(torch.ops.bert_fast_cpu, f"{name}_forward", None)
-        taken = [a.name for a in forward.default._schema.arguments] if forward else []
-        if taken != [*op.names, "save", "isa"]:
-            pytest.skip("of packed weights: its products are in fp32 on every level")
         args = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in expected.args]
-        found = forward(*args, True, 3)
+        if packed:
+            x, weight, bias, activation = (*args, "none")[:4]
+            panels = cpu.pack_weight(weight, False, isa)
+            found = cpu.linear_forward(x, panels, bias, weight.shape[0], activation, isa)
+        else:
+            found = forward(*args, True, isa)
         y = found if isinstance(found, torch.Tensor) else found[0]
         assert not violations(expected, [y, *expected.plain[1:]], torch.bfloat16, ()), sample
 

@@ -18,6 +18,7 @@ from .registry import Kernel
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ISAS = {"avx512": 2, "avx2": 1, "generic": 0}
+AMX = 5  # what of AVX-512 has 3, 4 and 5 too, which "avx512" chooses from
 
 Limits = Callable[..., list[str]]
 
@@ -60,15 +61,33 @@ def triton_interprets() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def has_isa(isa: int) -> bool:
+    """Whether the C++ kernels numbered so run here; the numbers are those of `cpu/dispatch.h`."""
+    return not extension_missing() and bool(torch.ops.bert_fast_cpu.has_isa(isa))
+
+
 @functools.cache
 def best_isa() -> int:
-    return 0 if extension_missing() else int(torch.ops.bert_fast_cpu.best_isa())
+    """The first of ISAS that runs here; 0 without the extension."""
+    return next((isa for isa in ISAS.values() if has_isa(isa)), 0)
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether the AVX-512 kernels multiply by AMX."""
+    return has_isa(AMX)
 
 
 @functools.cache
 def torch_has_avx512() -> bool:
     """Whether torch, and oneDNN with it, runs AVX-512 code here."""
     return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+@functools.cache
+def openmp() -> bool:
+    """Whether torch's threads on the CPU are OpenMP's: all shares of a section run at once."""
+    return "ATen parallel backend: OpenMP" in torch.__config__.parallel_info()
 
 
 def wrong_device(lead: Tensor, device: str) -> list[str]:

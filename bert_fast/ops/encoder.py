@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import checks
 from .attention import OP as ATTENTION
-from .backends import ISAS, cpu_reasons, torch_has_avx512
+from .backends import ISAS, cpu_reasons, has_tiles, openmp, torch_has_avx512
 from .bias_gelu import activate
 from .feed_forward import OP as FEED_FORWARD
 from .linear_int8 import OP as LINEAR_INT8
@@ -132,7 +132,7 @@ def _kernel(name: str, isa: int) -> Kernel:
         # By their number too: layer by layer, the first one's weights are the first of both.
         table, _ = copy_of(weights, f"encoder {isa} {int8} {len(weights)} {heads}", make)
         run = torch.ops.bert_fast_cpu.encoder_forward
-        return (run(x, cu_seqlens, key_start, bias, rows, table, eps, activation, isa),)
+        return (run(x, cu_seqlens, key_start, bias, rows, table, eps, activation, openmp(), isa),)
 
     return Kernel(name, forward, None, why_not)
 
@@ -213,7 +213,10 @@ def preferred(x: Tensor) -> bool:
     """Whether one call is preferred to the ops of its layers, where a kernel is willing."""
     if x.device.type != "cpu" or not torch_has_avx512():
         return True
-    return x.shape[0] <= FEW and (x.dtype == torch.float32 or not has_native(x.dtype))
+    if x.dtype == torch.bfloat16 and has_tiles():
+        return True
+    # Of fp16 nothing is multiplied as it is.
+    return x.shape[0] <= FEW and (x.dtype != torch.float16 or not has_native(x.dtype))
 
 
 OP = Op(

@@ -1,9 +1,10 @@
 """CPU GEMMs in C++ on weights packed once into panels, bias and activation in the epilogue.
 
-The copy is kept beside the user's weight (`weight_copies`), in its dtype. Sums are fp32 and 16-bit
+The copy is kept beside the user's weight (`weight_copies`), in its dtype. Sums are fp32. 16-bit
 operands are widened on the way, so bf16 and fp16 run at the speed of fp32 on machines that have no
-arithmetic of theirs. Without AVX-512 these kernels are faster than oneDNN's and MKL's; with it
-oneDNN's are preferred, as no run has shown which is faster there.
+arithmetic of theirs; with AVX-512 BF16 or AMX, bf16 is multiplied as it is. Without AVX-512 these
+kernels are faster than oneDNN's and MKL's; with it oneDNN's are preferred, as no run has shown
+which is faster there.
 """
 
 from __future__ import annotations

@@ -14,8 +14,13 @@
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #if defined(__AVX512BF16__)
-#define BERT_FAST_ISA avx512_bf16
 #define BERT_FAST_AVX512_BF16 1
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
+#define BERT_FAST_ISA amx
+#define BERT_FAST_AMX 1
+#else
+#define BERT_FAST_ISA avx512_bf16
+#endif
 #else
 #define BERT_FAST_ISA avx512
 #endif

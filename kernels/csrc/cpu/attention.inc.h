@@ -10,24 +10,11 @@
 // lengths balance, and a block's result does not depend on who computes it.
 #pragma once
 
-#include "cpu/gemm.inc.h"
+#include "cpu/attention_operands.inc.h"
 
 namespace bert_fast::cpu::BERT_FAST_ISA {
 
-constexpr int64_t kQueries = 48;  // 3 vectors of AVX-512; all tile heights divide it
-constexpr int64_t kKeys = 256;    // a block of scores is 48 KiB: half of it in L1, all of it in L2
 constexpr int64_t kLaneCost = 65536;  // FMAs below which a second thread is not worth waking
-
-// One head of one sequence.
-struct Head {
-  int64_t b, h, first, queries, first_key, keys;
-};
-
-inline Head head_of(const Attention& a, int64_t b, int64_t h) {
-  const int64_t first = a.cu_seqlens[b], end = a.cu_seqlens[b + 1];
-  const int64_t first_key = a.key_start ? a.key_start[b] : first;
-  return {b, h, first, end - first, first_key, end - first_key};
-}
 
 // Calls f(head, block) for this lane's share of all blocks of `block` queries (0: whole heads).
 // A lane takes the blocks that start inside its equal share of the total cost.
@@ -61,105 +48,6 @@ inline int64_t lanes_for(const Attention& a) {
   const int64_t most = smaller(thread_count(), cost * a.heads * a.width / kLaneCost);
   return larger<int64_t>(1, most);
 }
-
-// Row lengths in elements: of qkv, of `out`, and D padded to whole vectors.
-struct Strides {
-  int64_t qkv, out, padded;
-  explicit Strides(const Attention& a)
-      : qkv(3 * a.heads * a.width), out(a.heads * a.width), padded(round_up(a.width, W)) {}
-};
-
-// The rows of one head of Q (part 0), K (1) or V (2).
-template <class T>
-const T* part_of(const Attention& a, const void* qkv, int64_t part, int64_t token, int64_t h) {
-  return static_cast<const T*>(qkv) + ((token * 3 + part) * a.heads + h) * a.width;
-}
-
-// Asks for the rows of the next head: they are too short and too far apart for the hardware to see
-// a stream.
-template <class T>
-void prefetch_next(const Attention& a, const Head& head, int64_t part) {
-  if (head.h + 1 == a.heads) return;
-  const T* next = part_of<T>(a, a.qkv, part, head.first_key, head.h + 1);
-  for (int64_t i = 0; i < head.keys; ++i)
-    for (int64_t d = 0; d < a.width; d += 64 / int64_t(sizeof(T)))
-      __builtin_prefetch(next + i * 3 * a.heads * a.width + d);
-}
-
-// K (part 1) or V (part 2) of a head as fp32 rows.
-template <class T>
-void pack_part(const Attention& a, const Head& head, int64_t part, float* to) {
-  const Strides s(a);
-  prefetch_next<T>(a, head, part);
-  pack_rows(
-      part_of<T>(a, a.qkv, part, head.first_key, head.h), s.qkv, head.keys, a.width, to, s.padded);
-}
-
-// What the forward's products work on: how K, V, Q and the probabilities are laid out, and how many
-// steps along k one 32-bit element holds.
-template <class T>
-struct Fp32Operands {
-  using Product = Fp32Product;
-  static constexpr int64_t kPacked = 1;
-
-  static int64_t key_row(const Attention& a) { return round_up(a.width, W); }
-  static void pack_keys(const Attention& a, const Head& head, float* to) {
-    pack_part<T>(a, head, 1, to);
-  }
-  static void pack_values(const Attention& a, const Head& head, float* to) {
-    pack_part<T>(a, head, 2, to);
-  }
-  static void pack_queries(const Attention& a, const T* q, int64_t queries, float* to) {
-    pack_transposed(q, 3 * a.heads * a.width, queries, a.width, to, kQueries);
-  }
-  static void pack_probabilities(float*, int64_t) {}
-};
-
-#if defined(BERT_FAST_AVX512_BF16)
-// Pairs of bf16: two along d for the scores, where Q and K lie in memory as pairs already, two keys
-// for the weighted sum. Products of bf16 are exact and sums fp32, so only rounding P to bf16 costs
-// accuracy, and less than rounding the output does.
-struct Bf16PairOperands {
-  using Product = Bf16PairProduct;
-  static constexpr int64_t kPacked = 2;
-
-  static int64_t key_row(const Attention& a) { return a.width / 2; }
-  static void pack_keys(const Attention& a, const Head& head, float* to) {
-    prefetch_next<bf16>(a, head, 1);
-    const bf16* from = part_of<bf16>(a, a.qkv, 1, head.first_key, head.h);
-    for (int64_t i = 0; i < head.keys; ++i)
-      memcpy(to + i * (a.width / 2), from + i * 3 * a.heads * a.width, a.width * sizeof(bf16));
-  }
-  static void pack_values(const Attention& a, const Head& head, float* to) {
-    prefetch_next<bf16>(a, head, 2);
-    const Strides s(a);
-    const bf16* from = part_of<bf16>(a, a.qkv, 2, head.first_key, head.h);
-    for (int64_t i = 0; i < head.keys; i += 2, to += s.padded)
-      sweep(a.width, [&](int64_t d, auto lanes) {
-        vu even = bits_as<vu>(load(from + i * s.qkv + d, lanes)), odd{};
-        if (i + 1 < head.keys) odd = bits_as<vu>(load(from + (i + 1) * s.qkv + d, lanes));
-        store(to + d, bits_as<vf>(even >> 16 | odd));
-      });
-  }
-  static void pack_queries(const Attention& a, const bf16* q, int64_t queries, float* to) {
-    pack_transposed(
-        reinterpret_cast<const float*>(q), 3 * a.heads * a.width / 2, queries, a.width / 2, to,
-        kQueries);
-  }
-  // In place: row j of pairs replaces rows 2 j and 2 j + 1, which are read first.
-  static void pack_probabilities(float* columns, int64_t keys) {
-    // 16-bit lanes 0, 16, 1, 17, ...: the halves of the conversion dealt alternately.
-    const __m512i interleave = (__m512i)(lane_index() * 0x00010001 + 0x00100000);
-    for (int64_t j = 0; j < keys; j += 2) {
-      vf even = load(columns + j * kQueries);
-      vf odd = j + 1 < keys ? load(columns + (j + 1) * kQueries) : vf{};
-      __m512i pairs =
-          _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
-      store(columns + j / 2 * kQueries, bits_as<vf>(pairs));
-    }
-  }
-};
-#endif
 
 // scores[j, i] = scale scores[j, i] + bias[query + i, key + j]; W x W blocks are transposed.
 template <class B>
@@ -209,9 +97,7 @@ float block_scores(
     const Attention& a, const Head& head, int64_t query, int64_t queries, int64_t key, int64_t keys,
     const float* k, const float* queries_t, float* scores) {
   const int64_t row = OPERANDS::key_row(a);
-  multiply<Layout::row_major, false, typename OPERANDS::Product>(
-      keys, round_up(queries, W), a.width / OPERANDS::kPacked, k + key * row, row, queries_t,
-      kQueries, scores, kQueries);
+  OPERANDS::multiply_keys(a, queries, keys, k + key * row, row, queries_t, scores);
   if (a.bias == nullptr) return a.scale;
   with_dtype(a.bias_dtype, [&]<class B>() {
     add_bias<B>(a, head, query, queries, key, keys, scores);
@@ -242,16 +128,17 @@ ALWAYS_INLINE vf softmax_columns(
 
 struct ForwardBuffers {
   Strides strides;
+  int64_t part;  // of K or V, whole tiles of keys
   Scratch memory;
   float *keys, *values, *queries_t, *scores, *factors, *sums, *maximum, *total, *rescale;
 
   explicit ForwardBuffers(const Attention& a)
-      : strides(a),
+      : strides(a), part(round_up(a.longest, 2 * kTilePairs) * strides.padded),
         memory(
-            2 * a.longest * strides.padded + a.width * kQueries + 2 * kKeys * kQueries +
+            2 * part + a.width * kQueries + 2 * kKeys * kQueries +
             kQueries * strides.padded + 3 * kQueries),
-        keys(memory.data), values(keys + a.longest * strides.padded),
-        queries_t(values + a.longest * strides.padded), scores(queries_t + a.width * kQueries),
+        keys(memory.data), values(keys + part), queries_t(values + part),
+        scores(queries_t + a.width * kQueries),
         factors(scores + kKeys * kQueries), sums(factors + kKeys * kQueries),
         maximum(sums + kQueries * strides.padded), total(maximum + kQueries),
         rescale(total + kQueries) {}
@@ -281,25 +168,23 @@ void attention_block(const Attention& a, const Head& head, int64_t query, Forwar
     }
     for (int64_t i = 0; i < queries; i += W) OPERANDS::pack_probabilities(m.scores + i, keys);
     auto add_values = [&]<bool ADD>() {
-      multiply<Layout::k_major, ADD, typename OPERANDS::Product>(
-          queries, s.padded, ceil_div(keys, OPERANDS::kPacked), m.scores, kQueries,
-          m.values + key / OPERANDS::kPacked * s.padded, s.padded, m.sums, s.padded);
+      OPERANDS::template multiply_values<ADD>(
+          a, head, queries, key, keys, m.scores, m.values, m.sums);
     };
     if (key == 0) {
       add_values.template operator()<false>();
       continue;
     }
-    for (int64_t i = 0; i < queries; ++i)
-      for (int64_t d = 0; d < s.padded; d += W)
-        store(m.sums + i * s.padded + d, load(m.sums + i * s.padded + d) * m.rescale[i]);
+    OPERANDS::rescale(a, queries, m.rescale, m.sums);
     add_values.template operator()<true>();
   }
+  const float* sums = OPERANDS::rows_of(a, queries, m.sums, m.queries_t);
   for (int64_t i = 0; i < queries; ++i) {
     const float total = m.total[i], divisor = total == 0.0f ? 1.0f : total;
     T* out = static_cast<T*>(a.out) + ((token + i) * a.heads + head.h) * a.width;
     sweep(a.width, [&](int64_t d, auto lanes) {
       // A head without keys has summed nothing: m.sums is not even initialised then.
-      store(out + d, head.keys ? load(m.sums + i * s.padded + d) / divisor : vf{}, lanes);
+      store(out + d, head.keys ? load(sums + i * s.padded + d) / divisor : vf{}, lanes);
     });
     if (a.lse)
       a.lse[head.h * a.tokens + token + i] =
@@ -312,6 +197,7 @@ void attention_forward_with(const Attention& a) {
   const int64_t lanes = lanes_for(a);
   parallel(lanes, 1, [&](int64_t begin, int64_t end) {
     ForwardBuffers m(a);
+    [[maybe_unused]] typename OPERANDS::State state;
     for (int64_t lane = begin; lane < end; ++lane) {
       int64_t packed_b = -1, packed_h = -1;
       for_each_block(a, kQueries, lane, lanes, [&](const Head& head, int64_t block) {
@@ -327,6 +213,10 @@ void attention_forward_with(const Attention& a) {
 }
 
 inline void attention_forward(const Attention& a) {
+#if defined(BERT_FAST_AMX)
+  if (a.dtype == Dtype::bf16 && TileOperands::fits(a))
+    return attention_forward_with<bf16, TileOperands>(a);
+#endif
 #if defined(BERT_FAST_AVX512_BF16)
   if (a.dtype == Dtype::bf16 && a.width % 2 == 0)
     return attention_forward_with<bf16, Bf16PairOperands>(a);

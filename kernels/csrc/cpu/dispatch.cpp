@@ -4,18 +4,12 @@
 #include <cstdlib>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace bert_fast::cpu {
-
-void run_parallel(int64_t n, int64_t grain, void (*call)(int64_t, int64_t, void*), void* context) {
-  // One thread's worth of work (every call of a small model) skips the round trip through torch.
-  if (n <= grain) {
-    if (n > 0) call(0, n, context);
-    return;
-  }
-  require(torch_parallel_for(0, n, grain, call, context) == 0, "cpu: a parallel section failed");
-}
-
-int64_t thread_count() { return torch::stable::get_num_threads(); }
 
 // Aligned by hand: what an aligned allocation of glibc's leaves when it is freed is too small for
 // the next one of its size, so that every call would get new pages.
@@ -31,31 +25,50 @@ float* allocate_floats(int64_t count) {
 
 void free_floats(float* memory) { std::free(reinterpret_cast<void**>(memory)[-1]); }
 
-// __builtin_cpu_supports also asks the operating system whether it saves the registers.
-static int64_t best_isa() {
+// The kernels of each `isa`, null where this machine lacks instructions.
+struct Tables {
+  const Kernels* of[6] = {&kernels_generic};
+
+  // __builtin_cpu_supports also asks the operating system whether it saves the registers.
+  Tables() {
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return 2;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) of[1] = &kernels_avx2;
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
+      return;
+    of[2] = of[3] = &kernels_avx512;
+    if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vnni")) return;
+    of[2] = of[4] = &kernels_avx512_bf16;
+    if (has_tiles()) of[2] = of[5] = &kernels_amx;
 #endif
-  return 0;
+  }
+
+  // Linux saves tiles only for a process that has asked for it (its Documentation/arch/x86/xstate).
+  static bool has_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+        __builtin_cpu_supports("amx-int8") && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+    return false;
+#endif
+  }
+};
+
+static const Kernels* kernels_of(int64_t isa) {
+  static const Tables tables;
+  return 0 <= isa && isa < 6 ? tables.of[isa] : nullptr;
 }
 
+static bool has_isa(int64_t isa) { return kernels_of(isa) != nullptr; }
+
 const Kernels& kernels_for(const char* op, int64_t isa) {
-  static const int64_t best = best_isa();
+  const Kernels* kernels = kernels_of(isa);
   require(
-      0 <= isa && (isa <= best || (isa == 3 && best == 2)), op, ": isa is ", isa,
-      ", this machine runs 0 to ", best, " (0 generic, 1 AVX2, 2 AVX-512)");
-#if defined(__x86_64__)
-  static const bool has_bf16 =
-      __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-  if (isa == 2 && has_bf16) return kernels_avx512_bf16;
-  if (isa >= 2) return kernels_avx512;
-  if (isa == 1) return kernels_avx2;
-#endif
-  return kernels_generic;
+      kernels != nullptr, op, ": isa is ", isa, ", which this machine does not run (0 generic, ",
+      "1 AVX2, 2 the best AVX-512; 3 AVX-512 alone, 4 with BF16 and VNNI, 5 with AMX)");
+  return *kernels;
 }
 
 Dtype float_dtype(const char* op, const char* name, const Tensor& t) {
@@ -139,8 +152,8 @@ Tensor chunk_sums(int64_t rows, int64_t floats_per_chunk) {
 
 }  // namespace bert_fast::cpu
 
-STABLE_TORCH_LIBRARY_FRAGMENT(bert_fast_cpu, m) { m.def("best_isa() -> int"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(bert_fast_cpu, m) { m.def("has_isa(int isa) -> bool"); }
 
 STABLE_TORCH_LIBRARY_IMPL(bert_fast_cpu, CompositeExplicitAutograd, m) {
-  m.impl("best_isa", TORCH_BOX(&bert_fast::cpu::best_isa));
+  m.impl("has_isa", TORCH_BOX(&bert_fast::cpu::has_isa));
 }

@@ -6,8 +6,8 @@
 
 namespace bert_fast::cpu {
 
-// The kernels for instruction set `isa`: 0 generic, 1 AVX2, 2 AVX-512, using its BF16 instructions
-// where the machine has them, 3 AVX-512 without them in any case (one machine can test both).
+// The kernels for instruction set `isa`: 0 generic, 1 AVX2, 2 the best AVX-512 of this machine; and
+// by name, so that one machine can test them all, 3 AVX-512 alone, 4 with BF16 and VNNI, 5 with AMX.
 // Refuses what this machine cannot run.
 const Kernels& kernels_for(const char* op, int64_t isa);
 

@@ -1,13 +1,15 @@
 // encoder: what the ops of its layers compute, in one call and with no round trip between two.
 //
 // Within a layer a few sequences at a time go from its first step to its last: what is between two
-// steps stays in the caches, and needs memory for those few only, however large the batch.
+// steps stays in the caches, and needs memory for those few only, however large the batch. All steps
+// are one parallel region, where torch's threads allow it (threads.h).
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cpu/threads.h"
 
 namespace bert_fast::cpu {
 
@@ -151,11 +153,21 @@ struct Workspace {
   Workspace(const Workspace&) = delete;
 };
 
+// copy(i) for the row at each i < n, dealt to threads.
+template <class F>
+void for_rows(size_t n, const F& copy) {
+  auto run = [](int64_t begin, int64_t end, void* p) {
+    for (int64_t i = begin; i < end; ++i) (*static_cast<const F*>(p))(size_t(i));
+  };
+  run_parallel(int64_t(n), kRowsAtOnce, run, const_cast<F*>(&copy));
+}
+
 // to[i] = from[rows[i]], each of `bytes`.
 static const void* gather(
     const void* from, const std::vector<int64_t>& rows, int64_t bytes, char* to) {
-  for (size_t i = 0; i < rows.size(); ++i)
+  for_rows(rows.size(), [&](size_t i) {
     std::memcpy(to + i * bytes, static_cast<const char*>(from) + rows[i] * bytes, bytes);
+  });
   return to;
 }
 
@@ -224,7 +236,7 @@ struct Encoder {
 static Tensor encoder_forward(
     const Tensor& x, const Tensor& cu_seqlens, const OptionalTensor& key_start,
     const OptionalTensor& bias, const OptionalTensor& rows, const Tensor& table, double eps,
-    String activation, int64_t isa) {
+    String activation, bool team, int64_t isa) {
   const char* op = "encoder";
   const Activation act = activation_of(op, take(activation));
   require_rank(op, "x", x, 2);
@@ -269,15 +281,21 @@ static Tensor encoder_forward(
   auto* between = static_cast<char*>(states.data_ptr());
   auto* last = static_cast<char*>(y.data_ptr());
   const Workspace w(most, hidden, inside, inner, size_of(encoder.dtype));
-  for (size_t i = 0; i < count; ++i) {
-    const bool some = rows && i == count - 1;
-    for (const Chunk& chunk : chunks) {
-      char* to = some ? w.residual : between + chunk.row * bytes;
-      encoder.run(layers[i], chunk, (i ? between : input) + chunk.row * bytes, some, w, to);
-      for (size_t j = 0; some && j < chunk.at.size(); ++j)
-        std::memcpy(last + chunk.at[j] * bytes, to + j * bytes, bytes);
+  const bool chosen = rows.has_value();
+  auto run = [&] {
+    for (size_t i = 0; i < count; ++i) {
+      const bool some = chosen && i == count - 1;
+      for (const Chunk& chunk : chunks) {
+        char* to = some ? w.residual : between + chunk.row * bytes;
+        encoder.run(layers[i], chunk, (i ? between : input) + chunk.row * bytes, some, w, to);
+        if (!some) continue;
+        for_rows(chunk.at.size(), [&](size_t j) {
+          std::memcpy(last + chunk.at[j] * bytes, to + j * bytes, bytes);
+        });
+      }
     }
-  }
+  };
+  team ? as_team(run) : run();
   return y;
 }
 
@@ -286,7 +304,7 @@ static Tensor encoder_forward(
 STABLE_TORCH_LIBRARY_FRAGMENT(bert_fast_cpu, m) {
   m.def(
       "encoder_forward(Tensor x, Tensor cu_seqlens, Tensor? key_start, Tensor? bias, "
-      "Tensor? rows, Tensor table, float eps, str activation, int isa) -> Tensor");
+      "Tensor? rows, Tensor table, float eps, str activation, bool team, int isa) -> Tensor");
   m.def("encoder_table(Tensor[] weights, Tensor like, int heads, int isa) -> Tensor");
 }
 

@@ -14,17 +14,23 @@ namespace bert_fast::cpu::BERT_FAST_ISA {
 constexpr int64_t kSlice = 192;  // inner columns, a multiple of the panel
 constexpr int64_t kFeedForwardRows = 128;  // more leave L2, fewer read the weights more often
 
-inline bool feed_forward_fits(int64_t rows) { return rows >= thread_count() * kLaneRows; }
+// Not for products of pairs: they take the inner states as bf16, in memory as rows.
+inline bool feed_forward_fits(Dtype dtype, int64_t rows) {
+#if defined(BERT_FAST_AVX512_BF16)
+  if (dtype == Dtype::bf16) return false;
+#endif
+  return rows >= thread_count() * kLaneRows;
+}
 
 struct FeedForwardBuffers {
   Scratch memory;
   float *rows, *panel, *sums, *inner, *out;
   FeedForwardBuffers(int64_t block, const FeedForward& a, bool widen)
       : memory(
-            (widen ? block * a.hidden + kPanel * kDepth : 0) + (block + kTogether) * kPanel +
+            (widen ? block * a.hidden + kPanel * kDepth : 0) + (block + kSpareRows) * kPanel +
             block * (kSlice + round_up(a.cols, kPanel))),
         rows(memory.data), panel(rows + block * a.hidden * widen),
-        sums(panel + kPanel * kDepth * widen), inner(sums + (block + kTogether) * kPanel),
+        sums(panel + kPanel * kDepth * widen), inner(sums + (block + kSpareRows) * kPanel),
         out(inner + block * kSlice) {}
 };
 
@@ -51,7 +57,7 @@ void feed_forward_forward(const FeedForward& a) {
   parallel(threads, 1, [&](int64_t begin, int64_t end) {
     const int64_t top = a.rows * begin / threads, bottom = a.rows * end / threads;
     FeedForwardBuffers m(smaller(kFeedForwardRows, bottom - top), a, sizeof(T) < sizeof(float));
-    for_row_blocks(top, bottom, kFeedForwardRows, [&](int64_t row, int64_t rows) {
+    for_row_blocks(top, bottom, kFeedForwardRows, 1, [&](int64_t row, int64_t rows) {
       const T* from = static_cast<const T*>(a.x) + row * a.hidden;
       const float* x = as_fp32(from, rows * a.hidden, m.rows);
       for (int64_t first = 0; first < a.inner; first += kSlice) {

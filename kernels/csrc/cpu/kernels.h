@@ -76,7 +76,8 @@ struct BiasGelu {
 };
 
 // The weight is packed for one instruction set: panels of kPanel columns, [cols / kPanel, depth,
-// kPanel], zeros beyond the last column; in 8 bits as product_int8.inc.h has it.
+// kPanel], zeros beyond the last column; bf16 that is multiplied in pairs as product_pairs.inc.h, 8
+// bits as product_int8.inc.h has it.
 struct PackWeight {
   Dtype dtype;
   bool int8;
@@ -146,7 +147,7 @@ struct Kernels {
   int64_t (*packed_bytes)(const PackWeight&);
   void (*pack_weight)(const PackWeight&);
   void (*linear_forward)(const Linear&);
-  bool (*feed_forward_fits)(int64_t rows);
+  bool (*feed_forward_fits)(Dtype dtype, int64_t rows);
   void (*feed_forward_forward)(const FeedForward&);
   void (*pool_forward)(const Pool&);
   void (*pool_backward)(const Pool&);
@@ -155,6 +156,7 @@ struct Kernels {
 };
 
 extern const Kernels kernels_generic, kernels_avx2, kernels_avx512, kernels_avx512_bf16;
+extern const Kernels kernels_amx;
 
 // Runs call(begin, end, context) over [0, n) on torch's threads, at least `grain` items each.
 void run_parallel(int64_t n, int64_t grain, void (*call)(int64_t, int64_t, void*), void* context);

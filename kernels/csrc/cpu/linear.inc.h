@@ -1,6 +1,6 @@
 // linear: y = activation(x W^T + bias) with a weight packed once.
 //
-// A product (product.inc.h, or product_int8.inc.h) leaves the sums of a block of rows and one panel
+// A product (product.inc.h, product_pairs.inc.h, product_int8.inc.h) leaves the sums of a block of rows and one panel
 // in fp32 in a strip of the block's height; bias and activation are applied to that strip while it
 // is in L1: the pre-activation never goes to memory.
 //
@@ -10,6 +10,7 @@
 
 #include "cpu/bias_gelu.inc.h"
 #include "cpu/product_int8.inc.h"
+#include "cpu/product_pairs.inc.h"
 
 namespace bert_fast::cpu::BERT_FAST_ISA {
 
@@ -17,12 +18,21 @@ constexpr int64_t kLaneWork = 1 << 17;  // FMAs below which a second thread is n
 
 inline int64_t packed_bytes(const PackWeight& a) {
   if (a.int8) return int8_bytes(a.cols, a.depth);
+#if defined(BERT_FAST_AVX512_BF16)
+  if (a.dtype == Dtype::bf16) return packed_columns(a.cols) * pairs_of(a.depth) * 4;
+#endif
   return packed_columns(a.cols) * a.depth * (a.dtype == Dtype::f32 ? 4 : 2);
 }
 
 inline void pack_weight(const PackWeight& a) {
+#if defined(BERT_FAST_AVX512_BF16)
+  if (a.dtype == Dtype::bf16 && !a.int8) return pack_weight_pairs(a);
+#endif
   with_dtype(a.dtype, [&]<class T>() { a.int8 ? pack_weight_int8<T>(a) : pack_weight<T>(a); });
 }
+
+// Rows of sums past the last that products and activations may write.
+constexpr int64_t kSpareRows = larger<int64_t>(kTogether, kTileRows);
 
 // activation(sums + bias) of one panel's strip, in place. `cols` of its columns exist.
 template <class T, Activation A>
@@ -53,35 +63,43 @@ void copy_panel(int64_t rows, int64_t cols, const float* sums, T* y, int64_t ldy
 // How rows and columns are dealt to threads: `across` shares of the rows, `along` of the columns.
 struct Lanes {
   int64_t across, along;
-  Lanes(int64_t rows, int64_t work, int64_t panels) {
+  Lanes(int64_t rows, int64_t least_rows, int64_t work, int64_t panels) {
     const int64_t threads = larger<int64_t>(1, smaller(thread_count(), work / kLaneWork));
-    across = larger<int64_t>(1, smaller(threads, rows / kLaneRows));
+    across = larger<int64_t>(1, smaller(threads, rows / least_rows));
     along = larger<int64_t>(1, smaller(threads / across, panels));
   }
 };
 
-// Calls f(first, rows) for blocks of nearly equal height, at most `most`, of the rows [begin, end).
+// Where share i of nearly equal `shares` of n rows begins: at a multiple of `step`.
+inline int64_t share_of(int64_t n, int64_t i, int64_t shares, int64_t step) {
+  return smaller(n, round_up(n * i / shares, step));
+}
+
+// Calls f(first, rows) for blocks of nearly equal height of the rows [begin, end): at most `most`,
+// a multiple of `step`.
 template <class F>
-void for_row_blocks(int64_t begin, int64_t end, int64_t most, const F& f) {
-  const int64_t blocks = ceil_div(end - begin, most);
+void for_row_blocks(int64_t begin, int64_t end, int64_t most, int64_t step, const F& f) {
+  const int64_t n = end - begin, blocks = ceil_div(n, most);
   for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t first = begin + (end - begin) * b / blocks;
-    f(first, begin + (end - begin) * (b + 1) / blocks - first);
+    const int64_t first = share_of(n, b, blocks, step);
+    f(begin + first, share_of(n, b + 1, blocks, step) - first);
   }
 }
 
 template <class T, Activation A, class PRODUCT>
 void linear_forward(const Linear& a) {
   const int64_t panels = ceil_div(a.cols, kPanel), block = PRODUCT::most_rows(a.depth);
-  const Lanes lanes(a.rows, a.rows * a.depth * a.cols, panels);
+  const int64_t work = a.rows * a.depth * a.cols;
+  const Lanes lanes(a.rows, PRODUCT::kLeastRows, work, panels);
   parallel(lanes.across * lanes.along, 1, [&](int64_t begin, int64_t end) {
     const int64_t most = smaller(block, a.rows);
     PRODUCT product(most, a.depth);
-    Scratch sums((most + kTogether) * kPanel);
+    Scratch sums((most + kSpareRows) * kPanel);
     for (int64_t lane = begin; lane < end; ++lane) {
       const int64_t i = lane / lanes.along, j = lane % lanes.along;
-      const int64_t top = a.rows * i / lanes.across, bottom = a.rows * (i + 1) / lanes.across;
-      for_row_blocks(top, bottom, block, [&](int64_t row, int64_t rows) {
+      const int64_t top = share_of(a.rows, i, lanes.across, PRODUCT::kRowStep);
+      const int64_t bottom = share_of(a.rows, i + 1, lanes.across, PRODUCT::kRowStep);
+      for_row_blocks(top, bottom, block, PRODUCT::kRowStep, [&](int64_t row, int64_t rows) {
         product.take(static_cast<const T*>(a.x) + row * a.depth, rows);
         for (int64_t p = panels * j / lanes.along; p < panels * (j + 1) / lanes.along; ++p) {
           const int64_t col = p * kPanel, cols = smaller(kPanel, a.cols - col);
@@ -98,7 +116,8 @@ void linear_forward(const Linear& a) {
 inline void linear_forward(const Linear& a) {
   with_dtype(a.dtype, [&]<class T>() {
     with_activation(a.activation, [&]<Activation A>() {
-      a.int8 ? linear_forward<T, A, Int8Product<T>>(a) : linear_forward<T, A, FloatProduct<T>>(a);
+      using Product = typename ProductOf<T>::type;
+      a.int8 ? linear_forward<T, A, Int8Product<T>>(a) : linear_forward<T, A, Product>(a);
     });
   });
 }

@@ -72,6 +72,8 @@ inline int64_t block_rows(int64_t floats_per_row) {
 // A block of rows of x and its product with a panel of a weight of the same dtype.
 template <class T>
 struct FloatProduct {
+  static constexpr int64_t kRowStep = 1;  // blocks of rows best begin at a multiple of this
+  static constexpr int64_t kLeastRows = kLaneRows;  // of a thread that reads all panels
   static constexpr bool kWiden = sizeof(T) < sizeof(float);
   static int64_t most_rows(int64_t depth) { return block_rows(depth); }
 

@@ -16,6 +16,7 @@
 #include <cstring>
 
 #include "cpu/product.inc.h"
+#include "cpu/tiles.inc.h"
 
 namespace bert_fast::cpu::BERT_FAST_ISA {
 
@@ -208,6 +209,20 @@ ALWAYS_INLINE void add_int8_products(vi (&sums)[kMaxVectors], const uint8_t* x, 
 #endif
 }
 
+// sums[:] (+)= what the integers of one row and group stand for.
+template <bool ADD>
+ALWAYS_INLINE void add_scaled(
+    const Range& range, const int8_t* panel, const vi (&exact)[kMaxVectors], float* sums) {
+  const auto* scales = reinterpret_cast<const float*>(panel + kGroup * kPanel);
+#pragma GCC unroll 4
+  for (int j = 0; j < kMaxVectors; ++j, scales += W, sums += W) {
+    const vf shift = set1(range.low) * load(scales + kPanel);
+    const vf whole = __builtin_convertvector(exact[j], vf);
+    const vf product = fma(set1(range.step), whole, shift);
+    store(sums, fma(load(scales), product, ADD ? load(sums) : vf{}));
+  }
+}
+
 // sums[i, :] (+)= x[i, :] . panel for MR rows of one group.
 template <bool ADD, int MR>
 void multiply_group(
@@ -220,19 +235,23 @@ void multiply_group(
     for (int i = 0; i < MR; ++i)
       add_int8_products(exact[i], x + i * kGroup + k, panel + k * kPanel);
   }
-  const auto* scales = reinterpret_cast<const float*>(panel + kGroup * kPanel);
 #pragma GCC unroll 8
-  for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < kMaxVectors; ++j) {
-      const vf shift = set1(ranges[i].low) * load(scales + kPanel + j * W);
-      const vf whole = __builtin_convertvector(exact[i][j], vf);
-      const vf product = fma(set1(ranges[i].step), whole, shift);
-      float* to = sums + i * kPanel + j * W;
-      store(to, fma(load(scales + j * W), product, ADD ? load(to) : vf{}));
-    }
+  for (int i = 0; i < MR; ++i) add_scaled<ADD>(ranges[i], panel, exact[i], sums + i * kPanel);
 }
 
+#if defined(BERT_FAST_AMX)
+template <bool ADD>
+void multiply_rows(
+    int64_t rows, const uint8_t* x, const Range* ranges, const int8_t* panel, float* sums) {
+  alignas(64) int32_t exact[kTileRows][kPanel];
+  for (int64_t i = 0; i < rows; ++i) {
+    if (i % kTileRows == 0) multiply_tiles_of_bytes(kGroup, x + i * kGroup, kGroup, panel, exact[0]);
+    vi whole[kMaxVectors];
+    memcpy(whole, exact[i % kTileRows], sizeof(whole));
+    add_scaled<ADD>(ranges[i], panel, whole, sums + i * kPanel);
+  }
+}
+#else
 template <bool ADD, int... I>
 void multiply_rows(
     int64_t rows, const uint8_t* x, const Range* ranges, const int8_t* panel, float* sums,
@@ -251,19 +270,33 @@ void multiply_rows(
   }
 }
 
+template <bool ADD>
+void multiply_rows(
+    int64_t rows, const uint8_t* x, const Range* ranges, const int8_t* panel, float* sums) {
+  constexpr auto tiles = std::make_integer_sequence<int, kInt8Rows>{};
+  multiply_rows<ADD>(rows, x, ranges, panel, sums, tiles);
+}
+#endif
+
 // A block of rows of x, quantised, and its product with a panel of a weight. Group after group, the
 // values [groups, rows, 128] and ranges [groups, rows] of all rows: so they are read.
 template <class T>
 struct Int8Product {
-  static int64_t most_rows(int64_t depth) { return block_rows(depth / 4); }
+  static constexpr int64_t kRowStep = kTileRows, kLeastRows = kLaneRows;
+  static int64_t most_rows(int64_t depth) {
+    return block_rows(depth / 4) / kTileRows * kTileRows;
+  }
 
   int64_t depth, groups, rows = 0;
   Scratch memory;
+  Tiles tiles;
   Range* ranges;
   uint8_t* values;
   Int8Product(int64_t block, int64_t depth)
       : depth(depth), groups(groups_of(depth)),
-        memory(block * groups * int64_t(sizeof(Range) + kGroup) / int64_t(sizeof(float))),
+        memory(  // a tile reads past the last row
+            (block * groups * int64_t(sizeof(Range) + kGroup) + (kTileRows - 1) * kGroup) /
+            int64_t(sizeof(float))),
         ranges(reinterpret_cast<Range*>(memory.data)),
         values(reinterpret_cast<uint8_t*>(ranges + block * groups)) {}
 
@@ -279,14 +312,13 @@ struct Int8Product {
 
   void multiply(const void* packed, int64_t panel, float* sums) const {
     const auto* w = static_cast<const int8_t*>(packed) + panel * groups * kPanelGroup;
-    constexpr auto tiles = std::make_integer_sequence<int, kInt8Rows>{};
     if (groups == 0) std::memset(sums, 0, rows * kPanel * sizeof(float));
     for (int64_t g = 0; g < groups; ++g, w += kPanelGroup) {
       const uint8_t* x = values + g * rows * kGroup;
       if (g == 0)
-        multiply_rows<false>(rows, x, ranges, w, sums, tiles);
+        multiply_rows<false>(rows, x, ranges, w, sums);
       else
-        multiply_rows<true>(rows, x, ranges + g * rows, w, sums, tiles);
+        multiply_rows<true>(rows, x, ranges + g * rows, w, sums);
     }
   }
 };

@@ -1,0 +1,122 @@
+#include "cpu/threads.h"
+
+#include <atomic>
+#include <stdexcept>
+#include <thread>
+
+#include "cpu/kernels.h"
+#include "cpu/tensors.h"
+
+namespace bert_fast::cpu {
+
+namespace {
+
+// Who takes part is known when all shares of the region have come, however many threads brought
+// them: inside another region one thread brings them all.
+class Team {
+ public:
+  explicit Team(int64_t shares) : shares_(shares) {}
+
+  // Returns the index of a new member, who brings this many shares, when all have come.
+  int64_t enter(int64_t shares) {
+    const int64_t index = size_.fetch_add(1);
+    come_.fetch_add(shares);
+    spin_until([&] { return come_.load() == shares_; });
+    return index;
+  }
+
+  int64_t size() const { return size_.load(std::memory_order_relaxed); }
+
+  // Until all members have called it.
+  void wait() {
+    const uint32_t round = round_.load();
+    if (waiting_.fetch_add(1) + 1 == size()) {
+      waiting_.store(0);
+      round_.store(round + 1);
+    } else {
+      spin_until([&] { return round_.load(std::memory_order_acquire) != round; });
+    }
+  }
+
+  // Members that wait for one who has failed would do so for ever.
+  void fail() { failed_.store(true); }
+
+ private:
+  template <class F>
+  void spin_until(const F& done) {
+    constexpr int kAwake = 4096;  // some 50 microseconds; then whoever else wants to run may
+    for (int i = 0; !done(); ++i) {
+      if (failed_.load(std::memory_order_relaxed))
+        throw std::runtime_error("bert_fast.cpu: another thread failed");
+      if (i >= kAwake) {
+        std::this_thread::yield();
+        continue;
+      }
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    }
+  }
+
+  const int64_t shares_;
+  alignas(64) std::atomic<int64_t> come_{0}, size_{0};
+  alignas(64) std::atomic<int64_t> waiting_{0};
+  alignas(64) std::atomic<uint32_t> round_{0};
+  std::atomic<bool> failed_{false};
+};
+
+struct Member {
+  Team* team = nullptr;
+  int64_t index = 0;
+};
+
+thread_local Member member;
+
+}  // namespace
+
+int64_t thread_count() {
+  return member.team ? member.team->size() : torch::stable::get_num_threads();
+}
+
+void run_parallel(int64_t n, int64_t grain, void (*call)(int64_t, int64_t, void*), void* context) {
+  if (member.team) {
+    const int64_t most = (n + grain - 1) / grain, size = member.team->size();
+    const int64_t shares = most < size ? most : size, i = member.index;
+    if (i < shares) call(n * i / shares, n * (i + 1) / shares, context);
+    return member.team->wait();
+  }
+  // One thread's worth of work (every call of a small model) skips the round trip through torch.
+  if (n <= grain) {
+    if (n > 0) call(0, n, context);
+    return;
+  }
+  require(torch_parallel_for(0, n, grain, call, context) == 0, "cpu: a parallel section failed");
+}
+
+void run_as_team(void (*call)(void*), void* context) {
+  const int64_t shares = thread_count();
+  if (shares == 1 || member.team) return call(context);
+  Team team(shares);
+  struct Job {
+    Team& team;
+    void (*call)(void*);
+    void* context;
+  } job{team, call, context};
+  run_parallel(
+      shares, 1,
+      [](int64_t begin, int64_t end, void* p) {
+        Job& job = *static_cast<Job*>(p);
+        member = {&job.team, job.team.enter(end - begin)};
+        try {
+          job.call(job.context);
+        } catch (...) {
+          job.team.fail();
+          member = {};
+          throw;
+        }
+        member = {};
+      },
+      &job);
+}
+
+}  // namespace bert_fast::cpu
