@@ -12,6 +12,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from setuptools import find_packages, setup
@@ -23,15 +24,19 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16
 AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 AVX512_BF16 = [*AVX512, "-mavx512bf16", "-mavx512vnni"]
 X86_FLAGS = {
+    "dispatch": [],  # on its own, because it is emulated too
     "_generic": [],
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "_avx512": AVX512,
     "_avx512_bf16": AVX512_BF16,
     "_amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
 }
-# For tests on machines without them: AVX-512 and AMX by stand-ins, in files compiled for AVX2.
-STAND_INS = ["-include", str(Path("tests/emulation/isa.h").resolve()), "-Wno-psabi"]
-EMULATED = {"_avx512": 3, "_avx512_bf16": 4, "_amx": 5}  # their numbers in cpu/dispatch.h
+# `build_ext --emulate`, for tests on machines without them: AVX-512 and AMX by stand-ins, compiled
+# for AVX2. The numbers are those of cpu/dispatch.h.
+STAND_INS = ["-include", str(Path("tests/emulation/isa.h").resolve()), "-Wno-psabi", "-O1"]
+EMULATED = {"dispatch": STAND_INS}
+for suffix, isa in {"_avx512": 3, "_avx512_bf16": 4, "_amx": 5}.items():
+    EMULATED[suffix] = [*STAND_INS, *X86_FLAGS["_avx2"], f"-DEMULATED_ISA={isa}"]
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 # The compiler must be there, not a device: a wheel is the same wherever it was built.
 HAS_CUDA = torch.version.cuda is not None and CUDA_HOME is not None
@@ -41,21 +46,18 @@ HAS_CUDA = HAS_CUDA and shutil.which("nvcc", path=f"{CUDA_HOME}/bin") is not Non
 class BuildByISA(BuildExtension):
     """BuildExtension, with extra flags for the files that name an instruction set."""
 
-    user_options = (*BuildExtension.user_options, ("emulate", None, "AVX-512 by stand-ins"))
-    boolean_options = (*BuildExtension.boolean_options, "emulate")
+    user_options: ClassVar = [*BuildExtension.user_options, ("emulate", None, "AVX-512 emulated")]
+    boolean_options: ClassVar = [*BuildExtension.boolean_options, "emulate"]
 
     def initialize_options(self):
         super().initialize_options()
         self.emulate = False
 
     def finalize_options(self):
-        # Kept: an editable install would delete its own.
-        self.build_temp = "build/emulated" if self.emulate else "build/objects"
+        self.build_temp = "build/objects"  # kept: an editable install would delete its own
         super().finalize_options()
 
     def build_extension(self, ext):
-        if self.emulate:
-            ext.extra_compile_args["cxx"] += STAND_INS
         if IS_X86:
             with ThreadPoolExecutor() as pool:  # half a minute each
                 for sources, objects in pool.map(partial(self.compile, ext), X86_FLAGS):
@@ -67,11 +69,12 @@ class BuildByISA(BuildExtension):
         """The sources whose names end so, and their objects."""
         sources = [s for s in ext.sources if Path(s).stem.endswith(suffix)]
         args, flags = ext.extra_compile_args, X86_FLAGS[suffix]
+        temp = self.build_temp + suffix  # holds the state of a build, so one for each
         if self.emulate and suffix in EMULATED:
-            flags = [*X86_FLAGS["_avx2"], f"-DEMULATED_ISA={EMULATED[suffix]}"]
+            flags, temp = EMULATED[suffix], f"build/emulated{suffix}"
         return sources, self.compiler.compile(
             sources,
-            output_dir=self.build_temp + suffix,  # holds the state of a build, so one for each
+            output_dir=temp,
             include_dirs=ext.include_dirs,
             extra_postargs={**args, "cxx": args["cxx"] + flags},
             depends=ext.depends,
