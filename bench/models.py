@@ -33,7 +33,7 @@ TELLING = 128  # tokens of a batch whose time grows with tokens, and foretells l
 # Seconds that a turn takes at least: a shorter pass is repeated, as who uses one library alone
 # finds the weights in the caches, as far as they fit, and not where another has left them.
 TURN = 0.1
-SLOW = 5.0  # times bert_fast's pass: so much is seen in a few rounds
+SLOW = 3.0  # times bert_fast's pass: so much is seen in a few rounds
 LARGE = ("single16", "single128", "full128", "full512", "sentence", "squad")
 
 Call = Callable[[Mapping[str, Tensor]], Tensor]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bert_fast.ops import OPS
+from bert_fast.ops.backends import ISAS
 from bert_fast.ops.registry import Op
 
 from .cases import Case
@@ -35,6 +36,8 @@ def runners(op: Op, args: tuple[Any, ...], clock: Clock) -> dict[str, Runner | l
         if kernel.backend == "triton" and clock.device.type == "cpu":
             why = ["Triton's interpreter is not timed"]
         name = kernel.backend
+        if name in ISAS and any(better in ISAS and callable(found[better]) for better in found):
+            why = why or ["the kernel of a better instruction set is timed"]
         found[name] = why or (lambda *values, name=name: op(*values, backend=name))
     return found
 
