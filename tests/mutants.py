@@ -70,6 +70,8 @@ MUTANTS = [
     Mutant("attention by tiles: keys from the first one in every block",
            CPU + "attention_operands.inc.h", "values + key / 2, value_row", "values, value_row",
            EMULATED),
+    Mutant("team: nobody waits at the end of a section", CPU + "threads.cpp",
+           "return member.team->wait();", "return;", ENCODER),
     Mutant("encoder: the residual is not of the rows asked for", CPU + "encoder.cpp",
            "residual = gather(x,", "gather(x,", parity("encoder and rows")),
     Mutant("encoder: rows taken in every layer", CPU + "encoder.cpp",
