@@ -54,7 +54,7 @@ class Plan:
     precisions: tuple[str, ...] = ("fp32", "bf16", "int8")
     batches: int = 2
     flop: float = 0.2e12
-    seconds: float = 20.0
+    seconds: float = 10.0
 
     def peers(self) -> list[Peer]:
         return [
@@ -75,7 +75,6 @@ QUICK = Plan(
     workloads=("single16", "full128", "sentence", "squad"),
     contenders=("bert_fast", "hf_sdpa"),
     flop=0.1e12,
-    seconds=10.0,
 )
 
 
