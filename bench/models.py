@@ -93,7 +93,7 @@ def bench_models(
             for order in workload.orders:
                 texts = workloads.lengths(workload, plan.batches, order)
                 batches = [
-                    {k: v.to(device) for k, v in workloads.padded(shape, batch, i).items()}
+                    {k: v.to(device) for k, v in workloads.padded(shape.vocab, batch, i).items()}
                     for i, batch in enumerate(texts)
                 ]
                 entries = _cell(run, plan, contenders, batches, probe)

@@ -53,7 +53,7 @@ class Peer:
         and padded on the right, that returns last_hidden_state [B, S, H]; rows of padding hold
         anything. `model` is a BertModel in fp32 and evaluation, and stays as it is. `folder` keeps
         what is exported of that model. `batches` are those to come: a static shape is the largest
-        of them, and int8 weights and activations are calibrated on them when first exported.
+        of them.
         Raises RuntimeError where the library would run in another precision.
     lasting: built once for all workloads of a model, as that takes longer than timing it. The
         others are built anew, so that memory they never give back is counted where it is taken.

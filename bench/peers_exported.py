@@ -16,6 +16,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import workloads
 from .peers_torch import Batch, Forward, LastHidden
 
 INPUTS = ("input_ids", "attention_mask")
-CALIBRATION_BATCHES, CALIBRATION_TEXTS = 16, 4  # NNCF runs every one of them several times
+# What static int8 is calibrated on, whatever is timed first.
+CALIBRATION, CALIBRATION_BATCHES = replace(workloads.WORKLOADS["rerank"], batch=4), 16
 
 
 def build_onnxruntime(model: nn.Module, folder: Path, precision: str) -> Forward:
@@ -57,7 +60,8 @@ def build_openvino(
 
     path = _cached(folder, "openvino_fp32", partial(_export_openvino, model))
     if precision == "int8":
-        path = _cached(folder, "openvino_int8", partial(_quantize_openvino, path, batches))
+        write = partial(_quantize_openvino, path, model.config.vocab_size)
+        path = _cached(folder, f"openvino_int8_{CALIBRATION.name}", write)
     core = openvino.Core()
     graph = core.read_model(path / "model.xml")
     shape = torch.Size(max(batch["input_ids"].shape[i] for batch in batches) for i in (0, 1))
@@ -212,21 +216,22 @@ def _export_openvino(model: nn.Module, to: Path) -> None:
     openvino.save_model(graph, to / "model.xml", compress_to_fp16=False)
 
 
-def _quantize_openvino(source: Path, batches: Sequence[Batch], to: Path) -> None:
+def _quantize_openvino(source: Path, vocab: int, to: Path) -> None:
     import nncf
     import openvino
 
-    texts = [
-        {name: batch[name][:CALIBRATION_TEXTS].numpy() for name in INPUTS}
-        for batch in batches[:CALIBRATION_BATCHES]
+    texts = workloads.lengths(CALIBRATION, CALIBRATION_BATCHES, "arrival")
+    batches = [
+        {name: value.numpy() for name, value in workloads.padded(vocab, batch, i).items()}
+        for i, batch in enumerate(texts)
     ]
     nncf.set_log_level(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()):  # progress bars
         graph = nncf.quantize(
             openvino.Core().read_model(source / "model.xml"),
-            nncf.Dataset(texts),
+            nncf.Dataset(batches),
             model_type=nncf.ModelType.TRANSFORMER,
-            subset_size=len(texts),
+            subset_size=len(batches),
         )
     openvino.save_model(graph, to / "model.xml", compress_to_fp16=False)
 

@@ -22,6 +22,7 @@ from bert_fast import doctor
 SCHEMA = 3
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
+PEERS = ("onnxruntime", "openvino", "nncf", "ctranslate2")  # packages whose versions matter too
 
 
 @dataclass
@@ -169,7 +170,8 @@ class Run:
 
 def new_run(command: str, device: torch.device, commit: str | None = None) -> Run:
     """A run of this checkout on this machine, with nothing measured yet."""
-    machine, versions = doctor.machine(), doctor.versions()
+    machine = doctor.machine()
+    versions = {**doctor.versions(), **doctor.versions_of(*PEERS)}
     name = machine.get("CPU", platform.processor())
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

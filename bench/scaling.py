@@ -58,7 +58,7 @@ def bench_scaling(
 def _measure(
     sides: dict[str, nn.Module], shape: workloads.Model, texts: list[int]
 ) -> dict[str, float]:
-    batch = workloads.padded(shape, texts)
+    batch = workloads.padded(shape.vocab, texts)
     times: dict[str, list[float]] = {name: [] for name in sides}
     with torch.inference_mode():
         for turn in range(6):

@@ -1,8 +1,7 @@
 """What models are timed on: named length distributions, as padded batches.
 
 Quantiles are those published or measured; a workload's lengths are spread evenly over them, so a
-small sample has the mean of the whole. Token ids are random (real ones for `sentence`, where the
-assets are): zeros would run faster.
+small sample has the mean of the whole. Token ids are random: zeros would run faster.
 """
 
 from __future__ import annotations
@@ -130,11 +129,11 @@ def lengths(workload: Workload, batches: int, order: str) -> list[list[int]]:
     return [found[i : i + workload.batch] for i in range(0, len(found), workload.batch)]
 
 
-def padded(model: Model, texts: list[int], seed: int = 0) -> dict[str, Tensor]:
+def padded(vocab: int, texts: list[int], seed: int = 0) -> dict[str, Tensor]:
     """input_ids and attention_mask [B, S], int64, right-padded, as a tokenizer returns them."""
     generator = torch.Generator().manual_seed(seed)
     mask = (torch.arange(max(texts)) < torch.tensor(texts)[:, None]).long()
-    ids = torch.randint(1, model.vocab, mask.shape, generator=generator) * mask
+    ids = torch.randint(1, vocab, mask.shape, generator=generator) * mask
     return {"input_ids": ids, "attention_mask": mask}
 
 

@@ -46,8 +46,13 @@ class Choice:
 
 def versions() -> dict[str, str]:
     """Versions of what matters here; importing none of it."""
-    found = {"bert_fast": __version__, "python": platform.python_version()}
-    for name in ("torch", "transformers", "triton", "numpy"):
+    here = {"bert_fast": __version__, "python": platform.python_version()}
+    return here | versions_of("torch", "transformers", "triton", "numpy")
+
+
+def versions_of(*packages: str) -> dict[str, str]:
+    found = {}
+    for name in packages:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

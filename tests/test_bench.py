@@ -33,7 +33,7 @@ def test_workloads(name: str) -> None:
     arrival = workloads.lengths(workload, 3, "arrival")
     ordered = workloads.lengths(workload, 3, "sorted")
     assert sorted(chain(*arrival)) == list(chain(*ordered)) and len(arrival) == 3
-    batch = workloads.padded(workloads.TINY, arrival[0])
+    batch = workloads.padded(workloads.TINY.vocab, arrival[0])
     assert workloads.real_tokens(batch) == sum(arrival[0])
     assert batch["input_ids"].shape == (workload.batch, max(arrival[0]))
 
