@@ -28,7 +28,7 @@ CHECKED = 4  # texts of a batch that are compared with fp64
 ROUNDS = 25
 # Seconds of a pass over all batches beyond which a contender is named instead of timed: a few
 # rounds of one emulated dtype would take minutes of everybody's time.
-LONGEST_PASS = 5.5
+LONGEST_PASS = 4.0
 TELLING = 128  # tokens of a batch whose time grows with tokens, and foretells larger ones
 # Seconds that a turn takes at least: a shorter pass is repeated, as who uses one library alone
 # finds the weights in the caches, as far as they fit, and not where another has left them.
