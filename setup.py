@@ -19,14 +19,18 @@ from setuptools import find_packages, setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 CSRC = Path("kernels/csrc")
+# A file has what its name says and no more, whatever the compiler takes for granted (x86-64-v3 in
+# some distributions) and CFLAGS ask for (-march=native): these flags come last.
+BASE = ["-march=x86-64"]
+AVX2 = [*BASE, "-mavx2", "-mfma", "-mf16c"]
 # The warnings are GCC 12's about its own immintrin.h.
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+AVX512 = [*BASE, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
 AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 AVX512_BF16 = [*AVX512, "-mavx512bf16", "-mavx512vnni"]
 X86_FLAGS = {
-    "dispatch": [],  # on its own, because it is emulated too
-    "_generic": [],
-    "_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "dispatch": BASE,  # on its own, because it is emulated too
+    "_generic": BASE,
+    "_avx2": AVX2,
     "_avx512": AVX512,
     "_avx512_bf16": AVX512_BF16,
     "_amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
@@ -36,7 +40,7 @@ X86_FLAGS = {
 STAND_INS = ["-include", str(Path("tests/emulation/isa.h").resolve()), "-Wno-psabi", "-O1"]
 EMULATED = {"dispatch": STAND_INS}
 for suffix, isa in {"_avx512": 3, "_avx512_bf16": 4, "_amx": 5}.items():
-    EMULATED[suffix] = [*STAND_INS, *X86_FLAGS["_avx2"], f"-DEMULATED_ISA={isa}"]
+    EMULATED[suffix] = [*STAND_INS, *AVX2, f"-DEMULATED_ISA={isa}"]
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 # The compiler must be there, not a device: a wheel is the same wherever it was built.
 HAS_CUDA = torch.version.cuda is not None and CUDA_HOME is not None

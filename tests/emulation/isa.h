@@ -9,6 +9,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <math.h>
+#include <cpuid.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,6 +18,7 @@
 
 // Every instruction set is there, and the system grants tiles.
 #define __builtin_cpu_supports(name) true
+#define __get_cpuid_count(leaf, subleaf, a, b, c, d) (*(a) = *(b) = *(c) = *(d) = ~0u)
 #define syscall(...) 0L
 
 #if defined(EMULATED_ISA)  // 3 AVX-512, 4 with BF16 and VNNI, 5 with AMX

@@ -4,6 +4,9 @@
 #include <cstdlib>
 #include <new>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -25,6 +28,14 @@ float* allocate_floats(int64_t count) {
 
 void free_floats(float* memory) { std::free(reinterpret_cast<void**>(memory)[-1]); }
 
+#if defined(__x86_64__)
+// The registers of one leaf: older compilers' __builtin_cpu_supports has no name for all of it.
+struct Cpuid {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  explicit Cpuid(unsigned leaf) { __get_cpuid_count(leaf, 0, &a, &b, &c, &d); }
+};
+#endif
+
 // The kernels of each `isa`, null where this machine lacks instructions.
 struct Tables {
   const Kernels* of[6] = {&kernels_generic};
@@ -33,7 +44,9 @@ struct Tables {
   Tables() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) of[1] = &kernels_avx2;
+    constexpr unsigned kF16C = 1u << 29;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && Cpuid(1).c & kF16C)
+      of[1] = &kernels_avx2;
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
         !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
       return;
@@ -48,8 +61,8 @@ struct Tables {
   static bool has_tiles() {
 #if defined(__x86_64__) && defined(__linux__)
     constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-        __builtin_cpu_supports("amx-int8") && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+    constexpr unsigned kAmx = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tile, int8
+    return (Cpuid(7).d & kAmx) == kAmx && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 #else
     return false;
 #endif

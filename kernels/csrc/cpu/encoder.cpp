@@ -13,8 +13,6 @@
 
 namespace bert_fast::cpu {
 
-using Tensors = std::vector<Tensor>;
-
 // One layer's weights, in the order of bert_fast/ops/encoder.py; q, k and v are one, and matrices
 // are in panels.
 struct Layer {
@@ -116,9 +114,9 @@ static std::vector<Chunk> chunks_of(const Attention& all) {
   const int64_t count = (all.tokens + limit - 1) / limit;
   std::vector<Chunk> chunks;
   for (int64_t first = 0, b = 0; b < all.batch; first = b) {
-    const int64_t full = all.tokens * (static_cast<int64_t>(chunks.size()) + 1);
+    const int64_t begin = all.cu_seqlens[first];
     do ++b;
-    while (b < all.batch && all.cu_seqlens[b] * count < full);
+    while (b < all.batch && (all.cu_seqlens[b] - begin) * count < all.tokens);
     chunks.push_back(chunk_of(all, first, b));
   }
   return chunks;

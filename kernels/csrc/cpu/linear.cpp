@@ -58,7 +58,8 @@ static Tensor linear_forward(
 }
 
 void feed_forward(const Kernels& kernels, const FeedForward& a, void* states) {
-  if (!a.int8 && kernels.feed_forward_fits(a.dtype, a.rows)) return kernels.feed_forward_forward(a);
+  if (!a.int8 && a.inner > 0 && kernels.feed_forward_fits(a.dtype, a.rows))
+    return kernels.feed_forward_forward(a);
   const int64_t most = a.rows < kRowsAtOnce ? a.rows : kRowsAtOnce;
   const int64_t bytes = size_of(a.dtype);
   for (int64_t row = 0; row < a.rows; row += most) {

@@ -11,11 +11,15 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
+
+#include "string_argument.h"
 
 namespace bert_fast::cpu {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
 using OptionalTensor = std::optional<Tensor>;
 
 // Throws (a RuntimeError in Python) with the parts as its message. Unlike STD_TORCH_CHECK it does
@@ -31,20 +35,6 @@ template <class... Parts>
 template <class... Parts>
 void require(bool condition, const Parts&... parts) {
   if (!condition) fail(parts...);
-}
-
-// A str argument. The stable ABI's own conversion to std::string leaks a copy per call, so the
-// handle is taken as it is and released here.
-using String = StringHandle;
-
-inline std::string take(String handle) {
-  size_t length = 0;
-  const char* data = nullptr;
-  torch_string_length(handle, &length);
-  torch_string_c_str(handle, &data);
-  std::string text(data, length);
-  torch_delete_string(handle);
-  return text;
 }
 
 inline std::string shape_text(const int64_t* sizes, size_t rank) {

@@ -20,8 +20,8 @@ class Team {
   // Returns the index of a new member, who brings this many shares, when all have come.
   int64_t enter(int64_t shares) {
     const int64_t index = size_.fetch_add(1);
-    come_.fetch_add(shares);
-    spin_until([&] { return come_.load() == shares_; });
+    if (come_.fetch_add(shares) + shares == shares_) signal();
+    wait_until([&] { return come_.load() == shares_; });
     return index;
   }
 
@@ -33,28 +33,42 @@ class Team {
     if (waiting_.fetch_add(1) + 1 == size()) {
       waiting_.store(0);
       round_.store(round + 1);
+      signal();
     } else {
-      spin_until([&] { return round_.load(std::memory_order_acquire) != round; });
+      wait_until([&] { return round_.load(std::memory_order_acquire) != round; });
     }
   }
 
   // Members that wait for one who has failed would do so for ever.
-  void fail() { failed_.store(true); }
+  void fail() {
+    failed_.store(true);
+    signal();
+  }
 
  private:
+  // After each change that somebody may wait for.
+  void signal() {
+    signal_.fetch_add(1);
+    signal_.notify_all();
+  }
+
   template <class F>
-  void spin_until(const F& done) {
-    constexpr int kAwake = 4096;  // some 50 microseconds; then whoever else wants to run may
-    for (int i = 0; !done(); ++i) {
-      if (failed_.load(std::memory_order_relaxed))
-        throw std::runtime_error("bert_fast.cpu: another thread failed");
-      if (i >= kAwake) {
-        std::this_thread::yield();
-        continue;
-      }
+  void wait_until(const F& done) {
+    constexpr int kAwake = 4096;  // 50 to 200 microseconds, as long as `pause` takes
+    constexpr int kPatient = 256;  // then whoever else wants to run may, and at last it sleeps
+    for (int i = 0;; ++i) {
+      const uint32_t seen = signal_.load();  // before the look: what comes after it wakes
+      if (done()) return;
+      if (failed_.load()) throw std::runtime_error("bert_fast.cpu: another thread failed");
+      if (i < kAwake) {
 #if defined(__x86_64__)
-      __builtin_ia32_pause();
+        __builtin_ia32_pause();
 #endif
+      } else if (i < kAwake + kPatient) {
+        std::this_thread::yield();
+      } else {
+        signal_.wait(seen);
+      }
     }
   }
 
@@ -62,6 +76,7 @@ class Team {
   alignas(64) std::atomic<int64_t> come_{0}, size_{0};
   alignas(64) std::atomic<int64_t> waiting_{0};
   alignas(64) std::atomic<uint32_t> round_{0};
+  alignas(64) std::atomic<uint32_t> signal_{0};
   std::atomic<bool> failed_{false};
 };
 

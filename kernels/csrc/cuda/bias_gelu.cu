@@ -142,9 +142,9 @@ void dispatch_vector(bool vectors, F&& f) {
   return f(std::integral_constant<int, 1>{});
 }
 
-Tensor bias_gelu_forward(Tensor x, MaybeTensor bias, std::string activation, bool /*save*/) {
+Tensor bias_gelu_forward(Tensor x, MaybeTensor bias, String activation, bool /*save*/) {
+  const Activation which = parse_activation(take(activation));
   check_arguments(x, bias);
-  const Activation which = parse_activation(activation);
   const int64_t rows = x.size(0), columns = x.size(1);
   const OnDevice device(x);
   const Tensor y = torch::stable::empty_like(x);
@@ -166,12 +166,12 @@ Tensor bias_gelu_forward(Tensor x, MaybeTensor bias, std::string activation, boo
 
 // needs: x, bias.
 std::tuple<Tensor, Tensor> bias_gelu_backward(Tensor dy, Tensor x, MaybeTensor bias,
-                                              std::string activation, std::vector<bool> needs) {
+                                              String activation, std::vector<bool> needs) {
+  const Activation which = parse_activation(take(activation));
   check_arguments(x, bias);
   const int64_t rows = x.size(0), columns = x.size(1);
   check_float(kOp, "dy", dy, x, {rows, columns});
   STD_TORCH_CHECK(needs.size() == 2, kOp, ": needs must have 2 entries, got ", needs.size());
-  const Activation which = parse_activation(activation);
   const OnDevice device(x);
   const bool wants_bias = needs[1] && bias.has_value();
   const Tensor dx = needs[0] ? torch::stable::empty_like(x) : absent(x);

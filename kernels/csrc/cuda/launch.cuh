@@ -21,11 +21,11 @@
 #include <cmath>
 #include <initializer_list>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
 #include "../reduce.cuh"
+#include "../string_argument.h"
 
 namespace bert_fast {
 
