@@ -11,8 +11,11 @@ on small shapes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import math
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -49,6 +52,8 @@ SMALL = Plan(
     batches=1,
     seconds=2.0,
 )
+INTERRUPTED = 2  # pytest's exit code
+LAST_WORDS = 20.0  # seconds that an interrupted pytest has for its report
 SHARES = {"tests": 0.4, "ops": 0.55, "models": 1.0}  # of the time that is left
 
 
@@ -59,16 +64,36 @@ def run_tests(run: results.Run, arguments: Sequence[str], seconds: float, quick:
         command = [sys.executable, "-m", "pytest", *arguments, "-q", f"--junitxml={report}"]
         if importlib.util.find_spec("xdist") is not None and not quick:
             command += ["-n", "8"]  # compiling Triton kernels is what takes the time
-        done = subprocess.run(
-            command, cwd=results.ROOT, capture_output=True, text=True, timeout=max(seconds, 60)
-        )
-        run.tests = {"exit_code": done.returncode, "command": " ".join(command[1:])}
+        code, told = ended(command, max(seconds, 60))
+        run.tests = {"exit_code": code, "command": " ".join(command[1:])}
         if not report.exists():
-            raise RuntimeError(f"pytest wrote no report:\n{(done.stdout + done.stderr)[-1_500:]}")
+            raise RuntimeError(f"pytest wrote no report:\n{told[-1_500:]}")
         run.tests.update(read_junit(report))
-    print(done.stdout[-1_500:])
-    if done.returncode != 0:
-        raise RuntimeError(f"pytest exited with {done.returncode}: {run.tests['failing'][:5]}")
+    print(told[-1_500:])
+    if code != 0:
+        why = "was stopped when its time was up" if code == INTERRUPTED else f"exited with {code}"
+        raise RuntimeError(f"pytest {why}: {run.tests['failing'][:5]}")
+
+
+def ended(command: Sequence[str], seconds: float) -> tuple[int, str]:
+    """Exit code and output of a pytest that is interrupted when its time is up.
+
+    It then writes its report of what it has run. Workers that outlive it would disturb the timings.
+    """
+    with subprocess.Popen(
+        command, cwd=results.ROOT, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as running:  # fmt: skip
+        try:
+            told, _ = running.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            running.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                running.wait(LAST_WORDS)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(running.pid, signal.SIGKILL)
+            told, _ = running.communicate()
+    return running.returncode, told
 
 
 def read_junit(report: Path) -> dict[str, Any]:

@@ -45,7 +45,8 @@ class Plan:
     """What to run: the rounds of a workload take about `seconds`, or five rounds if that is more.
 
     workloads: of every model; empty: all of a small model, those of LARGE of a larger one.
-    batches: a pass; flop: of a padded pass at most: batches get fewer texts until they fit.
+    batches: a pass, of texts of different lengths; flop: of a padded pass at most: batches get
+        fewer texts until they fit.
     """
 
     models: tuple[str, ...] = ("minilm-l6", "bert-base")
@@ -89,9 +90,10 @@ def bench_models(
         folder.mkdir(parents=True, exist_ok=True)
         contenders = Contenders(model, folder, plan.peers())
         for named in workloads_of(plan, shape):
-            workload = workloads.fitted(named, shape, plan.batches, plan.flop)
+            count = plan.batches if named.ragged else 1  # others would be the same again
+            workload = workloads.fitted(named, shape, count, plan.flop)
             for order in workload.orders:
-                texts = workloads.lengths(workload, plan.batches, order)
+                texts = workloads.lengths(workload, count, order)
                 batches = [
                     {k: v.to(device) for k, v in workloads.padded(shape.vocab, batch, i).items()}
                     for i, batch in enumerate(texts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,10 @@ def build_compiled(model: nn.Module, batches: Sequence[Batch], dtype: torch.dtyp
     import torch._inductor.config as inductor
 
     encoder = LastHidden(model, "sdpa", dtype)
-    compiled = torch.compile(encoder, dynamic=True, fullgraph=True, isolate_recompiles=True)
+    apart = {"isolate_recompiles": True}  # newer than the oldest torch that is supported
+    if "isolate_recompiles" not in signature(torch.compile).parameters:
+        apart = {}
+    compiled = torch.compile(encoder, dynamic=True, fullgraph=True, **apart)
     seen: set[torch.Size] = set()
 
     @torch.inference_mode()

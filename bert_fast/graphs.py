@@ -161,9 +161,12 @@ def capture_cuda(run: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], Non
             run()
     here.wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    # Other threads may go on using the GPU meanwhile.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        output = run()
+    try:
+        # Other threads may go on using the GPU meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            output = run()
+    finally:  # a recording that fails leaves its own stream as the current one
+        torch.cuda.set_stream(here)
     return graph.replay, output
 
 
@@ -178,12 +181,15 @@ class Graphs:
         self.capture, self.lock = capture, threading.Lock()
         self.kept: OrderedDict[Bucket, _Graph] = OrderedDict()
         self.stamp: Any = None
-        self.broken = False  # recording failed: an op waits for values
+        # Recording failed, as an op waits for values; or nothing would tell of a changed weight.
+        self.broken = any(map(Tensor.is_inference, self.parameters))
         on_gpu = capture is capture_cuda
         self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
         self.done = torch.cuda.Event() if on_gpu else None
 
     def __call__(self, bucket: Bucket, batch: Batch, rows: Tensor | None, run: Run) -> Tensor:
+        if self.broken:
+            return run(batch, rows)
         device = batch.packing.cu_seqlens.device
         with self.lock, torch.cuda.device(device) if self.done else nullcontext():
             if self.done:  # the last replay may be on another stream
@@ -192,16 +198,16 @@ class Graphs:
                 self.kept.clear()
                 self.stamp = stamp
             graph = self.kept.pop(bucket, None)
-            if graph is None and not self.broken:
+            if graph is None:
                 while len(self.kept) >= KEPT:
                     self.kept.popitem(last=False)
                 try:
                     graph = _Graph(bucket, run, device, self.capture, self.pool)
                 except RuntimeError as error:
                     self.broken = True
+                    self.kept.clear()
                     warn_once(f"bert_fast: no CUDA graph can be recorded of this model: {error}")
-            if graph is None:
-                return run(batch, rows)
+                    return run(batch, rows)
             self.kept[bucket] = graph
             found = graph(batch, rows)
             if self.done:

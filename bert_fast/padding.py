@@ -71,13 +71,24 @@ def progression(
     shape: tuple[int, ...], first: int, step: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """first, first + step, ... in this shape; kept for the next call, so not to be written to."""
-    make = _progression.__wrapped__ if tracing() else _progression
-    return make(shape, first, step, dtype, device)
+    on_gpu, stream = device.type == "cuda", 0
+    if tracing() or (on_gpu and torch.cuda.is_current_stream_capturing()):
+        make = _progression.__wrapped__
+    else:
+        make = _progression
+        if on_gpu:  # another stream could read it before it is written
+            stream = torch.cuda.current_stream(device).cuda_stream
+    return make(shape, first, step, dtype, device, stream)
 
 
 @functools.lru_cache(256)
 def _progression(
-    shape: tuple[int, ...], first: int, step: int, dtype: torch.dtype, device: torch.device
+    shape: tuple[int, ...],
+    first: int,
+    step: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    stream: int,
 ) -> Tensor:
     with torch.inference_mode(False):  # it may be needed where gradients are recorded
         numbers = torch.arange(math.prod(shape), dtype=dtype, device=device)

@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+# What deterministic algorithms ask of cuBLAS, before CUDA starts; it warns of every GEMM otherwise.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import bert_fast
+from bert_fast.ops import OPS
 
 from .models import ids, tiny
 from .parity import DEVICE
@@ -98,3 +99,13 @@ def test_additive_2d_mask_warns() -> None:
     mask[:, 4:] = -1e4
     with pytest.warns(UserWarning, match="read inverted"):
         bert_fast.accelerate(tiny())(ids(2, 6), attention_mask=mask)
+
+
+def test_ids_outside_a_table_are_nan_by_triton() -> None:
+    """A kernel cannot raise: what it must not do is read something else."""
+    op = OPS["embed_layernorm"]
+    sample = next(op.samples(DEVICE, torch.float32)).args
+    ids, words = sample[0].clone(), sample[3]
+    ids[1], ids[2] = words.shape[0], -1
+    y = op(ids, *sample[1:], backend="triton")
+    assert y[1:3].isnan().all() and y[3:].isfinite().all() and y[0].isfinite().all()

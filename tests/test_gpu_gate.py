@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,18 @@ def test_failures_are_recorded_and_do_not_stop_the_rest(
     assert any(told.startswith("tests: RuntimeError") for told in result.failed)
     assert any(told.startswith("models: RuntimeError: broken") for told in result.failed)
     assert any("broken" in (row.failed or "") for row in result.ops)
+
+
+def test_tests_that_are_cut_off_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "test_a.py").write_text(
+        "import time\ndef test_one(): pass\ndef test_two(): time.sleep(60)\n"
+    )
+    report = tmp_path / "report.xml"
+    start = time.monotonic()
+    line = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tmp_path)]
+    code, told = gpu_gate.ended([*line, f"--junitxml={report}"], 8.0)
+    assert code == gpu_gate.INTERRUPTED and time.monotonic() - start < 8 + gpu_gate.LAST_WORDS
+    assert gpu_gate.read_junit(report)["passed"] == 1, told
 
 
 def test_wrong_values_get_no_time(

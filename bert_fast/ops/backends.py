@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -166,12 +167,19 @@ def triton_kernel(op: str, lead: int = 0, limits: Limits = no_limits) -> Kernel:
         return found or wrong_dtype(args[lead]) + limits(*args)
 
     def forward(*args: Any, save: bool) -> tuple[Tensor, ...]:
-        return _tuple(module().forward(*args, save=save))
+        with on_device_of(args[lead]):
+            return _tuple(module().forward(*args, save=save))
 
     def backward(*args: Any, needs: list[bool]) -> tuple[Tensor, ...]:
-        return _tuple(module().backward(*args, needs=needs))
+        with on_device_of(args[0]):
+            return _tuple(module().backward(*args, needs=needs))
 
     return Kernel("triton", forward, backward, why_not)
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[None]:
+    """Triton launches on the current device, whatever its arguments are on."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _tuple(found: Any) -> tuple[Tensor, ...]:

@@ -214,8 +214,9 @@ def embed_layernorm(
         backend: "auto" or the name of one kernel; a forced one that cannot run raises.
 
     Returns: [T, H] in the tables' dtype.
-    Raises: ValueError or TypeError for wrong shapes, dtypes, devices; on the CPU IndexError for
-        an id outside its table (on a GPU the kernel traps, as torch's embedding does).
+    Raises: ValueError or TypeError for wrong shapes, dtypes, devices; on the CPU IndexError or
+        RuntimeError for an id outside its table. On a GPU the CUDA kernel traps, as torch's
+        embedding does, and the Triton kernel returns NaN for that token.
     """
     return OP(
         input_ids, token_type_ids, position_ids, word, position, token_type, weight, bias, eps,

@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .backends import triton_kernel, widest_row
+from .backends import on_device_of, triton_kernel, widest_row
 from .bias_gelu import OP as BIAS_GELU
 from .bias_gelu import activate
 from .linear import cost
@@ -112,7 +112,8 @@ def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
     """`quantized`, in one pass where Triton runs on a GPU."""
     if not x.is_cuda or _TRITON.why_not(x):
         return quantized(x)
-    return importlib.import_module("bert_fast._triton.linear_fp8").quantize(x)
+    with on_device_of(x):
+        return importlib.import_module("bert_fast._triton.linear_fp8").quantize(x)
 
 
 def _scaled_mm() -> Kernel:

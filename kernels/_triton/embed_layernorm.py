@@ -37,6 +37,16 @@ def samples(dtype: torch.dtype, device: torch.device, full: bool):
 
 
 @triton.jit
+def _gathered(ids, table, size, o_row, o_col, m_row, mask, n_cols):
+    """Rows of a table [size, n_cols]; NaN for an id outside it, as a kernel cannot raise."""
+    i_row = tl.load(ids + o_row, mask=m_row, other=0).to(tl.int64)
+    known = (i_row >= 0) & (i_row < size)
+    i_row = tl.where(known, i_row, 0)
+    found = tiles.load(table + i_row[:, None] * n_cols + o_col[None, :], mask)
+    return tl.where(known[:, None], found, float("nan"))
+
+
+@triton.jit
 def _row(
     input_ids,
     token_type_ids,
@@ -44,6 +54,9 @@ def _row(
     word,
     position,
     token_type,
+    n_words,
+    n_positions,
+    n_types,
     o_row,
     o_col,
     m_row,
@@ -51,18 +64,16 @@ def _row(
     n_cols,
 ):
     """z of a tile of rows."""
-    i_word = tl.load(input_ids + o_row, mask=m_row, other=0).to(tl.int64)
-    i_position = tl.load(position_ids + o_row, mask=m_row, other=0).to(tl.int64)
-    z = tiles.load(word + i_word[:, None] * n_cols + o_col[None, :], mask)
+    z = _gathered(input_ids, word, n_words, o_row, o_col, m_row, mask, n_cols)
     if token_type is not None:
-        i_type = tl.zeros_like(i_word)
         if token_type_ids is not None:
-            i_type = tl.load(token_type_ids + o_row, mask=m_row, other=0).to(tl.int64)
-        z += tiles.load(token_type + i_type[:, None] * n_cols + o_col[None, :], mask)
-    return z + tiles.load(position + i_position[:, None] * n_cols + o_col[None, :], mask)
+            z += _gathered(token_type_ids, token_type, n_types, o_row, o_col, m_row, mask, n_cols)
+        else:
+            z += tiles.load(token_type + o_col, o_col < n_cols)[None, :]
+    return z + _gathered(position_ids, position, n_positions, o_row, o_col, m_row, mask, n_cols)
 
 
-@triton.jit(do_not_specialize=["n_rows", "threshold"])
+@triton.jit(do_not_specialize=["n_rows", "n_words", "n_positions", "n_types", "threshold"])
 def _forward_kernel(
     input_ids,  # [n_rows] int32 or int64
     token_type_ids,  # [n_rows] or None (row 0)
@@ -76,6 +87,9 @@ def _forward_kernel(
     mean,  # [n_rows] float32 output
     rstd,  # [n_rows] float32 output
     seed,  # [1] int64 or None
+    n_words,
+    n_positions,
+    n_types,
     n_rows,
     n_cols,
     eps,
@@ -91,8 +105,8 @@ def _forward_kernel(
     m_col = o_col < n_cols
     mask = m_row[:, None] & m_col[None, :]
     z = _row(
-        input_ids, token_type_ids, position_ids, word, position, token_type, o_row, o_col, m_row,
-        mask, n_cols,
+        input_ids, token_type_ids, position_ids, word, position, token_type, n_words, n_positions,
+        n_types, o_row, o_col, m_row, mask, n_cols,
     )  # fmt: skip
     z_mean, z_rstd = tiles.row_stats(z, mask, n_cols, eps)
     w = tiles.load(weight + o_col, m_col)
@@ -106,7 +120,7 @@ def _forward_kernel(
     tl.store(rstd + o_row, z_rstd, mask=m_row)
 
 
-@triton.jit(do_not_specialize=["n_rows", "threshold"])
+@triton.jit(do_not_specialize=["n_rows", "n_words", "n_positions", "n_types", "threshold"])
 def _backward_kernel(
     dy,  # [n_rows, n_cols]
     input_ids,  # [n_rows] int32 or int64
@@ -121,6 +135,9 @@ def _backward_kernel(
     dz,  # [n_rows, n_cols] output, or None
     parts,  # [programs, 2, n_cols] float32 output: dweight, dbias; or None
     seed,  # [1] int64 or None
+    n_words,
+    n_positions,
+    n_types,
     n_rows,
     n_cols,
     threshold,
@@ -146,8 +163,8 @@ def _backward_kernel(
             keep = tiles.keep_mask(seed, o_row, 0, threshold, COLS)
             b_dy = tl.where(keep, b_dy * keep_scale, 0.0)
         z = _row(
-            input_ids, token_type_ids, position_ids, word, position, token_type, o_row, o_col,
-            m_row, mask, n_cols,
+            input_ids, token_type_ids, position_ids, word, position, token_type, n_words,
+            n_positions, n_types, o_row, o_col, m_row, mask, n_cols,
         )  # fmt: skip
         z_mean = tl.load(mean + o_row, mask=m_row, other=0.0)
         z_rstd = tl.load(rstd + o_row, mask=m_row, other=0.0)
@@ -165,6 +182,10 @@ def _backward_kernel(
         tl.store(p_parts + n_cols, b_dbias, mask=m_col)
 
 
+def _sizes(*tables: torch.Tensor | None) -> list[int]:
+    return [0 if table is None else table.shape[0] for table in tables]
+
+
 def forward(
     input_ids, token_type_ids, position_ids, word, position, token_type, weight, bias, eps,
     padding_idx, p, seed, save,
@@ -178,7 +199,8 @@ def forward(
         threshold, keep_scale = tiles.dropout_args(p)
         _forward_kernel[(triton.cdiv(n_rows, cfg["ROWS"]),)](
             input_ids, token_type_ids, position_ids, word, position, token_type, weight, bias,
-            y, mean, rstd, seed, n_rows, n_cols, eps, threshold, keep_scale, p > 0.0, **cfg,
+            y, mean, rstd, seed, *_sizes(word, position, token_type), n_rows, n_cols, eps,
+            threshold, keep_scale, p > 0.0, **cfg,
         )  # fmt: skip
     return y, mean, rstd
 
@@ -202,7 +224,8 @@ def backward(
         threshold, keep_scale = tiles.dropout_args(p)
         _backward_kernel[(programs,)](
             dy, input_ids, token_type_ids, position_ids, word, position, token_type, weight, mean,
-            rstd, dz, parts, seed, n_rows, n_cols, threshold, keep_scale, p > 0.0, **cfg,
+            rstd, dz, parts, seed, *_sizes(word, position, token_type), n_rows, n_cols, threshold,
+            keep_scale, p > 0.0, **cfg,
         )  # fmt: skip
         if parts is not None:
             tiles.sum_parts(parts, dweight, dbias)
