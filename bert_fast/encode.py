@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from . import ops
 from .convert import is_encoder
 from .families import family_of
+from .inputs import most_tokens
 from .modeling import encode
 from .ops.pool import MODES
 from .packed import options_of, reasons_against
@@ -157,33 +159,42 @@ def embed_tokens(
         if progress is not None:
             progress(int(times[rows].sum()), int((times * lengths)[rows].sum()))
 
-    was_training = model.training
+    with evaluating(model):
+        running: tuple[np.ndarray, Tensor] | None = None
+        for rows in batches(lengths, batch_tokens):
+            ids, cu_seqlens = _packed(tokens, firsts[rows], bert.device)
+            read = cu_seqlens[:-1].long() if pooling == "cls" else None
+            longest = int(lengths[rows[0]])
+            hidden = encode(
+                bert, ids, cu_seqlens, longest, backend=backend, rows=read, dtype=options.dtype
+            )  # [T, H], or [B, H] of the first tokens
+            bounds = cu_seqlens
+            if read is not None:
+                bounds = torch.arange(len(read) + 1, dtype=torch.int32, device=read.device)
+            vectors = ops.pool(
+                hidden.float(), bounds, pooling, normalize, chosen(backend, "pool")
+            )  # [B, H]
+            # One batch behind: a GPU has the next one queued while this one is copied out.
+            if running is not None:
+                collect(*running)
+            running = rows, vectors
+        if running is not None:
+            collect(*running)
+    return out if len(firsts) == len(tokens) else out[which]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation and inference mode; every module is then back in the mode it was in."""
+    before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.inference_mode():
-            running: tuple[np.ndarray, Tensor] | None = None
-            for rows in batches(lengths, batch_tokens):
-                ids, cu_seqlens = _packed(tokens, firsts[rows], bert.device)
-                read = cu_seqlens[:-1].long() if pooling == "cls" else None
-                longest = int(lengths[rows[0]])
-                hidden = encode(
-                    bert, ids, cu_seqlens, longest, backend=backend, rows=read, dtype=options.dtype
-                )  # [T, H], or [B, H] of the first tokens
-                bounds = cu_seqlens
-                if read is not None:
-                    bounds = torch.arange(len(read) + 1, dtype=torch.int32, device=read.device)
-                vectors = ops.pool(
-                    hidden.float(), bounds, pooling, normalize, chosen(backend, "pool")
-                )  # [B, H]
-                # One batch behind: a GPU has the next one queued while this one is copied out.
-                if running is not None:
-                    collect(*running)
-                running = rows, vectors
-            if running is not None:
-                collect(*running)
+            yield
     finally:
-        model.train(was_training)
-    return out if len(firsts) == len(tokens) else out[which]
+        model.train(before[0][1])  # packed encoders drop their copies
+        for module, mode in before:
+            module.training = mode
 
 
 def batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
@@ -202,7 +213,7 @@ def token_limit(model: nn.Module, tokenizer: Any, max_length: int | None = None)
 
     Raises: ValueError for a max_length below 1 or over the model's position table.
     """
-    positions = _packable(model).embeddings.position_embeddings.weight.shape[0]
+    positions = most_tokens(_packable(model).embeddings)
     if max_length is None:
         return min(positions, int(tokenizer.model_max_length))
     if not 1 <= max_length <= positions:

@@ -14,7 +14,16 @@ from .inputs import read_batch
 from .modeling import packed_forward
 from .ops.encoder import OP as ENCODER
 from .ops.registry import Kernel, Op
-from .packed import REAL_ONLY, Packed, arguments, options_of, reasons_against, reasons_against_call
+from .packed import (
+    REAL_ONLY,
+    Packed,
+    arguments,
+    asked,
+    options_of,
+    reasons_against,
+    reasons_against_call,
+    rows_read,
+)
 from .paths import Backend, chosen
 from .structure import Structure, structure_of
 
@@ -56,11 +65,17 @@ class Explanation:
 
 
 def explain(model: nn.Module, inputs: Mapping[str, Any]) -> Explanation:
-    """Runs `model(**inputs)` once and tells which kernel ran for each op, and why not the others.
+    """Runs `model(**inputs)`; tells which kernel runs for each op of its encoder, and why no other.
 
-    The gradient mode and train/eval state of the moment apply. For a model with several
-    encoders inside, the first one called is explained.
+    The encoder runs once more, watched, with the gradient mode and train/eval state of the moment.
+    Of several encoders inside, the first one called is explained; what a head runs is not.
 
+    Args:
+        model: any module with a transformers encoder inside; accelerated, or it says so.
+        inputs: keyword arguments of its forward.
+
+    Returns: tokens and padding, and for each op and shape: the kernel, of the backward too, the
+        number of calls, and the reasons against every other kernel. `str()` is a text of it.
     Raises: ValueError if no encoder inside was called.
     """
     calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
@@ -121,8 +136,11 @@ def _explained(module: Any, structure: Structure, given: dict[str, Any]) -> Expl
     watch = _Watch(options.backend)
     keep_padding = options.keep_padding and not given.get(REAL_ONLY)
     batch = read_batch(structure, given, keep_padding)
-    h = packed_forward(module, structure, batch, watch, dtype=options.dtype)
-    batch.packing.pad(h, watch)
+    whole = asked(module, given, "output_hidden_states")
+    rows = None if whole else rows_read(given, batch.packing)
+    h = packed_forward(module, structure, batch, watch, rows=rows, dtype=options.dtype)
+    if rows is None:  # a head pads its logits instead
+        batch.packing.pad(h, watch)
     packing = batch.packing
     return Explanation(
         tokens=batch.tokens,

@@ -107,6 +107,17 @@ def read_batch(
     return Batch(packing, bias, input_ids, embeds, token_type_ids, position_ids, extra)
 
 
+def first_position(embeddings: Any) -> int:
+    """Of a text's first token: RoBERTa's kin leave room for padding before it."""
+    padding_idx = vars(embeddings).get("padding_idx")
+    return 0 if padding_idx is None else padding_idx + 1
+
+
+def most_tokens(embeddings: Any) -> int:
+    """Of a text, by the position table of a model's `embeddings`."""
+    return int(embeddings.position_embeddings.weight.shape[0]) - first_position(embeddings)
+
+
 def _positions(
     embeddings: Embeddings,
     input_ids: Tensor | None,
@@ -119,15 +130,12 @@ def _positions(
     Of packed inputs, counted within each sequence.
     """
     length, limit = given.shape[1], embeddings.positions.shape[0]
-    padding_idx = vars(embeddings.module).get("padding_idx")
-    first = 0
-    if padding_idx is not None:
-        first = padding_idx + 1
-        if input_ids is not None and bounds is None:
-            real = input_ids.ne(padding_idx).long()
-            if length > limit - first and not torch.compiler.is_compiling():
-                _check_length(int(real.sum(1).max()), limit - first)
-            return real.cumsum(1) * real + padding_idx
+    first = first_position(embeddings.module)
+    if first and input_ids is not None and bounds is None:
+        real = input_ids.ne(first - 1).long()
+        if length > limit - first and not torch.compiler.is_compiling():
+            _check_length(int(real.sum(1).max()), limit - first)
+        return real.cumsum(1) * real + first - 1
     _check_length(length if bounds is None else longest or 0, limit - first)
     columns = progression((1, length), first, 1, torch.int64, given.device)
     if bounds is not None:

@@ -29,6 +29,7 @@ from .packed import (
     arguments,
     asked,
     options_of,
+    takes_word,
     tell,
 )
 from .padding import Packing, pack_full
@@ -102,8 +103,8 @@ def restore_head(model: Any) -> None:
 def reasons_against_head(model: Any) -> list[str]:
     """Why Hugging Face's own head has to run on this model as it is now (empty: ours runs)."""
     encoder: Any = _encoder(model)
-    if not _is_packed(encoder):
-        return ["its encoder is not accelerated"]
+    if not takes_word(encoder):
+        return ["its encoder is not accelerated, or something reads its output"]
     parts = model.bert_fast_head.parts(model)
     like = encoder.embeddings.word_embeddings.weight
     for name, part, expected in (
@@ -121,10 +122,6 @@ def reasons_against_head(model: Any) -> list[str]:
         if child is not encoder and (hooked(child) or hooked_inside(child)):
             return [f"a hook or a replaced forward sits on the head's {type(child).__name__}"]
     return []
-
-
-def _is_packed(encoder: Any) -> bool:
-    return isinstance(encoder, Packed) and "forward" not in encoder.__dict__
 
 
 def _encoder(model: Any) -> Any:
@@ -152,7 +149,7 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         fields["loss"] = _loss(model, states, targets)
     fields[row.logits] = _logits(model, states, targets)
     if row.pair is not None:
-        fields[row.pair.logits] = scores = row.pair.classifier(model)(states.pooled)
+        fields[row.pair.logits] = scores = row.pair.classifier(model)(states.pooled())
         if with_loss:
             other = F.cross_entropy(scores.view(-1, 2), pair_labels.view(-1))  # type: ignore[union-attr]
             fields["loss"] = fields["loss"] + other
@@ -168,7 +165,10 @@ def _states(found: Any) -> PackedStates:
         return found
     last = found.last_hidden_state
     packing = pack_full(last.shape[0], last.shape[1], last.device)
-    pooled = getattr(found, "pooler_output", None)
+
+    def pooled() -> Tensor | None:
+        return getattr(found, "pooler_output", None)
+
     return PackedStates(last.flatten(0, 1), packing, pooled, found.hidden_states, found.attentions)
 
 

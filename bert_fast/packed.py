@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, ClassVar, NamedTuple
@@ -25,7 +25,7 @@ from .notice import warn_once
 from .ops.weight_copies import forget
 from .padding import Packing
 from .paths import Backend, chosen
-from .structure import Structure, structure_of
+from .structure import Structure, sees_output, structure_of
 
 OPTIONS = "_bert_fast"
 # The keywords by which a head of ours asks its encoder for the packed states (all of them, or a
@@ -33,6 +33,7 @@ OPTIONS = "_bert_fast"
 AS_PACKED = "bert_fast_packed"
 FIRST_ONLY = "bert_fast_first_only"
 REAL_ONLY = "bert_fast_real_only"
+WORDS = (AS_PACKED, FIRST_ONLY, REAL_ONLY)
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,12 @@ class PackedStates(NamedTuple):
     """What an encoder hands to a head of ours instead of padded outputs.
 
     h: [T, H], or [R, H] of the packed tokens `rows` [R] int64, ascending, that the head asked for.
+    pooled(): the pooler's output [B, H] or None; `rows` must then hold every first token.
     """
 
     h: Tensor
     packing: Packing
-    pooled: Tensor | None
+    pooled: Callable[[], Tensor | None]
     hidden_states: tuple[Tensor | None, ...] | None
     attentions: tuple[Tensor, ...] | None = None
     rows: Tensor | None = None
@@ -130,9 +132,8 @@ def __getattr__(name: str) -> type:
 
 
 def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    as_packed, first_only, real_only = (
-        kwargs.pop(name, False) for name in (AS_PACKED, FIRST_ONLY, REAL_ONLY)
-    )
+    words = {name: kwargs.pop(name) for name in WORDS if name in kwargs}
+    as_packed, real_only = words.get(AS_PACKED, False), words.get(REAL_ONLY, False)
     given, family = arguments(model, args, kwargs), model.bert_fast_family
     structure = structure_of(model, family)
     why = reasons_against_call(model, given) or reasons_against(model, structure)
@@ -153,18 +154,18 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     collect = asked(model, given, "output_hidden_states")
     between = None if collect is None or collect is False else keep
     packing, rows = batch.packing, None
-    if not between and packing.length:
-        if callable(as_packed):
-            rows = as_packed(packing)
-        elif first_only:
-            rows = packing.starts()
+    if not between:
+        rows = rows_read(words, packing)
     h = _encoded(model, structure, batch, options, between, rows)
     if as_packed:
-        pooled = None
-        if family.pooled is not None and packing.length:
+
+        def pooled() -> Tensor | None:
+            if family.pooled is None or not packing.length:
+                return None
             starts = packing.starts()
             at = starts if rows is None else torch.searchsorted(rows, starts)
-            pooled = family.pooled(model, h[at].unsqueeze(1))
+            return family.pooled(model, h[at].unsqueeze(1))
+
         collected = _selected(states, collect) if between else None
         return PackedStates(h, packing, pooled, collected, rows=rows)
     if rows is not None:
@@ -178,6 +179,13 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         fields["hidden_states"] = _selected(states, collect)
     output = getattr(modeling_outputs, family.output)(**fields)
     return output if asked(model, given, "return_dict", True) else output.to_tuple()
+
+
+def rows_read(words: Mapping[str, Any], packing: Packing) -> Tensor | None:
+    """The packed tokens that a head says it reads, [R] int64; None for all."""
+    if packing.length and callable(words.get(AS_PACKED)):
+        return words[AS_PACKED](packing)
+    return packing.starts() if packing.length and words.get(FIRST_ONLY) else None
 
 
 def _encoded(
@@ -230,6 +238,15 @@ def options_of(model: nn.Module) -> Options:
 
 def _places(model: Any) -> list[tuple[torch.device, torch.dtype]]:
     return [(p.device, p.dtype) for p in model.parameters()]
+
+
+def takes_word(encoder: Any) -> bool:
+    """Whether a head may say what it reads: nobody else is there to read the encoder's output."""
+    return (
+        isinstance(encoder, Packed)
+        and "forward" not in encoder.__dict__
+        and not sees_output(encoder)
+    )
 
 
 def forget_copies(model: Any) -> None:

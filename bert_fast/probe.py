@@ -10,6 +10,7 @@ import copy
 import functools
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -51,26 +52,41 @@ def _forwards(model: nn.Module) -> frozenset[Any]:
 
 
 _told: dict[tuple[type, frozenset[Any]], str | None] = {}
-_probing = threading.RLock()
+_lock = threading.Lock()
+_this_thread = threading.local()
 
 
 def _probe(original: Any, forwards: frozenset[Any], difference: Callable[..., float]) -> str | None:
-    with _probing:
+    """In a thread of its own: OpenMP keeps the threads of one that has used it, and where a server
+    forks its workers after `accelerate`, the child's would wait for threads that it does not have.
+    """
+    if getattr(_this_thread, "probes", False):
+        # A constructor that accelerates what it makes comes back here from within the probe.
+        return _asked(original, forwards, difference)
+    with _lock:
         if (original, forwards) not in _told:
-            # A constructor that accelerates what it makes comes back here from within the probe.
-            _told[original, forwards] = None
-            try:
-                found = difference(original)
-                told = None if found < 1e-4 else f"outputs differ by {found:.1e}"
-            except (
-                Exception
-            ) as error:  # whatever an unknown class raises, the user's model must not
-                told = f"{type(error).__name__}: {error}"
-            _told[original, forwards] = told and (
-                f"bert_fast does not know {original.__name__} as it is in transformers "
-                f"{transformers.__version__} ({told}); the model is left as it was"
-            )
+            with ThreadPoolExecutor(1, initializer=_begin) as apart:
+                apart.submit(_asked, original, forwards, difference).result()
         return _told[original, forwards]
+
+
+def _begin() -> None:
+    _this_thread.probes = True
+
+
+def _asked(original: Any, forwards: frozenset[Any], difference: Callable[..., float]) -> str | None:
+    if (original, forwards) not in _told:
+        _told[original, forwards] = None
+        try:
+            found = difference(original)
+            told = None if found < 1e-4 else f"outputs differ by {found:.1e}"
+        except Exception as error:  # whatever an unknown class raises, the user's model must not
+            told = f"{type(error).__name__}: {error}"
+        _told[original, forwards] = told and (
+            f"bert_fast does not know {original.__name__} as it is in transformers "
+            f"{transformers.__version__} ({told}); the model is left as it was"
+        )
+    return _told[original, forwards]
 
 
 def _small(original: Any) -> tuple[nn.Module, dict[str, Tensor]]:

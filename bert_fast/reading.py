@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .families import READING_HEADS
-from .packed import FIRST_ONLY, REAL_ONLY, Packed, arguments
+from .packed import FIRST_ONLY, REAL_ONLY, Packed, arguments, takes_word
 
 
 class ReadingHead:
@@ -40,9 +40,7 @@ def reading_head(original: type) -> type:
     @functools.wraps(original.forward)  # type: ignore[attr-defined]
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         own = functools.partial(original.forward, self)  # type: ignore[attr-defined]
-        encoder = getattr(self, self.base_model_prefix)
-        # A wrapper of the encoder, or a forward put in its place, may not take the keyword.
-        told = isinstance(encoder, Packed) and "forward" not in encoder.__dict__
+        told = takes_word(getattr(self, self.base_model_prefix))
         return run(self, own, args, kwargs) if told else own(*args, **kwargs)
 
     return type(

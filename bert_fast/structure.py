@@ -260,6 +260,11 @@ def hooked_inside(model: nn.Module) -> nn.Module | None:
 def hooked(module: nn.Module) -> bool:
     if "forward" in module.__dict__ or module._forward_pre_hooks or module._backward_hooks:
         return True
-    return any(
+    return sees_output(module)
+
+
+def sees_output(module: nn.Module) -> bool:
+    """Whether somebody else reads, or changes, what the module returns."""
+    return bool(module._backward_hooks or module._backward_pre_hooks) or any(
         getattr(hook, "__module__", "") not in _HARMLESS for hook in module._forward_hooks.values()
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 import warnings
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers import BertForMaskedLM, BertModel
 from transformers.models.bert import modeling_bert as hf
 
 import bert_fast
+from bert_fast.ops import weight_copies
 from bert_fast.ops.weight_copies import _copies
 
 from .models import ids, masks, tiny
@@ -78,6 +81,22 @@ def through_data(model: nn.Module) -> None:
         p.data.mul_(1.1)
 
 
+def through_data_of_a_head(model: nn.Module) -> None:
+    for layer in model.encoder.layer:
+        layer.attention.self.value.weight.data[16:32] = 0.0  # the second of four heads
+
+
+def through_data_of_a_heads_columns(model: nn.Module) -> None:
+    for layer in model.encoder.layer:
+        layer.attention.output.dense.weight.data[:, 16:32] = 0.0
+
+
+def through_data_of_biases(model: nn.Module) -> None:
+    for p in model.parameters():
+        if p.dim() == 1:
+            p.data.add_(0.5)
+
+
 def new_storage(model: nn.Module) -> None:
     for p in model.parameters():
         p.data = p.data * 1.1
@@ -93,11 +112,21 @@ def new_parameters(model: nn.Module) -> None:
             module.weight = nn.Parameter(module.weight.detach() * 1.1)
 
 
-@pytest.mark.parametrize(
-    "change", [in_place, through_data, new_storage, state_dict, new_parameters]
-)
-def test_changed_weights_are_seen(change: Any) -> None:
+CHANGES = [in_place, through_data, new_storage, state_dict, new_parameters]
+if DEVICE.type == "cpu":  # nothing tells of a part's change on a GPU
+    CHANGES += [through_data_of_a_head, through_data_of_a_heads_columns, through_data_of_biases]
+else:
+    CHANGES.remove(through_data)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_changed_weights_are_seen(
+    change: Any, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Packed copies of the weights must never outlive what they were made of."""
+    if not compiled:
+        monkeypatch.setattr(weight_copies, "extension_missing", lambda: ["not built"])
     plain = tiny()
     ours = bert_fast.accelerate(copy.deepcopy(plain))
     last(ours)
@@ -251,3 +280,26 @@ def test_copies_of_weights_outlive_a_move_to_where_the_model_is() -> None:
     copies()
     model.train()
     assert weight not in _copies
+
+
+FORKED = """
+import os, torch, bert_fast
+from transformers import BertConfig, BertForSequenceClassification
+torch.set_num_threads(2)
+sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+model = bert_fast.accelerate(BertForSequenceClassification(BertConfig(vocab_size=99, **sizes)).eval())
+child = os.fork()
+if child == 0:
+    with torch.inference_mode():
+        model(torch.arange(60).view(3, 20))
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_server_may_fork_after_accelerate() -> None:
+    """Threads of OpenMP do not follow: none may have been used."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKED], timeout=120, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoModel, AutoTokenizer
 from typer.testing import CliRunner
 
+import bert_fast
 from bert_fast.cli import app, save
 from bert_fast.encode import embed
 from bert_fast.ops.backends import best_isa
@@ -247,6 +248,14 @@ def test_verify_fails_where_an_error_is_over(folder, monkeypatch):
         monkeypatch.setattr(f"bert_fast.{module}.activation_name", lambda _: "gelu_tanh")
     result = CliRunner().invoke(app, ["verify", str(folder), "--no-gradients"])
     assert result.exit_code == 1 and "NOT as exact" in result.output and "over" in result.output
+
+
+def test_verify_takes_a_class_of_ours_for_what_it_is(folder, monkeypatch):
+    for module in ("structure", "modeling"):
+        monkeypatch.setattr(f"bert_fast.{module}.activation_name", lambda _: "gelu_tanh")
+    model = bert_fast.BertModel.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert not bert_fast.verify(model, tiny.TEXTS, tokenizer, gradients=False).passed
 
 
 def test_verify_refuses_bad_input(folder, tmp_path):

@@ -16,6 +16,8 @@ from transformers import (
     BertForMaskedLM,
     MegatronBertConfig,
     MegatronBertModel,
+    RobertaConfig,
+    RobertaModel,
 )
 
 import bert_fast
@@ -101,6 +103,9 @@ def test_training_mode_is_left_as_it_was(model, tokenizer):
     model.train()
     np.testing.assert_array_equal(embed(model, tokenizer, tiny.TEXTS), expected)
     assert model.training and model.encoder.training
+    model.encoder.eval()  # frozen below a head that is trained, say
+    embed(model, tokenizer, tiny.TEXTS)
+    assert model.training and not model.encoder.training
 
 
 def test_progress_adds_up(model, tokenizer):
@@ -168,6 +173,15 @@ def test_a_text_over_the_position_table_is_cut_to_it(model, tokenizer):
     with pytest.warns(UserWarning, match="1 of 2 texts were cut to 24 tokens"):
         found = embed(model, tokenizer, ["the cat " * 50, "a dog"])
     assert np.isfinite(found).all()
+
+
+def test_positions_that_begin_behind_padding(tokenizer):
+    config = RobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=48, max_position_embeddings=26, pad_token_id=1,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="cut to 24 tokens"):
+        assert np.isfinite(embed(RobertaModel(config).eval(), tokenizer, ["the cat " * 50])).all()
 
 
 @pytest.mark.parametrize(

@@ -308,6 +308,17 @@ def test_spans_without_an_answer(finetune, tmp_path):
     assert strict["NoAns_f1"] == 0
 
 
+def test_spans_from_a_checkpoint_of_another_head(finetune, questions, model, tmp_path):
+    config = transformers.BertConfig.from_pretrained(model, num_labels=3)
+    other = tmp_path / "three"
+    transformers.BertForSequenceClassification(config).save_pretrained(other)
+    transformers.AutoTokenizer.from_pretrained(model).save_pretrained(other)
+    result, metrics, _ = finetune(
+        "spans", *fast(*WINDOWS, epochs=1), model=other, train=questions, validation=questions
+    )
+    assert result.exit_code == 0 and "f1" in metrics, result.output
+
+
 def test_spans_leave_out_answers_that_are_not_there(finetune, tmp_path):
     document = squad(impossible=False)
     for article in document["data"][:3]:
@@ -334,8 +345,9 @@ def test_embedding(finetune, tmp_path, scores):
         for i, (a, b) in enumerate((a, b) for a in NOUNS for b in NOUNS)
     ]
     rows += [row for row in rows if row["label"]] * 2
-    if not scores:
+    if not scores:  # one partner is that of two texts
         rows = [{"text": f"the {noun}", "text_b": f"{noun} sat on"} for noun in NOUNS]
+        rows.append({"text": f"a {NOUNS[0]}", "text_b": rows[0]["text_b"]})
     file = lines(tmp_path / "pairs.jsonl", rows)
     result, metrics, folder = finetune(
         "embedding", *fast(epochs=15 if scores else 30), train=file, validation=file

@@ -160,6 +160,18 @@ def test_a_wrapped_encoder_is_not_told() -> None:
     assert not any("bert_fast" in name for name in asked[0])
 
 
+@pytest.mark.parametrize("cls", [BertForSequenceClassification, BertForMaskedLM])
+def test_who_reads_the_encoders_output_sees_all_of_it(cls: type) -> None:
+    """A hook on the encoder, to keep features, is not for what a head asks of it."""
+    plain, seen = tiny(cls), []
+    ours = bert_fast.accelerate(copy.deepcopy(plain))
+    for model in (plain, ours):
+        model.bert.register_forward_hook(lambda m, i, o: seen.append(o.last_hidden_state))
+    expected, found = (model(ids(4, 9)).logits for model in (plain, ours))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("cls", [BertForMaskedLM, BertForPreTraining])
 def test_a_loss_with_sparse_logits_computes_scored_tokens(cls: type) -> None:
     plain, mask = tiny(cls), masks(4, 11)["right"]

@@ -91,6 +91,15 @@ def test_sparse_logits(cls: type) -> None:
     assert ours(**inputs)[name].shape == (BATCH, LENGTH, 99)
 
 
+def test_sparse_logits_of_texts_without_scored_tokens() -> None:
+    model, inputs = tiny(BertForMaskedLM), inputs_of()
+    ours = bert_fast.accelerate(copy.deepcopy(model), sparse_logits=True)
+    inputs["labels"][-1] = -100  # nothing is computed of its first token, nor of any other
+    torch.testing.assert_close(ours(**inputs).loss, model(**inputs).loss, rtol=1e-5, atol=1e-5)
+    inputs["labels"][:] = -100
+    assert ours(**inputs).loss.isnan() and model(**inputs).loss.isnan()
+
+
 def test_a_head_under_torch_compile() -> None:
     model = tiny(BertForMaskedLM)
     ours = bert_fast.accelerate(copy.deepcopy(model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import gzip
 import json
 
@@ -84,6 +85,7 @@ def test_text_refuses(tmp_path):
     for name, data, told in (
         ("a.txt", "na\u00efve".encode("latin-1"), "not UTF-8"),
         ("b.jsonl", b'{"body": "x"}', "no field 'text'"),
+        ("b.JSONL", b'{"text": null}', "text is None, expected a string"),
         ("c.jsonl", b"{", "Expecting"),
         ("d.csv", b"id\n1\n", "no field 'text'"),
         ("e.jsonl", b'["x"]', "not an object"),
@@ -192,7 +194,7 @@ def test_items_are_functions_of_seed_epoch_and_index(corpus, tokenizer):
     assert not np.array_equal(first["input_ids"], second["input_ids"])
     ids = np.where(first["labels"] == -100, first["input_ids"], first["labels"])
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
-    assert ids[0] == cls and ids[-1] == sep and ids[first["second"] - 1] == sep
+    assert ids[0] == cls and ids[-1] == sep and ids[first["token_type_ids"].argmax() - 1] == sep
     assert (ids == sep).sum() == 2 and (ids == cls).sum() == 1
 
 
@@ -283,6 +285,16 @@ def test_pretrain_from_text_to_a_checkpoint(tmp_path):
     assert done.exit_code == 0, done.output
     row = json.loads((tmp_path / "more" / "metrics.json").read_text())["history"][0]
     assert row["mlm_loss"] < 0.9 * first["mlm_loss"]
+
+
+def test_a_checkpoint_in_16_bits_is_trained_in_32(tmp_path):
+    text = prose.write(tmp_path / "text.txt", 120)
+    recipe = Recipe([text], vocab_size=100, layers=1, hidden=32, heads=2)
+    made = prepare(recipe, Settings(tmp_path / "out", device="cpu"))
+    made.model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    made.tokenizer.save_pretrained(tmp_path / "half")
+    more = dataclasses.replace(recipe, model=tmp_path / "half")
+    assert prepare(more, Settings(tmp_path / "more", device="cpu")).model.dtype == torch.float32
 
 
 def test_held_back_text_is_masked_as_ever(tmp_path):

@@ -93,6 +93,16 @@ def test_pairs_without_scores(tmp_path):
         ("a.jsonl", "[1]\n", ["line 1", "list, expected an object"]),
         ("a.jsonl", '{"text": 5, "label": 1}\n', ["line 1, column 'text'", "5 is no string"]),
         ("a.jsonl", '{"text": "a", "label": null}\n', ["line 1, column 'label'", "no label"]),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": [0, 4]}\n',
+            ["column 'label': label [0, 4]", "one label"],
+        ),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": Infinity}\n',
+            ["label inf, expected a string or a fin"],
+        ),
         ("a.json", '[{"text": "a"}, 3]', ["item 2", "int, expected an object"]),
         ("a.xml", "<a>", ["unknown kind '.xml'", ".jsonl", ".parquet"]),
     ],

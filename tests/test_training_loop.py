@@ -70,7 +70,7 @@ def losses(history):
 
 def test_batches_are_balanced_and_a_function_of_the_epoch():
     costs = np.random.default_rng(1).integers(5, 100, 500)
-    batches = BalancedBatches(lambda epoch: costs, 512, 4, seed=3)
+    batches = BalancedBatches(lambda epoch: costs, 512, 1, 4, seed=3)
     first = list(batches)
     assert len(first) == len(batches) and len(first) % 4 == 0
     assert sorted(itertools.chain(*first)) == list(range(500))
@@ -80,20 +80,31 @@ def test_batches_are_balanced_and_a_function_of_the_epoch():
     batches.set_epoch(1)
     assert list(batches) != first and len(list(batches)) == len(first)
     assert {frozenset(b) for b in batches} != {frozenset(b) for b in first}
-    other = BalancedBatches(lambda epoch: costs, 512, 4, seed=4)
+    other = BalancedBatches(lambda epoch: costs, 512, 2, 2, seed=4)
     assert list(other) != first
 
 
 def test_batches_of_a_size():
-    batches = list(BalancedBatches(lambda epoch: np.ones(100, int), 32, 1, seed=0))
+    batches = list(BalancedBatches(lambda epoch: np.ones(100, int), 32, 1, 1, seed=0))
     assert [len(batch) for batch in batches] == [25] * 4
+
+
+@pytest.mark.parametrize(("lengths", "budget"), [([1] * 1001, 1), ([400] * 5, 512)])
+def test_no_batch_is_empty(lengths, budget):
+    """The last step of an epoch takes fewer batches, where there are too few examples."""
+    batches = BalancedBatches(
+        lambda epoch: np.array(lengths), budget, 1, 8 if budget == 1 else 4, 0
+    )
+    assert sorted(itertools.chain(*batches)) == list(range(len(lengths))) and all(batches)
 
 
 def test_batches_refuse():
     with pytest.raises(ValueError, match="60 tokens, but one example has 99"):
-        BalancedBatches(lambda epoch: np.array([1, 99]), 60, 1, 0)
+        BalancedBatches(lambda epoch: np.array([1, 99]), 60, 1, 1, 0)
     with pytest.raises(ValueError, match="2 training examples are fewer than the 4 batches"):
-        BalancedBatches(lambda epoch: np.array([1, 2]), 60, 4, 0)
+        BalancedBatches(lambda epoch: np.array([1, 2]), 60, 2, 2, 0)
+    with pytest.raises(ValueError, match="5 training examples do not make batches of at most 1 "):
+        BalancedBatches(lambda epoch: np.ones(5, int), 1, 2, 1, 0)
 
 
 def test_every_epoch_is_announced_and_a_resumed_one_too(tmp_path):
@@ -146,7 +157,7 @@ def sharded_losses(rank: int) -> list[float]:
     texts = Texts()
     model = bert_fast.accelerate(tiny(BertForMaskedLM)).train()
     model = fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    batches = list(BalancedBatches(lambda epoch: texts.lengths, 60, 2, 0))
+    batches = list(BalancedBatches(lambda epoch: texts.lengths, 60, 2, 1, 0))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     steps, found = len(batches) // 2, []
     for step in range(steps):
@@ -235,6 +246,26 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(tmp_path, lengths):
     assert losses(resumed) == losses(whole) and len(losses(resumed)) == steps
 
 
+@pytest.mark.parametrize("more", [{"epochs": 2}, {"max_steps": 4}])
+def test_a_run_that_was_done_is_only_saved_again(tmp_path, more):
+    def go(resume: bool):
+        texts, model = Texts(), bert_fast.accelerate(tiny(BertForMaskedLM))
+        options = {"batch_tokens": 60, "lr": 1e-3, "device": "cpu", "save_steps": 2, **more}
+        settings = Settings(tmp_path, resume=resume, **options)
+
+        def evaluate(model):
+            return {"sum": sum(p.sum() for p in model.parameters())}
+
+        history = train(model, texts, settings, collate, lengths=texts.lengths, evaluate=evaluate)
+        return history, model.state_dict()
+
+    history, weights = go(resume=False)
+    assert "eval_sum" in history[-1] and (tmp_path / f"checkpoint-{len(losses(history))}").exists()
+    for _ in range(2):
+        again, same = go(resume=True)
+        assert again == history and all(torch.equal(same[name], w) for name, w in weights.items())
+
+
 @pytest.mark.slow
 def test_killed_and_resumed(tmp_path):
     text = prose.write(tmp_path / "text.txt")
@@ -275,6 +306,13 @@ def test_resume_refuses_other_settings(tmp_path):
         run(tmp_path)
     with pytest.raises(ValueError, match=r"with lr 0\.1: it was started with 0\.001"):
         run(tmp_path, lr=0.1, resume=True)
+    texts, model = Texts(20), bert_fast.accelerate(tiny(BertForMaskedLM))
+    same = Settings(tmp_path, 2, lr=1e-3, batch_tokens=60, device="cpu", save_steps=3, resume=True)
+    with pytest.raises(ValueError, match="with examples 20: it was started with 24"):
+        train(model, texts, same, collate, lengths=texts.lengths)
+    texts = Texts()
+    with pytest.raises(ValueError, match="with max_length 9: it was started with None"):
+        train(model, texts, same, collate, lengths=texts.lengths, about={"max_length": 9})
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def spans(job: Job) -> Task:
     if train is None and held_out is None:
         raise ValueError("--task spans needs --train, --validation or --predict")
     _, tokenizer = load_config(job.model)
-    model = load_model(transformers.AutoModelForQuestionAnswering, job.model, {})
+    model = load_model(transformers.AutoModelForQuestionAnswering, job.model, {"num_labels": 2})
     limit = token_limit(model, tokenizer, job.max_length, MAX_LENGTH)
     stride = limit // 3 if job.doc_stride is None else job.doc_stride
 

@@ -23,18 +23,25 @@ class BalancedBatches(Sampler[list[int]]):
     """
 
     def __init__(
-        self, costs: Callable[[int], np.ndarray], budget: int, multiple: int, seed: int
+        self,
+        costs: Callable[[int], np.ndarray],
+        budget: int,
+        processes: int,
+        accumulation: int,
+        seed: int,
     ) -> None:
         """
         Args:
             costs: gives the cost of every item (tokens, or ones) in an epoch, integers [n]. The
                 number of batches is settled by epoch 0, and kept: costs should vary little.
             budget: what a batch may cost.
-            multiple: the number of batches is a multiple of this (processes x accumulation).
+            processes, accumulation: the number of batches is a multiple of their product, so that
+                every step takes as many; of `processes` alone where there are too few items.
             seed: of the order.
-        Raises: ValueError for fewer items than `multiple`, or an item above the budget.
+        Raises: ValueError for fewer items than a step takes batches, an item above the budget, and
+            items that batches within the budget cannot share out evenly to the processes.
         """
-        first = costs(0)
+        first, multiple = costs(0), processes * accumulation
         if len(first) < multiple:
             raise ValueError(
                 f"{len(first)} training examples are fewer than the {multiple} batches of one "
@@ -46,9 +53,15 @@ class BalancedBatches(Sampler[list[int]]):
                 "raise batch_tokens or lower the maximal length"
             )
         self.costs, self.seed, self.epoch = costs, seed, 0
-        self.count = math.ceil(first.sum() / budget / multiple) * multiple
+        most = len(first) // processes * processes  # else a batch would be empty
+        self.count = min(math.ceil(first.sum() / budget / multiple) * multiple, most)
         while max(int(first[batch].sum()) for batch in self._batches(0)) > budget:
-            self.count += multiple
+            if self.count == most:
+                raise ValueError(
+                    f"{len(first)} training examples do not make batches of at most {budget} for "
+                    f"{processes} processes: raise batch_size or batch_tokens"
+                )
+            self.count = min(self.count + multiple, most)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

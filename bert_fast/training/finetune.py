@@ -69,6 +69,7 @@ def finetune(job: Job, told: Callable[[str], None] = print) -> dict[str, Any]:
             lengths=lengths_of(task.items),
             evaluate=evaluate if task.evaluate is not None else None,
             objective=task.objective,
+            about=job.to_json(),
         )
     task.model.to(processes.device)
     if task.evaluate is not None and not last:  # no training, or a run that was done before

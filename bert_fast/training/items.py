@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..encode import batches
+from ..encode import batches, evaluating
 
 Item = dict[str, Any]  # input_ids (and token_type_ids) int32 [L], and what the loss needs
 Collate = Callable[[Sequence[Item]], dict[str, Tensor]]
@@ -90,16 +90,11 @@ def outputs_of(
     """
     found: list[tuple[np.ndarray, ...]] = [()] * len(items)
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for rows in batches(lengths_of(items), EVALUATION_TOKENS):
-                batch = collate([items[row] for row in rows])
-                outputs = model(**{name: value.to(device) for name, value in batch.items()})
-                columns = [outputs[name].float().cpu().numpy() for name in names]
-                for i, row in enumerate(rows):
-                    found[row] = tuple(column[i] for column in columns)
-    finally:
-        model.train(training)
+    with evaluating(model):
+        for rows in batches(lengths_of(items), EVALUATION_TOKENS):
+            batch = collate([items[row] for row in rows])
+            outputs = model(**{name: value.to(device) for name, value in batch.items()})
+            columns = [outputs[name].float().cpu().numpy() for name in names]
+            for i, row in enumerate(rows):
+                found[row] = tuple(column[i] for column in columns)
     return found

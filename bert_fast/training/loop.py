@@ -22,7 +22,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
 from .batches import BalancedBatches
@@ -139,6 +139,7 @@ def train(
     lengths: Callable[[int], np.ndarray] | Sequence[int] | np.ndarray | None = None,
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     objective: Objective = MODEL_LOSS,
+    about: Mapping[str, Any] | None = None,
 ) -> list[dict[str, float]]:
     """Trains `model` in place and saves it to `settings.output_dir`.
 
@@ -153,22 +154,33 @@ def train(
         evaluate: called on the model, in evaluation mode and without gradients, after each epoch;
             what it returns is logged with `eval_` before the names.
         objective: how the loss is made of means; by default the model's own, over its labels.
+        about: what else a resumed run has to agree with, by name: plain values.
 
     Returns: one dict per step (step, epoch, loss, learning_rate, grad_norm, tokens_per_second,
         num_input_tokens_seen) and per evaluation (step, epoch, eval_*); of a resumed run all.
     Raises: ValueError for data that the settings do not fit, for an output_dir with checkpoints
-        unless `resume`, and for a resumed run with other settings.
+        unless `resume`, and for a resumed run with other settings, data or processes.
     """
     if settings.batch_tokens and lengths is None:
         raise ValueError("batch_tokens is given, but the lengths of the examples are not")
     if not len(dataset):
         raise ValueError("there are no training examples")
-    checkpoint = _checkpoint(settings)
     arguments = _arguments(settings)
+    agreed = {
+        **settings.to_json(),
+        **(about or {}),
+        "examples": len(dataset),
+        "tokens": int(_costs(dataset, lengths)(0).sum()),
+        "processes": arguments.world_size,
+    }
+    checkpoint = _checkpoint(settings, json.loads(json.dumps(agreed)))
     trainer = _Trainer(model, arguments, dataset, settings, collate, lengths, evaluate, objective)
     if arguments.should_save:
-        (settings.output_dir / "settings.json").write_text(json.dumps(settings.to_json()) + "\n")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        (settings.output_dir / "settings.json").write_text(json.dumps(agreed) + "\n")
+    if checkpoint and _done(checkpoint):  # Trainer would take one more step
+        trainer.load(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model(str(settings.output_dir))
     return [row for row in trainer.state.log_history if "train_runtime" not in row]
 
@@ -197,7 +209,8 @@ class _Trainer(Trainer):
         self.batches = BalancedBatches(
             _costs(dataset, lengths if settings.batch_tokens else None),
             settings.batch_tokens or settings.batch_size,
-            arguments.world_size * settings.accumulation,
+            arguments.world_size,
+            settings.accumulation,
             settings.seed,
         )
         dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
@@ -211,6 +224,11 @@ class _Trainer(Trainer):
             Epochs((dataset, self.batches), settings.eval_steps),
         ):
             self.add_callback(callback)
+
+    def load(self, checkpoint: Path) -> None:
+        """The model and the history of a run that took all its steps."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
     def get_train_dataloader(self) -> DataLoader:
         loader = DataLoader(
@@ -265,6 +283,9 @@ class _Trainer(Trainer):
         values = {f"eval_{name}": float(value) for name, value in found.items()}
         self.log(values)
         self.speed.restart()
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, values
+        )
         return values
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -321,7 +342,7 @@ def _arguments(settings: Settings) -> TrainingArguments:
     return arguments
 
 
-def _checkpoint(settings: Settings) -> Path | None:
+def _checkpoint(settings: Settings, agreed: Mapping[str, Any]) -> Path | None:
     """The last whole checkpoint of the run that is resumed; a killed run may leave half of one."""
     found = settings.output_dir.glob("checkpoint-*")
     checkpoints = sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
@@ -336,13 +357,18 @@ def _checkpoint(settings: Settings) -> Path | None:
     if not whole:
         return None
     before = json.loads((settings.output_dir / "settings.json").read_text())
-    for name, value in settings.to_json().items():
+    for name, value in agreed.items():
         if before.get(name) != value:
             raise ValueError(
                 f"cannot resume {settings.output_dir} with {name} {value}: it was started with "
                 f"{before.get(name)}"
             )
     return whole[-1]
+
+
+def _done(checkpoint: Path) -> bool:
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return bool(state["global_step"] >= state["max_steps"])
 
 
 def _whole(checkpoint: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,8 +22,18 @@ def write_metrics(folder: Path, history: Sequence[Mapping[str, Any]], **values: 
     Returns: the file.
     """
     file, part = folder / "metrics.json", folder / ".metrics.json.part"
-    part.write_text(json.dumps({**values, "history": list(history)}, indent=1) + "\n")
+    rows = {**values, "history": list(history)}
+    part.write_text(json.dumps(_finite(rows), indent=1, allow_nan=False) + "\n")
     return part.replace(file)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no word for a loss that is not finite: null."""
+    if isinstance(value, Mapping):
+        return {name: _finite(found) for name, found in value.items()}
+    if isinstance(value, list):
+        return [_finite(found) for found in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Speed(TrainerCallback):
@@ -127,7 +138,7 @@ class Csv(TrainerCallback):
 
 
 class Epochs(TrainerCallback):
-    """Tells data and sampler which epoch it is; asks for an evaluation after each epoch.
+    """Tells data and sampler which epoch it is; asks for an evaluation at the end of each epoch.
 
     Trainer tells them too, but not after it skipped the batches that a resumed run had done.
     """
@@ -143,8 +154,7 @@ class Epochs(TrainerCallback):
                 listener.set_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.eval_steps and state.global_step % self.eval_steps == 0:
-            control.should_evaluate = state.global_step < state.max_steps  # else the epoch's end
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_evaluate = True
+        # With the last step, not after it: a checkpoint of that step has the evaluation in it.
+        last = state.global_step >= state.max_steps or state.epoch == int(state.epoch)
+        if last or (self.eval_steps and state.global_step % self.eval_steps == 0):
+            control.should_evaluate = True

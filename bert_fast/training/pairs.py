@@ -39,8 +39,8 @@ class Plan(NamedTuple):
 class SentencePairs:
     """A map-style dataset of masked pairs; item i is a function of (seed, epoch, i).
 
-    Items: {"input_ids", "labels": int64 [S]; "second": where B starts; "foreign": 1 where B
-    does not follow A, the label of BERT's next-sentence head}.
+    Items: {"input_ids", "token_type_ids", "labels": int64 [S]; "next_sentence_label": 1 where B
+    does not follow A}.
     """
 
     def __init__(
@@ -92,9 +92,9 @@ class SentencePairs:
         masked, labels = self.masking(ids, np.random.default_rng((self.seed, self.epoch, index)))
         return {
             "input_ids": masked,
+            "token_type_ids": (np.arange(len(ids)) >= len(a) + 2).astype(np.int64),
             "labels": labels,
-            "second": len(a) + 2,
-            "foreign": int(plan.foreign[index]),
+            "next_sentence_label": int(plan.foreign[index]),
         }
 
     def _plan(self, epoch: int) -> Plan:

@@ -6,8 +6,9 @@ Devlin et al., arXiv 1810.04805, section 3.1 and appendix A.2.
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from transformers import AutoTokenizer, BertConfig, BertForPreTraining
 
 from .. import accelerate
 from .corpus import load_corpus
+from .items import Collate, collator
 from .loop import Objective, Settings, train
 from .masking import IGNORED, SHARE, Masking
 from .mimetic import start_mimetic
@@ -88,6 +90,13 @@ class Recipe:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
 
+    # What may change between a run and its resumption: where things lie.
+    PLACES = ("sources", "tokenizer", "model", "config")
+
+    def to_json(self) -> dict[str, Any]:
+        """What a resumed run has to agree with."""
+        return {name: value for name, value in asdict(self).items() if name not in self.PLACES}
+
 
 def pretrain(recipe: Recipe, settings: Settings) -> dict[str, float]:
     """Trains and saves a BertForPreTraining with its tokenizer to `settings.output_dir`.
@@ -109,6 +118,7 @@ def pretrain(recipe: Recipe, settings: Settings) -> dict[str, float]:
         lengths=prepared.pairs.lengths,
         evaluate=None if held is None else lambda model: evaluate(model, held, collate),
         objective=OBJECTIVE,
+        about=recipe.to_json(),
     )
     speed = next(row["tokens_per_second"] for row in reversed(history) if "loss" in row)
     values = {name[5:]: v for name, v in history[-1].items() if name.startswith("eval_")}
@@ -147,7 +157,7 @@ def prepare(recipe: Recipe, settings: Settings) -> Prepared:
 
     trained = pairs(kept, recipe.mlm_probability)
     others = pairs(held, SHARE) if len(held) else None
-    return Prepared(tokenizer, model, trained, others, Collate(tokenizer.pad_token_id))
+    return Prepared(tokenizer, model, trained, others, collator(tokenizer))
 
 
 def new_model(recipe: Recipe, tokenizer: Any, seed: int) -> Any:
@@ -157,7 +167,7 @@ def new_model(recipe: Recipe, tokenizer: Any, seed: int) -> Any:
     """
     torch.manual_seed(seed)
     if recipe.model:
-        model = BertForPreTraining.from_pretrained(recipe.model)
+        model = BertForPreTraining.from_pretrained(recipe.model, dtype="float32")
     elif recipe.config:
         model = BertForPreTraining(BertConfig.from_pretrained(recipe.config))
     else:
@@ -193,34 +203,6 @@ def new_model(recipe: Recipe, tokenizer: Any, seed: int) -> Any:
             f"the tokenizer has {len(tokenizer)} tokens, but the model's vocabulary {vocabulary}"
         )
     return model
-
-
-class Collate:
-    """Pairs of `SentencePairs` -> a padded batch, as BertForPreTraining takes it."""
-
-    def __init__(self, pad: int) -> None:
-        self.pad = pad
-
-    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Returns: input_ids, token_type_ids, attention_mask, labels int64 [B, S] and
-        next_sentence_label int64 [B] (0: B follows A)."""
-        shape = len(items), max(len(item["input_ids"]) for item in items)
-        ids, labels = np.full(shape, self.pad), np.full(shape, IGNORED)
-        types, mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        for row, item in enumerate(items):
-            length = len(item["input_ids"])
-            ids[row, :length] = item["input_ids"]
-            labels[row, :length] = item["labels"]
-            types[row, item["second"] : length] = 1
-            mask[row, :length] = 1
-        arrays = {
-            "input_ids": ids,
-            "token_type_ids": types,
-            "attention_mask": mask,
-            "labels": labels,
-        }
-        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return batch | {"next_sentence_label": torch.tensor([item["foreign"] for item in items])}
 
 
 def _counts(inputs: Mapping[str, Tensor]) -> tuple[Tensor, int]:
@@ -270,5 +252,8 @@ def _tokenizer(recipe: Recipe, files: Sequence[Path], settings: Settings) -> Any
         return AutoTokenizer.from_pretrained(folder)
     texts = functools.partial(read_documents, files, recipe.text_field)
     tokenizer = train_tokenizer(texts, recipe.vocab_size, max_length=POSITIONS)
-    tokenizer.save_pretrained(made)
+    part = made.with_suffix(".part")
+    tokenizer.save_pretrained(part)
+    shutil.rmtree(made, ignore_errors=True)
+    part.replace(made)  # at once: a killed run leaves no half of it to resume with
     return tokenizer

@@ -124,6 +124,11 @@ def _labels(table: Table, column: str) -> list[Any]:
     for row, value in enumerate(labels):
         if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
             raise ValueError(f"{table.where(row)}, column {column!r}: no label")
+        if isinstance(value, list | dict) or (isinstance(value, float) and math.isinf(value)):
+            raise ValueError(
+                f"{table.where(row)}, column {column!r}: label {value!r}, expected a string or a "
+                "finite number: one label a row"
+            )
     return labels
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,6 +58,11 @@ class Job:
     regression: bool | None = None
     null_threshold: float = 0.0
     accelerate: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """What a resumed run has to agree with; a file may have moved."""
+        names = ("task", "max_length", "doc_stride", "regression")
+        return {name: getattr(self, name) for name in names} | asdict(self.columns)
 
     def training_file(self) -> Path:
         if self.train is None:

@@ -78,7 +78,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def _suffix(file: Path) -> str:
-    return Path(file.stem).suffix if file.suffix == ".gz" else file.suffix
+    return (Path(file.stem).suffix if file.suffix == ".gz" else file.suffix).lower()
 
 
 def _decoded(raw: IO[bytes], compressed: bool) -> IO[str]:
@@ -103,7 +103,10 @@ def _json_lines(opened: IO[str], text_field: str) -> Iterator[str]:
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise ValueError("a line is not an object")
-            yield str(row[text_field])
+            text = row[text_field]
+            if not isinstance(text, str):
+                raise ValueError(f"a line's {text_field} is {text!r}, expected a string")
+            yield text
 
 
 def _csv_rows(opened: IO[str], text_field: str) -> Iterator[str]:
