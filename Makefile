@@ -36,7 +36,7 @@ demo: setup assets
 test: setup assets
 	$(PY) -m pytest -n 2 --dist worksteal
 
-# The tests of models against the oldest transformers that is supported with every feature.
+# The tests of models against the oldest transformers that is supported.
 OLDER = .cache/transformers-5.17
 OF_MODELS = $(filter-out tests/test_bench_report.py tests/test_packaging.py tests/test_peers.py, \
   $(shell grep -lE 'transformers|\.models import' tests/test_*.py))
@@ -57,7 +57,7 @@ lint: setup
 	$(PY) -m mypy
 
 mutants: setup
-	$(PY) -m tests.mutants
+	$(PY) -m tests.plant
 
 wheel: setup
 	$(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .

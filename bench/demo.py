@@ -29,10 +29,15 @@ from torch import Tensor, nn
 import bert_fast
 from bert_fast import doctor
 from bert_fast.encode import embed
+from bert_fast.ops.products import has_native
 
 from . import assets
+from .readme import README, replace
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+EMULATED = (
+    "bf16: this processor does not multiply in bf16, and transformers emulates it: the ratios say "
+    "nothing of a processor that does."
+)
 SENTENCES, BATCH, WINDOWS, STRIDE = 2_048, 64, 16, 7
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -272,13 +277,13 @@ def show_speeds(speeds: list[Speed], whole: dict[str, float]) -> None:
         rates = f"{s.transformers:,.0f}", f"{s.bert_fast:,.0f}"
         table.add_row(s.dtype, s.order, *rates, f"{s.ratio:.2f}x", told)
     console.print(table)
+    if not has_native(torch.bfloat16):
+        console.print(EMULATED)
     for name, rate in whole.items():
         console.print(f"embed(texts), {name}, tokenising included: {rate:,.0f} texts/s")
 
 
 def write_readme(speeds: list[Speed], whole: dict[str, float], here: dict[str, str]) -> None:
-    """Replaces what stands between the demo's markers in README.md."""
-    begin, end = "<!-- demo:begin -->", "<!-- demo:end -->"
     rows = [
         f"Made by `make demo` on {here['CPU']}; torch {here['torch']}, "
         f"transformers {here['transformers']}; {here['C++ extension'].partition(' (')[0]}.",
@@ -292,10 +297,9 @@ def write_readme(speeds: list[Speed], whole: dict[str, float], here: dict[str, s
         rows.append(f"| {s.dtype}, {order} | {rates} | {s.ratio:.2f}x |")
     for name, rate in whole.items():
         rows.append(f"| {name}, `bert_fast.encode.embed`, from strings | | {rate:,.0f} | |")
-    text = README.read_text()
-    head, _, rest = text.partition(begin)
-    _, _, tail = rest.partition(end)
-    README.write_text(f"{head}{begin}\n" + "\n".join(rows) + f"\n{end}{tail}")
+    if not has_native(torch.bfloat16):
+        rows += ["", EMULATED]
+    replace(README, ("<!-- demo:begin -->", "<!-- demo:end -->"), "\n".join(rows))
 
 
 if __name__ == "__main__":

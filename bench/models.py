@@ -45,8 +45,8 @@ class Plan:
     """What to run: the rounds of a workload take about `seconds`, or five rounds if that is more.
 
     workloads: of every model; empty: all of a small model, those of LARGE of a larger one.
-    batches: a pass, of texts of different lengths; flop: of a padded pass at most: batches get
-        fewer texts until they fit.
+    batches: a pass, of texts of different lengths; flop: of a padded batch at most: it gets fewer
+        texts until it fits.
     """
 
     models: tuple[str, ...] = ("minilm-l6", "bert-base")
@@ -54,7 +54,7 @@ class Plan:
     contenders: tuple[str, ...] = ()  # empty: all that are here
     precisions: tuple[str, ...] = ("fp32", "bf16", "int8")
     batches: int = 2
-    flop: float = 0.2e12
+    flop: float = 0.1e12
     seconds: float = 10.0
 
     def peers(self) -> list[Peer]:
@@ -75,7 +75,7 @@ QUICK = Plan(
     models=("minilm-l6",),
     workloads=("single16", "full128", "sentence", "squad"),
     contenders=("bert_fast", "hf_sdpa"),
-    flop=0.1e12,
+    flop=0.05e12,
 )
 
 

@@ -67,12 +67,17 @@ def section(text: str) -> str | None:
 
 
 def write_readme(run: Run, path: Path, readme: Path = README) -> None:
-    """Replaces what stands between the markers. Raises: ValueError where they are not there."""
-    text = readme.read_text()
-    if section(text) is None:
-        raise ValueError(f"{readme} has no {BEGIN} and {END}")
+    """Raises: ValueError where the markers are not there, or nothing is to be put between them."""
     if not standings(run):
         raise ValueError(f"{path} timed no whole model")
-    head, _, rest = text.partition(BEGIN)
-    tail = rest.partition(END)[2]
-    readme.write_text(f"{head}{BEGIN}\n{table(run, path)}\n{END}{tail}")
+    replace(readme, (BEGIN, END), table(run, path))
+
+
+def replace(readme: Path, markers: tuple[str, str], text: str) -> None:
+    """Puts `text` between two markers. Raises: ValueError where they are not there."""
+    before, (begin, end) = readme.read_text(), markers
+    head, found, rest = before.partition(begin)
+    _, closed, tail = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"{readme} has no {begin} and {end}")
+    readme.write_text(f"{head}{begin}\n{text}\n{end}{tail}")

@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from bench.cases import Case, op_cases
+from bench.measure import Clock, Yardstick, short
+from bench.ops import runners
+from bench.workloads import MODELS
 from bert_fast.ops import OPS
-
-from .cases import Case, op_cases
-from .measure import Clock, Yardstick, short
-from .ops import runners
-from .workloads import MODELS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.bfloat16,) if DEVICE.type == "cuda" else (torch.float32, torch.bfloat16)

@@ -109,13 +109,13 @@ def texts_of(workload: Workload, tokens: int) -> list[int]:
 
 
 def fitted(workload: Workload, model: Model, batches: int, most: float) -> Workload:
-    """`workload` with its batch halved until `batches`, padded, take no more FLOPs than `most`.
+    """`workload` with its batch halved until `batches`, padded, take `most` FLOPs each on average.
 
     A large model on a small CPU would take minutes a pass otherwise.
     """
     while workload.batch > (2 if workload.ragged else 1):
         padded = [[max(batch)] * len(batch) for batch in lengths(workload, batches, "arrival")]
-        if sum(flop(model, batch) for batch in padded) <= most:
+        if sum(flop(model, batch) for batch in padded) <= most * batches:
             break
         workload = replace(workload, batch=workload.batch // 2)
     return workload

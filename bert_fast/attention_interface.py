@@ -29,10 +29,7 @@ def attention_mask(
     *, mask_function: Any, attention_mask: Tensor | None = None, **rest: Any
 ) -> Tensor | None:
     """The 2D mask [B, S] as it is, for bidirectional attention; else the mask of SDPA."""
-    queries = rest.get("q_length")
-    if queries is None:  # transformers before 5.6
-        queries = rest["cache_position"].shape[0]
-    if mask_function is bidirectional_mask_function and queries == rest["kv_length"]:
+    if mask_function is bidirectional_mask_function and rest["q_length"] == rest["kv_length"]:
         return attention_mask
     return sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **rest)
 

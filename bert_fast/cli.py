@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import check_choice, check_model, check_output, console, log, one_line_errors
+from .console import (
+    cannot_load,
+    check_choice,
+    check_model,
+    check_output,
+    console,
+    log,
+    one_line_errors,
+)
 from .training import commands as training
 from .training.finetune_command import finetune
 
@@ -296,12 +304,9 @@ def load(folder: Path, dtype: str, device: str) -> tuple[nn.Module, Any]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    try:
+    with cannot_load(folder):
         model = transformers.AutoModel.from_pretrained(folder, dtype=getattr(torch, MODES[dtype]))
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # whatever a broken folder makes transformers raise
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"cannot load {folder}: {reason[0]}") from None
     return model.eval().to(device), tokenizer
 
 

@@ -29,6 +29,16 @@ def one_line_errors() -> Iterator[None]:
     raise typer.Exit(2)
 
 
+@contextmanager
+def cannot_load(folder: Path) -> Iterator[None]:
+    """Whatever a broken folder makes transformers raise is one ValueError."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"cannot load {folder}: {reason[0]}") from None
+
+
 def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
         raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(allowed)}")

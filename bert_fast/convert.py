@@ -32,6 +32,7 @@ from .paths import Backend
 from .probe import strange, strange_head, strange_reading_head
 from .reading import ReadingHead, is_reading_head, restore_reading_head, swap_reading_head
 from .structure import reasons_against_layers, structure_of
+from .swap import put_back
 
 
 def accelerate(
@@ -150,8 +151,7 @@ def restore(model: nn.Module) -> nn.Module:
         if isinstance(module, Packed) and OPTIONS in module.__dict__:
             forget_copies(module)
             del module.__dict__[OPTIONS]
-            if type(module) is packed_class(module.bert_fast_original):
-                module.__class__ = module.bert_fast_original
+            put_back(module)
     return model
 
 

@@ -38,11 +38,6 @@ class Choice:
     device: str
     reasons: dict[str, list[str]]
 
-    @property
-    def kernel(self) -> str:
-        """The first kernel that would run."""
-        return next(name for name, why in self.reasons.items() if not why)
-
 
 def versions() -> dict[str, str]:
     """Versions of what matters here; importing none of it."""
@@ -128,7 +123,7 @@ def advice() -> list[str]:
             "`pip install --no-build-isolation --no-deps .` from the source tree."
         )
     if torch.cuda.is_available() and triton_missing():
-        told.append("There is a GPU but no Triton: `pip install 'bert-fast[triton]'`.")
+        told.append("There is a GPU but no Triton: `pip install 'triton>=3.6'`.")
     if torch.cuda.is_available() and not extension_missing() and cuda_missing():
         told.append(
             "The extension has no CUDA kernels: install it again with nvcc on the PATH "

@@ -17,7 +17,6 @@ from .ops.registry import Kernel, Op
 from .packed import (
     REAL_ONLY,
     Packed,
-    arguments,
     asked,
     options_of,
     reasons_against,
@@ -26,6 +25,7 @@ from .packed import (
 )
 from .paths import Backend, chosen
 from .structure import Structure, structure_of
+from .swap import arguments
 
 
 @dataclass(frozen=True)

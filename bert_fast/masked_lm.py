@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +25,6 @@ from .packed import (
     Options,
     Packed,
     PackedStates,
-    arguments,
     asked,
     options_of,
     takes_word,
@@ -35,39 +33,27 @@ from .packed import (
 from .padding import Packing, pack_full
 from .paths import chosen
 from .structure import hooked, hooked_inside, odd
+from .swap import Swapped, arguments, encoder_of, put_back, swapped_class
 
 
-class PackedHead:
+class PackedHead(Swapped):
     """What packed heads share."""
 
     bert_fast_head: ClassVar[Head]
-    bert_fast_original: ClassVar[type]
     bert_fast_output: ClassVar[Any]
-    bert_fast_arguments: ClassVar[tuple[str, ...]]
 
 
 @functools.cache
 def packed_head(original: type) -> type:
     """The packed class of a head class in `families.HEADS`."""
-
     row = HEAD_BY_CLASS[original.__module__, original.__name__]
-
-    @functools.wraps(original.forward)  # type: ignore[attr-defined]
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _forward(self, args, kwargs)
-
-    return type(
-        original.__name__,
-        (PackedHead, original),
-        {
-            "__module__": __name__,
-            "__doc__": f"transformers' {original.__name__} with its loss on scored tokens only.",
-            "forward": forward,
-            "bert_fast_head": row,
-            "bert_fast_output": getattr(importlib.import_module(row.module), row.output),
-            "bert_fast_original": original,
-            "bert_fast_arguments": tuple(signature(original.forward).parameters)[1:],  # type: ignore
-        },
+    return swapped_class(
+        original,
+        PackedHead,
+        _forward,
+        f"transformers' {original.__name__} with its loss on scored tokens only.",
+        bert_fast_head=row,
+        bert_fast_output=getattr(importlib.import_module(row.module), row.output),
     )
 
 
@@ -82,7 +68,7 @@ def __getattr__(name: str) -> type:
 def is_head(model: Any) -> bool:
     """Whether `model` is, or may become, a packed head: a known class on a packed encoder."""
     known = (type(model).__module__, type(model).__name__) in HEAD_BY_CLASS
-    return isinstance(_encoder(model), Packed) and (known or isinstance(model, PackedHead))
+    return isinstance(encoder_of(model), Packed) and (known or isinstance(model, PackedHead))
 
 
 def swap_head(model: Any, options: Options) -> None:
@@ -94,15 +80,13 @@ def swap_head(model: Any, options: Options) -> None:
 
 def restore_head(model: Any) -> None:
     """Undoes `swap_head`."""
-    if not isinstance(model, PackedHead) or model.__dict__.pop(OPTIONS, None) is None:
-        return
-    if type(model) is packed_head(model.bert_fast_original):
-        model.__class__ = model.bert_fast_original
+    if isinstance(model, PackedHead) and model.__dict__.pop(OPTIONS, None) is not None:
+        put_back(model)
 
 
 def reasons_against_head(model: Any) -> list[str]:
     """Why Hugging Face's own head has to run on this model as it is now (empty: ours runs)."""
-    encoder: Any = _encoder(model)
+    encoder: Any = encoder_of(model)
     if not takes_word(encoder):
         return ["its encoder is not accelerated, or something reads its output"]
     parts = model.bert_fast_head.parts(model)
@@ -124,10 +108,6 @@ def reasons_against_head(model: Any) -> list[str]:
     return []
 
 
-def _encoder(model: Any) -> Any:
-    return getattr(model, getattr(model, "base_model_prefix", ""), None)
-
-
 def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if why := reasons_against_head(model):
         tell(why)
@@ -141,7 +121,7 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     wanted: Any = True
     if with_loss and options_of(model).sparse_logits and not torch.compiler.is_compiling():
         wanted = functools.partial(_scored_rows, labels, row.pair is not None)
-    states = _states(_encoder(model)(**given, **{AS_PACKED: wanted}, return_dict=True))
+    states = _states(encoder_of(model)(**given, **{AS_PACKED: wanted}, return_dict=True))
     fields: dict[str, Any] = {}
     targets = None
     if with_loss:
@@ -245,7 +225,7 @@ def splade(model: Any, *args: Any, **kwargs: Any) -> Tensor:
         raise ValueError(
             f"bert_fast.splade: attention_mask has shape {tuple(mask.shape)}, expected [B, S]"
         )
-    states = _states(_encoder(model)(**given, **{AS_PACKED: True}, return_dict=True))
+    states = _states(encoder_of(model)(**given, **{AS_PACKED: True}, return_dict=True))
     packing, h = states.packing, states.h
     bounds = packing.cu_seqlens
     if mask is not None and (packing.indices is None or packing.key_start is not None):

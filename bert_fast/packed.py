@@ -8,7 +8,6 @@ import functools
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ from .ops.weight_copies import forget
 from .padding import Packing
 from .paths import Backend, chosen
 from .structure import Structure, sees_output, structure_of
+from .swap import Swapped, arguments, swapped_class
 
 OPTIONS = "_bert_fast"
 # The keywords by which a head of ours asks its encoder for the packed states (all of them, or a
@@ -73,12 +73,10 @@ class PackedStates(NamedTuple):
     rows: Tensor | None = None
 
 
-class Packed:
+class Packed(Swapped):
     """What packed classes share; `last_hidden_state` and `hidden_states` are zero at padding."""
 
     bert_fast_family: ClassVar[Family]
-    bert_fast_original: ClassVar[type]
-    bert_fast_arguments: ClassVar[tuple[str, ...]]
 
     def train(self, mode: bool = True) -> Any:
         if mode:  # each step would make them stale; `eval()` is called before every inference
@@ -96,25 +94,14 @@ class Packed:
 @functools.cache
 def packed_class(original: type) -> type:
     """The packed class of a model class of some family."""
-    family = BY_CLASS[original.__module__, original.__name__]
-
-    @functools.wraps(original.forward)  # type: ignore[attr-defined]
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _forward(self, args, kwargs)
-
-    created = type(
-        original.__name__,
-        (Packed, original),
-        {
-            "__module__": __name__,
-            "__doc__": f"transformers' {original.__name__} with a packed, fused forward.\n\n"
-            "Same constructor, parameters, state_dict keys, signature, outputs and errors;\n"
-            "`last_hidden_state` and `hidden_states` are zero at padded positions.",
-            "forward": forward,
-            "bert_fast_family": family,
-            "bert_fast_original": original,
-            "bert_fast_arguments": tuple(signature(original.forward).parameters)[1:],  # type: ignore
-        },
+    created = swapped_class(
+        original,
+        Packed,
+        _forward,
+        f"transformers' {original.__name__} with a packed, fused forward.\n\n"
+        "Same constructor, parameters, state_dict keys, signature and outputs;\n"
+        "`last_hidden_state` and `hidden_states` are zero at padded positions.",
+        bert_fast_family=BY_CLASS[original.__module__, original.__name__],
     )
     # Hugging Face finds which outputs a class can record (hidden states, attentions) by the name
     # of the class; ours records the same, also in instances that never ran __init__.
@@ -207,11 +194,6 @@ def _encoded(
     if not options.graphs or between or reasons_against_graph(structure, batch):
         return run(batch, rows)
     return graphs_of(model, structure)(bucket_of(batch, rows), batch, rows, run)
-
-
-def arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments by name."""
-    return {**dict(zip(model.bert_fast_arguments, args, strict=False)), **kwargs}
 
 
 def asked(model: Any, given: dict[str, Any], name: str, default: Any = None) -> Any:

@@ -19,36 +19,27 @@ from torch import Tensor, nn
 
 from .families import Family
 from .inputs import read_batch
-from .masked_lm import PackedHead, packed_head
+from .masked_lm import packed_head
 from .modeling import packed_forward
-from .packed import Packed, packed_class
-from .reading import ReadingHead, reading_head
+from .packed import packed_class
+from .reading import reading_head
 from .structure import structure_of
+from .swap import encoder_of, original_of, put_back
 
 
 def strange(model: nn.Module, family: Family) -> str | None:
     """What tells that an encoder's class is not as its row says; None if all is as known."""
-    cls = type(model)
-    original = cls.bert_fast_original if isinstance(model, Packed) else cls
-    return _probe(original, _forwards(model), functools.partial(_difference, family=family))
+    return _probe(model, functools.partial(_difference, family=family))
 
 
 def strange_head(model: nn.Module) -> str | None:
     """The same of a masked-LM head: its loss and logits."""
-    cls = type(model)
-    original = cls.bert_fast_original if isinstance(model, PackedHead) else cls
-    return _probe(original, _forwards(model), _head_difference)
+    return _probe(model, _head_difference)
 
 
 def strange_reading_head(model: nn.Module) -> str | None:
     """The same of a head that reads a part of the states: its logits."""
-    cls = type(model)
-    original = cls.bert_fast_original if isinstance(model, ReadingHead) else cls
-    return _probe(original, _forwards(model), _reading_difference)
-
-
-def _forwards(model: nn.Module) -> frozenset[Any]:
-    return frozenset(type(m).forward for m in model.modules())
+    return _probe(model, _reading_difference)
 
 
 _told: dict[tuple[type, frozenset[Any]], str | None] = {}
@@ -56,10 +47,12 @@ _lock = threading.Lock()
 _this_thread = threading.local()
 
 
-def _probe(original: Any, forwards: frozenset[Any], difference: Callable[..., float]) -> str | None:
+def _probe(model: nn.Module, difference: Callable[..., float]) -> str | None:
     """In a thread of its own: OpenMP keeps the threads of one that has used it, and where a server
     forks its workers after `accelerate`, the child's would wait for threads that it does not have.
     """
+    original = original_of(model)
+    forwards = frozenset(type(m).forward for m in model.modules())
     if getattr(_this_thread, "probes", False):
         # A constructor that accelerates what it makes comes back here from within the probe.
         return _asked(original, forwards, difference)
@@ -98,8 +91,7 @@ def _small(original: Any) -> tuple[nn.Module, dict[str, Tensor]]:
     )  # fmt: skip
     model = original(config).float().eval()
     for module in model.modules():  # a constructor may have accelerated what it made
-        if isinstance(module, Packed | PackedHead | ReadingHead):
-            module.__class__ = module.bert_fast_original
+        put_back(module)
     for parameter in model.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     ids = torch.randint(2, 128, (2, 7), generator=generator)
@@ -159,7 +151,7 @@ def _reading_difference(original: Any) -> float:
 def _packed_copy(model: Any, cls: type) -> Any:
     """A copy as a packed head of class `cls` on a packed encoder."""
     ours = copy.deepcopy(model)
-    encoder = getattr(ours, ours.base_model_prefix)
+    encoder = encoder_of(ours)
     encoder.__class__ = packed_class(encoder.__class__)
     ours.__class__ = cls
     return ours

@@ -20,41 +20,34 @@ import torch
 from torch import Tensor
 
 from .families import READING_HEADS
-from .packed import FIRST_ONLY, REAL_ONLY, Packed, arguments, takes_word
+from .packed import FIRST_ONLY, REAL_ONLY, Packed, takes_word
+from .swap import Swapped, arguments, encoder_of, put_back, swapped_class
 
 
-class ReadingHead:
+class ReadingHead(Swapped):
     """What these heads share."""
 
-    bert_fast_original: ClassVar[type]
     bert_fast_reads: ClassVar[str]
-    bert_fast_arguments: ClassVar[tuple[str, ...]]
 
 
 @functools.cache
 def reading_head(original: type) -> type:
     """The packed class of a head class in `families.READING_HEADS`."""
-    reads = READING_HEADS[original.__module__, original.__name__]
-    run = {"first tokens": _first_tokens, "real tokens": _real_tokens}[reads]
-
-    @functools.wraps(original.forward)  # type: ignore[attr-defined]
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        own = functools.partial(original.forward, self)  # type: ignore[attr-defined]
-        told = takes_word(getattr(self, self.base_model_prefix))
-        return run(self, own, args, kwargs) if told else own(*args, **kwargs)
-
-    return type(
-        original.__name__,
-        (ReadingHead, original),
-        {
-            "__module__": __name__,
-            "__doc__": f"transformers' {original.__name__}; its encoder computes what it reads.",
-            "forward": forward,
-            "bert_fast_original": original,
-            "bert_fast_reads": reads,
-            "bert_fast_arguments": tuple(signature(original.forward).parameters)[1:],  # type: ignore
-        },
+    return swapped_class(
+        original,
+        ReadingHead,
+        _forward,
+        f"transformers' {original.__name__}; its encoder computes what it reads.",
+        bert_fast_reads=READING_HEADS[original.__module__, original.__name__],
     )
+
+
+def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    own = functools.partial(model.bert_fast_original.forward, model)
+    if not takes_word(encoder_of(model)):
+        return own(*args, **kwargs)
+    run = {"first tokens": _first_tokens, "real tokens": _real_tokens}[model.bert_fast_reads]
+    return run(model, own, args, kwargs)
 
 
 def _first_tokens(model: Any, own: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -99,7 +92,7 @@ def is_reading_head(model: Any) -> bool:
             return False
     elif not isinstance(model, ReadingHead):
         return False
-    return isinstance(getattr(model, model.base_model_prefix, None), Packed)
+    return isinstance(encoder_of(model), Packed)
 
 
 def swap_reading_head(model: Any) -> None:
@@ -110,5 +103,5 @@ def swap_reading_head(model: Any) -> None:
 
 def restore_reading_head(model: Any) -> None:
     """Undoes `swap_reading_head`."""
-    if isinstance(model, ReadingHead) and type(model) is reading_head(model.bert_fast_original):
-        model.__class__ = model.bert_fast_original
+    if isinstance(model, ReadingHead):
+        put_back(model)

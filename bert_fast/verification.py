@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from .convert import accelerate, is_encoder, restore
 from .explanation import Explanation, explain
 from .inputs import most_tokens
-from .packed import Packed
 from .paths import Backend
+from .swap import put_back
 
 MAX_TEXTS = 64
 SENTENCE, TOKEN = 0.998, 0.98  # least cosines to the truth with products in 8 bits
@@ -134,8 +134,7 @@ def verify(
         raise ValueError(f"{type(model).__name__} contains {len(found)} encoders, expected one")
     gradients = gradients and dtype is None
     encoder: Any = restore(copy.deepcopy(found[0])).eval()
-    if isinstance(encoder, Packed):  # a class of ours by name: nothing to restore
-        encoder.__class__ = encoder.bert_fast_original
+    put_back(encoder)  # a class of ours by name has nothing to restore
     weight = encoder.embeddings.word_embeddings.weight
     limit = min(most_tokens(encoder.embeddings), int(tokenizer.model_max_length))
     batch = tokenizer(

@@ -287,7 +287,8 @@ import os, torch, bert_fast
 from transformers import BertConfig, BertForSequenceClassification
 torch.set_num_threads(2)
 sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
-model = bert_fast.accelerate(BertForSequenceClassification(BertConfig(vocab_size=99, **sizes)).eval())
+config = BertConfig(vocab_size=99, **sizes)
+model = bert_fast.accelerate(BertForSequenceClassification(config).eval())
 child = os.fork()
 if child == 0:
     with torch.inference_mode():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -120,9 +121,9 @@ def test_spread_of_a_median_covers_it() -> None:
 def test_batches_shrink_until_a_pass_fits() -> None:
     base, squad = workloads.MODELS["bert-base"], workloads.WORKLOADS["squad"]
     assert workloads.fitted(squad, base, 2, float("inf")) == squad
-    small = workloads.fitted(squad, base, 2, 0.2e12)
+    small = workloads.fitted(squad, base, 2, 0.1e12)
     assert small.batch == 2 and small.quantiles == squad.quantiles
-    assert workloads.fitted(squad, workloads.MODELS["minilm-l6"], 2, 0.3e12) == squad
+    assert workloads.fitted(squad, workloads.MODELS["minilm-l6"], 2, 0.15e12) == squad
     full = workloads.fitted(workloads.WORKLOADS["full512"], base, 2, 0.0)
     assert full.batch == 1 and workloads.fitted(squad, base, 2, 0.0).batch == 2
 
@@ -219,3 +220,14 @@ def test_a_peer_too_slow_to_repeat_is_named_and_not_timed(monkeypatch: pytest.Mo
     assert len(failed) == 2
     assert all(re.fullmatch(r"too slow to repeat: (about )?\d+ s a pass", f) for f in failed)
     assert all(e.seconds for e in found.models if e.contender == "bert_fast")
+
+
+def test_the_op_bench_of_pytest_benchmark(tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    line = [sys.executable, "-m", "pytest", "bench/test_ops.py", "-q", "-p", "no:cacheprovider",
+            "-k", "pool and fp32 and not triton", "--benchmark-max-time=0.05",
+            f"--benchmark-json={out}"]  # fmt: skip
+    done = subprocess.run(line, cwd=results.ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout
+    timed = json.loads(out.read_text())["benchmarks"]
+    assert timed and all(row["extra_info"]["error"] <= row["extra_info"]["budget"] for row in timed)

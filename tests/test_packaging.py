@@ -182,8 +182,7 @@ ALLOWED = {
 }
 # Files of bert_fast that may know transformers, beside those of bert_fast/training.
 KNOW_TRANSFORMERS = {
-    f"bert_fast/{name}.py"
-    for name in ("packed", "probe", "convert", "heads", "attention_interface", "cli")
+    f"bert_fast/{name}.py" for name in ("packed", "probe", "heads", "attention_interface", "cli")
 }
 # Imported for `--help`: what they need of torch and transformers they import inside functions.
 COMMANDS = {f"bert_fast/{name}.py" for name in ("cli", "console", "training/__init__")}

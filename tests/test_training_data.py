@@ -72,6 +72,19 @@ def test_columns_by_name_and_as_in_glue(tmp_path):
     assert (found.texts, found.texts_b, found.labels) == (["is it so?"], None, ["7"])
 
 
+@pytest.mark.parametrize(
+    ("header", "second"),
+    [
+        ("text\ttext_b\tlabel", "b"),
+        ("text\tother\tlabel", None),
+        ("question\tsentence\tlabel", "b"),
+    ],
+)
+def test_pairs_where_the_columns_are_so(tmp_path, header, second):
+    found = read_texts(write(tmp_path / "a.tsv", f"{header}\na\tb\tc\n"), pairs=None)
+    assert found.texts == ["a"] and found.texts_b == (None if second is None else [second])
+
+
 def test_pairs_without_scores(tmp_path):
     file = write(tmp_path / "pairs.tsv", "anchor\tpositive\na\tb\n")
     assert read_texts(file, pairs=True, labelled=False).labels == []

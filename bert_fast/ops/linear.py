@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks
+from . import checks, onednn
 from .backends import triton_kernel
-from .onednn import onednn_kernel
 from .packed_linear import Forward, multiply, packed_kernels, preferred
 from .products import affine, product
 from .registry import Chooser, Kernel, Op, Sample
@@ -51,16 +50,16 @@ def gradients(
     )
 
 
-def aten_kernel() -> Kernel:
-    """ATen's GEMM (cuBLAS, oneDNN, MKL) with the gradient that skips what is not needed."""
+def _backward(dy, x, weight, bias, *, needs):
+    return gradients(dy, x, weight, needs)
 
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *, save: bool) -> tuple[Tensor]:
-        return (affine(x, weight, bias),)
 
-    def backward(dy, x, weight, bias, *, needs):
-        return gradients(dy, x, weight, needs)
+def _aten(x: Tensor, weight: Tensor, bias: Tensor | None, *, save: bool) -> tuple[Tensor]:
+    return (affine(x, weight, bias),)  # cuBLAS, oneDNN, MKL
 
-    return Kernel("aten", forward, backward, lambda *args: [])
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, *, save: bool) -> tuple[Tensor]:
+    return (onednn.pointwise(x, weight, bias, "none"),)
 
 
 def _packed(isa: int) -> Forward:
@@ -68,10 +67,6 @@ def _packed(isa: int) -> Forward:
         return (multiply(x, weight, bias, "none", isa),)
 
     return forward
-
-
-def _packed_backward(dy, x, weight, bias, *, needs):
-    return gradients(dy, x, weight, needs)
 
 
 def samples(device: torch.device, dtype: torch.dtype, large: bool = True) -> Iterable[Sample]:
@@ -109,8 +104,11 @@ OP = Op(
     check=check,
     fake=fake,
     kernels=(
-        *preferred(packed_kernels(_packed, _packed_backward), onednn_kernel(gradients)),
-        aten_kernel(),
+        *preferred(
+            packed_kernels(_packed, _backward),
+            Kernel("onednn", _onednn, _backward, onednn.why_not),
+        ),
+        Kernel("aten", _aten, _backward, lambda *args: []),
         triton_kernel("linear"),
     ),
     samples=samples,

@@ -29,6 +29,7 @@ from .linear import cost
 from .linear import samples as linear_samples
 from .linear_int8 import check as check_8_bits
 from .linear_int8 import fake
+from .products import sums_dtype
 from .registry import Chooser, Kernel, Op, Sample
 from .weight_copies import copy_of, reasons_against_copies
 
@@ -56,7 +57,7 @@ def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
 def _rounded(x: Tensor) -> Tensor:
     """x as e4m3 tells it, in the dtype of sums."""
     q, scale = quantized(x)
-    sums = torch.float64 if x.dtype == torch.float64 else torch.float32
+    sums = sums_dtype(x)
     return q.to(sums) * scale.to(sums)
 
 

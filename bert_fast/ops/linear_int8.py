@@ -30,6 +30,7 @@ from .linear import check as check_linear
 from .linear import cost
 from .linear import samples as linear_samples
 from .packed_linear import multiply, reasons_on
+from .products import sums_dtype
 from .registry import Chooser, Kernel, Op, Sample
 
 GROUP, APART, LEVELS, EIGHT = 128, 8, 127.0, 254.0
@@ -55,7 +56,7 @@ def _rounded_x(x: Tensor) -> Tensor:
     low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
     step = (high - low) / LEVELS
     q = torch.round((rows - low) * torch.where(step > 0, 1 / step, 0))
-    wide = _sums(x)
+    wide = sums_dtype(x)
     return low.to(wide) + step.to(wide) * q.to(wide)
 
 
@@ -66,16 +67,12 @@ def _rounded_weight(weight: Tensor) -> Tensor:
     sums = torch.stack([sum(part[1:], part[0]) for part in parts]).amax((0, -1, -2))
     scale = torch.maximum(rows.abs().amax(-1) / LEVELS, sums / EIGHT).unsqueeze(-1)
     p = torch.round(rows * torch.where(scale > 0, 1 / scale, 0))
-    wide = _sums(weight)
+    wide = sums_dtype(weight)
     return scale.to(wide) * p.to(wide)
 
 
-def _sums(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    wide, exact = _sums(x), x.to(_sums(x))
+    wide, exact = sums_dtype(x), x.to(sums_dtype(x))
     with torch.no_grad():
         w = _rounded_weight(weight).flatten(1)
         rounded = _rounded_x(x).flatten(1) @ w.t()

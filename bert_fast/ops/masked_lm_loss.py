@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .products import affine, product_fp32
+from .products import affine, product_fp32, sums_dtype
 from .registry import Chooser, Kernel, Op, Sample
 
 IGNORED = -100
@@ -31,7 +31,7 @@ _ROWS, _LOGITS = 1024, {"cpu": 2**23, "cuda": 2**27}
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
     logits = F.linear(x, weight, bias)
-    return F.cross_entropy(logits.to(_statistics(x)), labels.long(), ignore_index=IGNORED)
+    return F.cross_entropy(logits.to(sums_dtype(x)), labels.long(), ignore_index=IGNORED)
 
 
 def check(x, weight, bias, labels) -> None:
@@ -52,12 +52,8 @@ def check(x, weight, bias, labels) -> None:
         )
 
 
-def _statistics(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def fake(x, weight, bias, labels, *, save) -> tuple[Tensor, ...]:
-    wide = _statistics(x)
+    wide = sums_dtype(x)
     return (
         x.new_empty((), dtype=wide),
         torch.empty_like(x, dtype=wide),
@@ -68,7 +64,7 @@ def fake(x, weight, bias, labels, *, save) -> tuple[Tensor, ...]:
 
 
 def _forward(x, weight, bias, labels, *, save) -> tuple[Tensor, ...]:
-    wide, vocabulary = _statistics(x), weight.shape[0]
+    wide, vocabulary = sums_dtype(x), weight.shape[0]
     kept = (labels != IGNORED).nonzero().flatten()
     rows, targets = x[kept], labels[kept].long()
     held = _LOGITS.get(x.device.type, 2**23)

@@ -8,7 +8,6 @@ never changed, for as long as that tensor lives and its version and address stay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from .backends import torch_has_avx512, wrong_device, wrong_dtype
 from .products import has_native
-from .registry import Kernel
 from .weight_copies import copy_of, reasons_against_copies
 
 _POINTWISE = {
@@ -62,13 +60,3 @@ def why_not(x: Tensor, weight: Tensor, *rest: Any) -> list[str]:
         # Measured at K = 768 with AVX2: up to 3.4 times ATen's error, where 2 are allowed.
         found.append("without AVX-512 its long fp32 sums lose more digits than is allowed")
     return found + reasons_against_copies(weight)
-
-
-def onednn_kernel(gradients: Callable[..., Sequence[Tensor | None]]) -> Kernel:
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *, save: bool) -> tuple[Tensor]:
-        return (pointwise(x, weight, bias, "none"),)
-
-    def backward(dy, x, weight, bias, *, needs):
-        return gradients(dy, x, weight, needs)
-
-    return Kernel("onednn", forward, backward, why_not)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import checks
 from .backends import cpu_kernels, triton_kernel, widest_row
+from .products import sums_dtype
 from .registry import Chooser, Op, Sample
 
 MODES = ("cls", "mean")
@@ -26,7 +27,7 @@ MODES = ("cls", "mean")
 def reference(x: Tensor, cu_seqlens: Tensor, mode: str, normalize: bool) -> Tensor:
     starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
     lengths = ends - starts
-    wide = torch.promote_types(x.dtype, torch.float32)  # fp16 has no 1e-12
+    wide = sums_dtype(x)  # fp16 has no 1e-12
     if mode == "cls":
         first = torch.cat([x, x.new_zeros(1, x.shape[1])])[starts]
         y = torch.where(lengths.unsqueeze(1) > 0, first, 0.0)

@@ -24,6 +24,11 @@ def in_fp32(x: Tensor) -> bool:
     return x.device.type == "cpu" and not has_native(x.dtype)
 
 
+def sums_dtype(x: Tensor) -> torch.dtype:
+    """Of statistics and sums: fp32, and fp64 for fp64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a b in their dtype."""
     if in_fp32(a):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .products import product_fp32
+from .products import product_fp32, sums_dtype
 from .registry import Chooser, Kernel, Op, Sample
 
 # Logits held at a time: on a CPU, near its last-level cache.
@@ -45,16 +45,12 @@ def check(x, weight, bias, cu_seqlens) -> None:
     checks.cu_seqlens(op, cu_seqlens)
 
 
-def _statistics(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def fake(x, weight, bias, cu_seqlens, *, save) -> tuple[Tensor, ...]:
     shape = cu_seqlens.shape[0] - 1, weight.shape[0]
     return (
         x.new_empty(shape),
         x.new_empty(shape, dtype=torch.int64),
-        x.new_empty(shape, dtype=_statistics(x)),
+        x.new_empty(shape, dtype=sums_dtype(x)),
     )
 
 
@@ -65,7 +61,7 @@ def _chunks(x: Tensor, words: int) -> Iterator[slice]:
 
 
 def _forward(x, weight, bias, cu_seqlens, *, save) -> tuple[Tensor, ...]:
-    shape, wide = (cu_seqlens.shape[0] - 1, weight.shape[0]), _statistics(x)
+    shape, wide = (cu_seqlens.shape[0] - 1, weight.shape[0]), sums_dtype(x)
     top = x.new_zeros(shape, dtype=wide)
     won = x.new_zeros(shape if save else 0, dtype=torch.int64)
     bounds = cu_seqlens.tolist()

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
+from ..console import cannot_load
 from .items import Collate, Item, collator, item_of, outputs_of, tokenize, was_cut
 from .loop import Objective
 from .readers import Labels, Texts, read_texts
 from .scores import accuracy, pearson, spearman
-from .tasks import Job, Metrics, Task, cannot_load, token_limit
+from .tasks import Job, Metrics, Task, token_limit
 
 LOSSES = {True: "CoSENTLoss", False: "MultipleNegativesRankingLoss"}  # by: there are scores
 

@@ -283,9 +283,7 @@ class _Trainer(Trainer):
         values = {f"eval_{name}": float(value) for name, value in found.items()}
         self.log(values)
         self.speed.restart()
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, values
-        )
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, values)
         return values
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -74,11 +74,12 @@ class Words:
 
 
 def read_texts(
-    file: Path, pairs: bool, columns: Columns | None = None, labelled: bool = True
+    file: Path, pairs: bool | None, columns: Columns | None = None, labelled: bool = True
 ) -> Texts:
-    """Texts with labels; pairs of texts where `pairs`; labels may be absent unless `labelled`.
+    """Texts with labels; labels may be absent unless `labelled`.
 
     The columns are those asked for, else `text`, `text_b` and `label`, else GLUE's names.
+    pairs: two texts a row; None: where the columns are so.
 
     Raises: ValueError naming file, line and column for a column that is absent, a text that is no
         string, and a label that is missing; OSError for a file that cannot be read.
@@ -91,15 +92,17 @@ def read_texts(
 
 
 def _columns(
-    table: Table, asked: Columns, pairs: bool, labelled: bool
+    table: Table, asked: Columns, pairs: bool | None, labelled: bool
 ) -> tuple[str, str | None, str | None]:
-    usual = ("text", "text_b" if pairs else None, "label")
+    usual = (("text", "text_b", "label"), ("text", None, "label"))
     if asked == Columns():
-        for names in (usual, *GLUE, *(() if labelled else ALIKE)):
-            if (names[1] is not None) is pairs and set(names) - {None} <= set(table.columns):
+        known = (*usual, *GLUE, *(() if labelled else ALIKE))
+        for names in sorted(known, key=lambda names: names[1] is None):  # two texts before one
+            wanted = pairs is None or pairs is (names[1] is not None)
+            if wanted and set(names) - {None} <= set(table.columns):
                 return names
     text, label = asked.text or "text", asked.label or "label"
-    text_b = (asked.text_b or "text_b") if pairs else None
+    text_b = asked.text_b or ("text_b" if pairs else None)
     options = {"--text-column": text, "--text-b-column": text_b, "--label-column": label}
     if not labelled and asked.label is None and label not in table.columns:
         del options["--label-column"]

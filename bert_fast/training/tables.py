@@ -150,9 +150,7 @@ def _parquet(file: Path) -> Rows:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise ValueError(
-            f"{file}: reading Parquet needs pyarrow (pip install bert-fast[training])"
-        ) from None
+        raise ValueError(f"{file}: reading Parquet needs pyarrow (pip install pyarrow)") from None
     with file.open("rb"):  # a file that is not there is an OSError, as in the other formats
         pass
     try:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import transformers
 from torch import nn
 
+from ..console import cannot_load
 from .items import (
     NO_LABEL,
     Collate,
@@ -95,9 +96,9 @@ class Task:
 
 def classification(job: Job) -> Task:
     """Tasks `classification` and `pairs`; regression where the labels are scores."""
-    pairs = job.task == "pairs"
-    train = read_texts(job.training_file(), pairs, job.columns)
-    valid = read_texts(job.validation, pairs, job.columns) if job.validation else None
+    train = read_texts(job.training_file(), True if job.task == "pairs" else None, job.columns)
+    two = train.texts_b is not None
+    valid = read_texts(job.validation, two, job.columns) if job.validation else None
     config, tokenizer = load_config(job.model)
     labels = labels_of(train, config.label2id, job.regression)
     # Before the model is loaded: a wrong label ends the run at once.
@@ -265,22 +266,6 @@ def load_model(kind: Any, folder: Path, settings: Mapping[str, Any]) -> nn.Modul
         return kind.from_pretrained(
             folder, dtype="float32", ignore_mismatched_sizes=True, **settings
         )
-
-
-class cannot_load:
-    """Whatever a broken folder makes transformers raise is one ValueError."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> Literal[False]:
-        if isinstance(error, Exception):
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise ValueError(f"cannot load {self.folder}: {reason[0]}") from None
-        return False
 
 
 def label_settings(names: Sequence[str]) -> dict[str, Any]:

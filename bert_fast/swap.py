@@ -1,0 +1,65 @@
+"""Another forward for a module, in place: a subclass of its class, of the same name, and back."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from inspect import signature
+from typing import Any, ClassVar
+
+from torch import nn
+
+
+class Swapped:
+    """What such classes share."""
+
+    bert_fast_original: ClassVar[type]
+    bert_fast_arguments: ClassVar[tuple[str, ...]]
+
+
+def swapped_class(
+    original: Any,
+    kind: type[Swapped],
+    forward: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any],
+    doc: str,
+    **attributes: Any,
+) -> type:
+    """`original` with another forward: same constructor, parameters, state_dict keys, signature.
+
+    kind: its first base; the module that defines it has a `__getattr__` by which pickles find the
+        class. forward: called with the model, args and kwargs.
+    """
+
+    @functools.wraps(original.forward)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, args, kwargs)
+
+    own = {
+        "__module__": kind.__module__,
+        "__doc__": doc,
+        "forward": wrapped,
+        "bert_fast_original": original,
+        "bert_fast_arguments": tuple(signature(original.forward).parameters)[1:],
+    }
+    return type(original.__name__, (kind, original), own | attributes)
+
+
+def put_back(module: nn.Module) -> None:
+    """The module's own class again; a class of somebody's on one of ours stays."""
+    if "bert_fast_original" in vars(type(module)):
+        module.__class__ = original_of(module)
+
+
+def original_of(module: nn.Module) -> Any:
+    """The class of a module, or the one it was before it was swapped."""
+    return getattr(type(module), "bert_fast_original", type(module))
+
+
+def arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name."""
+    return {**dict(zip(model.bert_fast_arguments, args, strict=False)), **kwargs}
+
+
+def encoder_of(head: Any) -> Any:
+    """The encoder below a head of transformers, None where there is none."""
+    return getattr(head, getattr(head, "base_model_prefix", ""), None)
