@@ -60,7 +60,7 @@ def build_openvino(
 
     path = _cached(folder, "openvino_fp32", partial(_export_openvino, model))
     if precision == "int8":
-        write = partial(_quantize_openvino, path, model.config.vocab_size)
+        write = partial(_quantize_openvino, path, model.config)
         path = _cached(folder, f"openvino_int8_{CALIBRATION.name}", write)
     core = openvino.Core()
     graph = core.read_model(path / "model.xml")
@@ -216,15 +216,15 @@ def _export_openvino(model: nn.Module, to: Path) -> None:
     openvino.save_model(graph, to / "model.xml", compress_to_fp16=False)
 
 
-def _quantize_openvino(source: Path, vocab: int, to: Path) -> None:
+def _quantize_openvino(source: Path, config: Any, to: Path) -> None:
     import nncf
     import openvino
 
-    texts = workloads.lengths(CALIBRATION, CALIBRATION_BATCHES, "arrival")
-    batches = [
-        {name: value.numpy() for name, value in workloads.padded(vocab, batch, i).items()}
-        for i, batch in enumerate(texts)
-    ]
+    batches = []
+    for i, batch in enumerate(workloads.lengths(CALIBRATION, CALIBRATION_BATCHES, "arrival")):
+        lengths = [min(length, config.max_position_embeddings) for length in batch]
+        inputs = workloads.padded(config.vocab_size, lengths, i)
+        batches.append({name: value.numpy() for name, value in inputs.items()})
     nncf.set_log_level(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()):  # progress bars
         graph = nncf.quantize(

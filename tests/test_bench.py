@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -227,7 +228,10 @@ def test_the_op_bench_of_pytest_benchmark(tmp_path: Path) -> None:
     line = [sys.executable, "-m", "pytest", "bench/test_ops.py", "-q", "-p", "no:cacheprovider",
             "-k", "pool and fp32 and not triton", "--benchmark-max-time=0.05",
             f"--benchmark-json={out}"]  # fmt: skip
-    done = subprocess.run(line, cwd=results.ROOT, capture_output=True, text=True, timeout=300)
+    alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    done = subprocess.run(
+        line, cwd=results.ROOT, env=alone, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout
     timed = json.loads(out.read_text())["benchmarks"]
     assert timed and all(row["extra_info"]["error"] <= row["extra_info"]["budget"] for row in timed)
