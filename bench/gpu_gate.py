@@ -11,7 +11,6 @@ on small shapes.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import math
 import os
@@ -88,11 +87,11 @@ def ended(command: Sequence[str], seconds: float) -> tuple[int, str]:
             told, _ = running.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             running.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                running.wait(LAST_WORDS)
-            with contextlib.suppress(ProcessLookupError):
+            try:  # reading on: a full pipe would keep it from its report
+                told, _ = running.communicate(timeout=LAST_WORDS)
+            except subprocess.TimeoutExpired:
                 os.killpg(running.pid, signal.SIGKILL)
-            told, _ = running.communicate()
+                told, _ = running.communicate()
     return running.returncode, told
 
 
