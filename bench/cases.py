@@ -101,9 +101,12 @@ def op_cases(model: Model, tokens: int, device: torch.device, dtype: torch.dtype
     yield case("linear", "out", lambda draw: linear(draw, hidden))
     yield case("linear_gelu", "", lambda draw: (*linear(draw, inner), "gelu"))
     yield case("linear_int8", "up", lambda draw: (*linear(draw, inner), "gelu"))
-    yield case("linear_fp8", "up", lambda draw: (*linear(draw, inner), "gelu"))
+    yield case("linear_fp8", "up", lambda draw: linear(draw, inner))
     yield case("feed_forward", "", lambda draw: (
         *linear(draw, inner), draw.normal(hidden, inner, scale=inner**-0.5), "gelu", False
+    ))  # fmt: skip
+    yield case("feed_forward_fp8", "", lambda draw: (
+        *linear(draw, inner), draw.normal(hidden, inner, scale=inner**-0.5), "gelu"
     ))  # fmt: skip
     yield case("encoder", "squad", encoder)
     scored = max(1, tokens // 7)

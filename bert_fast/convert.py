@@ -61,10 +61,10 @@ def accelerate(
             its input. Hugging Face's `gradient_checkpointing_enable()` works as well.
         dtype: None: the model's own everywhere. "int8": in inference on a CPU, products with the
             layers' weights in 8 bits (`ops.linear_int8`), all else in the model's dtype. "fp8":
-            the same on a GPU that has e4m3 (`ops.linear_fp8`). The weights stay as they are. Where
-            that cannot be, the model's dtype is used, with the reason said once (but not inside
-            torch.compile and torch.export). Cosine similarities to fp32 are about 0.999 in int8,
-            0.997 in fp8; `verify` tells yours.
+            the same on a GPU that has e4m3 (`ops.linear_fp8`, `ops.feed_forward_fp8`). The weights
+            stay as they are. Where that cannot be, the model's dtype is used, with the reason said
+            once (but not inside torch.compile and torch.export). Cosine similarities to fp32 are
+            about 0.999 in int8, 0.997 in fp8; `verify` tells yours.
         graphs: in inference on a GPU, batches of up to 4,096 tokens replay CUDA graphs, recorded at
             their first use for buckets of like sizes (at most 32, the last used). Elsewhere it
             changes nothing.

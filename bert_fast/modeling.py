@@ -230,7 +230,8 @@ def layer_forward(
 ) -> Tensor:
     """One post-LN encoder layer on packed tokens [T, H] -> [T, H], or [R, H] of `rows`.
 
-    fp8: its products with weights are those of `ops.linear_fp8`; its linears must be plain ones.
+    fp8: its products with weights are those of `ops.linear_fp8` and `feed_forward_fp8`; its linears
+        must be plain ones.
     """
     m = layer
     s0, s1, s2 = (None, None, None) if seeds is None else seeds.split(1)
@@ -259,7 +260,7 @@ def project_qkv(m: LayerParts, h: Tensor, backend: Backend, fp8: bool = False) -
     three = (m.query, m.key, m.value)
     if fp8:
         one, bias = packed([part.weight for part in three] + [part.bias for part in three], True)
-        qkv = ops.linear_fp8(h, one, bias, "none", chosen(backend, "linear_fp8"))
+        qkv = ops.linear_fp8(h, one, bias, chosen(backend, "linear_fp8"))
     elif all(type(part) is nn.Linear for part in three):
         q, k, v = (cast(part.weight) for part in three)
         q_bias, k_bias, v_bias = (cast(part.bias) for part in three)
@@ -299,8 +300,8 @@ def feed_forward(
     plain = type(m.up) is type(m.down) is nn.Linear
     if fp8:
         assert name is not None
-        inner = ops.linear_fp8(h, m.up.weight, m.up.bias, name, chosen(backend, "linear_fp8"))
-        return without_bias(m.down, inner, backend, fp8)
+        weights, use = (m.up.weight, m.up.bias, m.down.weight), chosen(backend, "feed_forward_fp8")
+        return ops.feed_forward_fp8(h, *weights, name, use), m.down.bias
     if name is None or not plain:
         return without_bias(m.down, activated_linear(m.up, m.activation, h, backend), backend)
     up, up_bias, down = cast(m.up.weight), cast(m.up.bias), cast(m.down.weight)
@@ -313,8 +314,7 @@ def without_bias(
 ) -> tuple[Tensor, Tensor | None]:
     """A projection and its bias, which is added in the norm; of another module, all at once."""
     if fp8:
-        use = chosen(backend, "linear_fp8")
-        return ops.linear_fp8(x, part.weight, None, "none", use), part.bias
+        return ops.linear_fp8(x, part.weight, None, chosen(backend, "linear_fp8")), part.bias
     if type(part) is not nn.Linear:
         return linear(part, x, backend), None
     y = ops.linear(cast(x), cast(part.weight), None, chosen(backend, "linear"))

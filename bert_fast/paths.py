@@ -58,7 +58,7 @@ def reasons_against_plain(structure: Structure, dropping: bool, h: Tensor) -> li
 def reasons_against_fp8(plain: Plain | None, h: Tensor, backend: Backend) -> list[str]:
     """Why the products of plain layers cannot be those of `ops.linear_fp8`."""
     assert plain is not None
-    args = (h, plain.weights[LAYER.index("up")], None, "none")
+    args = (h, plain.weights[LAYER.index("up")], None)
     # Not asked through what watches the choices (`explain`): this one runs nothing.
     asked = getattr(backend, "backend", backend)
     if LINEAR_FP8.choose(args, chosen(asked, "linear_fp8")).backend != "reference":

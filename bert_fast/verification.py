@@ -28,7 +28,7 @@ SENTENCE, TOKEN = 0.998, 0.98  # least cosines to the truth with products in 8 b
 # How `explain` tells that they were.
 IN_8_BITS = {
     "int8": lambda choice: "int8" in choice.on,
-    "fp8": lambda choice: choice.op == "linear_fp8",
+    "fp8": lambda choice: choice.op.endswith("_fp8"),
 }
 
 

@@ -15,12 +15,16 @@ from transformers import BertForSequenceClassification
 from typer.testing import CliRunner
 
 import bert_fast
+from bert_fast import ops
 from bert_fast.cli import app
 from bert_fast.explanation import Choice, Explanation
 from bert_fast.modeling import encode
 from bert_fast.notice import warn_once
-from bert_fast.ops import backends
+from bert_fast.ops import OPS, backends
 from bert_fast.ops import linear_fp8 as public
+from bert_fast.ops.bias_gelu import activate
+from bert_fast.ops.checks import ACTIVATIONS
+from bert_fast.ops.feed_forward_fp8 import inner_powers, reach_of
 from bert_fast.ops.linear_fp8 import E4M3, OP, quantized
 from bert_fast.verification import SENTENCE, Verification
 
@@ -29,7 +33,7 @@ from .parity import DEVICE, sample_names, truth, violations
 from .tiny import save
 
 HALF = torch.ones(1, 16, dtype=torch.bfloat16, device=DEVICE)
-WILLING = not dict(OP.reasons((HALF, HALF, None, "none")))["triton"]
+WILLING = not dict(OP.reasons((HALF, HALF, None)))["triton"]
 FAST = pytest.mark.skipif(not WILLING, reason="no kernel for e4m3 runs here")
 INPUTS = {"input_ids": ids(3, 20), "attention_mask": masks(3, 20)["right"]}
 
@@ -89,19 +93,39 @@ def test_triton_rounds_as_torch(dtype: torch.dtype) -> None:
     x[:, 3] *= 40.0
     x[7], x[8] = 0.0, 1e-40
     x[9, 5], x[10, 6], x[11, 0] = torch.nan, torch.inf, -torch.inf
-    (q, scale), (expected, other) = quantize(x.to(dtype)), quantized(x.to(dtype))
+    reach = torch.tensor([1.5, 0.25], device=DEVICE)
+    q, scale, inner = quantize(x.to(dtype), reach)
+    expected, other = quantized(x.to(dtype))
     assert q.dtype == E4M3 and torch.equal(scale.isnan(), other.isnan())
     fine = ~scale.isnan().flatten()
     assert not fine[9:12].any() and fine[:9].all()
     assert torch.equal(q.float()[fine], expected.float()[fine])
     assert torch.equal(scale[fine], other[fine])
+    assert torch.equal(inner[fine], inner_powers(x.to(dtype), reach)[fine])
+    assert inner[9:12].isnan().all()
+
+
+@pytest.mark.gpu
+@FAST
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_triton_rounds_an_activation_as_torch(activation: str) -> None:
+    from bert_fast._triton.bias_gelu_fp8 import forward
+
+    u, bias = normal(9, 150), normal(150)
+    powers = torch.logspace(-6, 2, 9, 2.0, device=DEVICE).unsqueeze(1)
+    expected = (activate(u + bias, activation) / powers).to(E4M3).float()
+    (found,) = forward(u, bias, activation, powers, save=False)
+    same = found.float() == expected
+    # The last bit of fp32 may decide between two neighbours.
+    assert found.dtype == E4M3 and same.float().mean() > 0.99
+    torch.testing.assert_close(found.float(), expected, rtol=0.13, atol=2**-9)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["reference", "best"])
 def test_not_a_number_stays_one(backend: str) -> None:
     x, weight = (HALF.repeat(n, 2) for n in (4, 16))
-    name = backend if backend != "best" else OP.choose((x, weight, None, "none")).backend
+    name = backend if backend != "best" else OP.choose((x, weight, None)).backend
     for value in (torch.nan, torch.inf, -torch.inf):
         x[2, 31] = value
         y = public(x, weight, None, backend=name)
@@ -113,17 +137,42 @@ def test_not_a_number_stays_one(backend: str) -> None:
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="on a GPU the parity tests run it")
-@pytest.mark.parametrize("sample", [s for s in sample_names("linear_fp8")])
-def test_scaled_mm_is_called_rightly(sample: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "sample"),
+    [(op, sample) for op in ("linear_fp8", "feed_forward_fp8") for sample in sample_names(op)],
+)
+def test_scaled_mm_is_called_rightly(name: str, sample: str) -> None:
     """Not a kernel for a CPU, but torch has the same call there."""
-    expected = truth("linear_fp8", sample, torch.bfloat16)
+    expected = truth(name, sample, torch.bfloat16)
     x, weight, *_ = args = tuple(a.contiguous() if isinstance(a, Tensor) else a
                                  for a in expected.args)  # fmt: skip
     if not x.shape[0] or x.shape[1] % 16 or weight.shape[0] % 16:
         pytest.skip("sizes that it does not take")
-    (kernel,) = (kernel for kernel in OP.kernels if kernel.backend == "scaled_mm")
+    (kernel,) = (kernel for kernel in OPS[name].kernels if kernel.backend == "scaled_mm")
     (y,) = kernel.forward(*args, save=False)
     assert not violations(expected, [y, *expected.plain[1:]], torch.bfloat16, ())
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_inner_states_stay_under_their_bound(activation: str) -> None:
+    """Also where a row of x lies along the longest row of U, which makes the bound an equality."""
+    x, up, bias = normal(40, 96), normal(80, 96) / 9, normal(80)
+    x[3], bias[7] = 3 * up[up.norm(dim=1).argmax()], 9.0
+    powers = inner_powers(x, reach_of(up, bias))
+    inner = (activate(x @ up.t() + bias, activation) / powers).abs()
+    assert inner.max() < 256 and inner[3].max() > 64
+    assert inner.amax(1).min() > 8  # nor is it so far off that e4m3 would run out of small numbers
+
+
+def test_gradient_of_the_feed_forward_network() -> None:
+    x, up, down, dy = normal(6, 48).requires_grad_(), normal(32, 48), normal(48, 32), normal(6, 48)
+    ops.feed_forward_fp8(x, up, None, down, "relu").backward(dy)
+    wide = [q.float() * scale for q, scale in map(quantized, (up, down))]
+    q, scale = quantized(x.detach())
+    slope = (q.float() * scale) @ wide[0].t() > 0
+    torch.testing.assert_close(x.grad, (dy @ wide[1] * slope) @ wide[0])
+    with pytest.raises(ValueError, match="down wants a gradient; 8 bits are for inference"):
+        ops.feed_forward_fp8(x, up, None, down.requires_grad_())
 
 
 # -- the model --------------------------------------------------------------------------------
@@ -138,8 +187,9 @@ def test_a_model_in_fp8() -> None:
     assert "products of the layers in fp8" in str(bert_fast.report(ours))
     with torch.inference_mode():
         choices = bert_fast.explain(ours, INPUTS).choices
-        products = sum(c.calls for c in choices if c.op == "linear_fp8")
-        assert products == 4 and not {"linear", "qkv_linear", "encoder"} & {c.op for c in choices}
+        calls = {c.op: c.calls for c in choices}
+        assert calls["linear_fp8"] == 2 and calls["feed_forward_fp8"] == 1
+        assert not {"linear", "qkv_linear", "feed_forward", "encoder"} & set(calls)
         found, expected = real(ours(**INPUTS)), real(model(**INPUTS))
         assert 1e-3 < (found - expected).norm() / expected.norm() < 0.15
         bounds = torch.tensor([0, 20, 40, 60], dtype=torch.int32, device=DEVICE)

@@ -6,6 +6,7 @@ from .bias_gelu import bias_gelu
 from .embed_layernorm import embed_layernorm
 from .encoder import encoder
 from .feed_forward import feed_forward
+from .feed_forward_fp8 import feed_forward_fp8
 from .linear import linear
 from .linear_fp8 import linear_fp8
 from .linear_gelu import linear_gelu
@@ -25,6 +26,7 @@ __all__ = [
     "embed_layernorm",
     "encoder",
     "feed_forward",
+    "feed_forward_fp8",
     "linear",
     "linear_fp8",
     "linear_gelu",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
@@ -37,6 +38,11 @@ def dropout(op: str, p: float, seed: Tensor | None) -> None:
 def activation(op: str, value: str) -> None:
     if value not in ACTIVATIONS:
         raise ValueError(f"bert_fast.{op}: activation is {value!r}, expected one of {ACTIVATIONS}")
+
+
+def for_inference(op: str, name: str, weight: Tensor) -> None:
+    if torch.is_grad_enabled() and weight.requires_grad:
+        raise ValueError(f"bert_fast.{op}: {name} wants a gradient; 8 bits are for inference")
 
 
 def cu_seqlens(op: str, value: Tensor) -> None:

@@ -36,8 +36,7 @@ def reference(x, up, up_bias, down, activation, recompute) -> Tensor:
     return F.linear(activate(F.linear(x, up, up_bias), activation), down)
 
 
-def check(x, up, up_bias, down, activation, recompute) -> None:
-    op = "feed_forward"
+def check(x, up, up_bias, down, activation, recompute, op: str = "feed_forward") -> None:
     check_linear(x, up, up_bias, op)
     checks.rank(op, "down", down, 2)
     checks.shape(op, "down", down, (down.shape[0], up.shape[0]))

@@ -83,12 +83,12 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -
     return (y if activation == "none" else activate(y, activation)).to(x.dtype)
 
 
-def check(x, weight, bias, activation, op: str = "linear_int8") -> None:
+def check(x, weight, bias, activation) -> None:
+    op = "linear_int8"
     check_linear(x, weight, bias, op)
     if activation != "none":
         checks.activation(op, activation)
-    if torch.is_grad_enabled() and weight.requires_grad:
-        raise ValueError(f"bert_fast.{op}: weight wants a gradient; 8 bits are for inference")
+    checks.for_inference(op, "weight", weight)
 
 
 def fake(x, weight, bias, activation, *, save) -> tuple[Tensor, ...]:

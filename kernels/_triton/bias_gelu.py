@@ -41,6 +41,7 @@ def _forward_kernel(
     x,  # [n_rows, n_cols]
     bias,  # [n_cols] or None
     y,  # [n_rows, n_cols] output
+    scale,  # [n_rows] float32, powers of two that the rows of an e4m3 y are divided by; or None
     n_rows,
     n_cols,
     ACT: tl.constexpr,
@@ -49,13 +50,17 @@ def _forward_kernel(
 ):
     o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_col = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    m_row = o_row < n_rows
     m_col = o_col < n_cols
-    mask = (o_row < n_rows)[:, None] & m_col[None, :]
+    mask = m_row[:, None] & m_col[None, :]
     p_row = o_row[:, None] * n_cols + o_col[None, :]
     u = tiles.load(x + p_row, mask)
     if bias is not None:
         u += tiles.load(bias + o_col, m_col)[None, :]
-    tiles.store(y + p_row, tiles.activate(u, ACT), mask)
+    b_y = tiles.activate(u, ACT)
+    if scale is not None:
+        b_y *= tiles.inverse_of_power(tl.load(scale + o_row, mask=m_row, other=1.0))[:, None]
+    tiles.store(y + p_row, b_y, mask)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -123,13 +128,24 @@ def act_backward(
         tiles.sum_parts(parts, dbias)
 
 
-def forward(x, bias, activation, save):
+def act_forward(
+    x: torch.Tensor,  # [T, F]
+    bias: torch.Tensor | None,  # [F]
+    act: str,
+    y: torch.Tensor,  # [T, F] output
+    scale: torch.Tensor | None = None,  # [T] float32 powers of two, where y is e4m3
+) -> None:
+    """y = act(x + bias); as e4m3, divided by its scale."""
     n_rows, n_cols = x.shape
-    y = torch.empty_like(x)
     if n_rows:
         cfg = config(n_cols, False)
         grid = triton.cdiv(n_rows, cfg["ROWS"]), triton.cdiv(n_cols, cfg["COLS"])
-        _forward_kernel[grid](x, bias, y, n_rows, n_cols, activation, **cfg)
+        _forward_kernel[grid](x, bias, y, scale, n_rows, n_cols, act, **cfg)
+
+
+def forward(x, bias, activation, save):
+    y = torch.empty_like(x)
+    act_forward(x, bias, activation, y)
     return (y,)
 
 

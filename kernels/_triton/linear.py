@@ -122,6 +122,7 @@ def _finish(
     acc,  # [ROWS, COLS] float32
     a_scale,
     b_scale,
+    y_scale,
     bias,
     y,
     u,
@@ -142,7 +143,10 @@ def _finish(
         acc += tiles.load(bias + o_n, m_n)[None, :]
     if u is not None:
         tiles.store(u + p_y, acc, mask)
-    tiles.store(y + p_y, tiles.activate(acc, ACT), mask)
+    b_y = tiles.activate(acc, ACT)
+    if y_scale is not None:
+        b_y *= tiles.inverse_of_power(tl.load(y_scale + o_m, mask=m_m, other=1.0))[:, None]
+    tiles.store(y + p_y, b_y, mask)
 
 
 @triton.jit(do_not_specialize=["m", "k_split"])
@@ -151,6 +155,7 @@ def gemm_kernel(
     b,  # [k, n], strides b_k, b_n
     a_scale,  # [m] float32, of the rows of an e4m3 a; or None
     b_scale,  # [n] float32, of the columns of an e4m3 b; or None
+    y_scale,  # [m] float32, powers of two that the rows of an e4m3 y are divided by; or None
     bias,  # [n] or None
     y,  # [m, n] output: act(a b + bias); float32 [splits, m, n] shares where SPLIT
     u,  # [m, n] output: a b + bias, or None
@@ -215,10 +220,10 @@ def gemm_kernel(
         # half the columns at a time: the activation of a whole tile would not fit in registers
         left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
         o_half = i_n * BN + tl.arange(0, BN // 2)
-        _finish(left, a_scale, b_scale, bias, y, u, o_m, o_half, m, n, ACT)
-        _finish(right, a_scale, b_scale, bias, y, u, o_m, o_half + BN // 2, m, n, ACT)
+        _finish(left, a_scale, b_scale, y_scale, bias, y, u, o_m, o_half, m, n, ACT)
+        _finish(right, a_scale, b_scale, y_scale, bias, y, u, o_m, o_half + BN // 2, m, n, ACT)
     else:
-        _finish(acc, a_scale, b_scale, bias, y, u, o_m, o_n, m, n, ACT)
+        _finish(acc, a_scale, b_scale, y_scale, bias, y, u, o_m, o_n, m, n, ACT)
 
 
 def gemm(
@@ -231,8 +236,9 @@ def gemm(
     split: bool = False,
     a_scale: torch.Tensor | None = None,  # [m] float32, where a and b are e4m3
     b_scale: torch.Tensor | None = None,  # [n] float32
+    y_scale: torch.Tensor | None = None,  # [m] float32 powers of two, where y is e4m3
 ) -> None:
-    """y = act(a b + bias), u = a b + bias; of e4m3 factors, with their scales."""
+    """y = act(a b + bias), u = a b + bias; of e4m3 factors, and as e4m3, with their scales."""
     m, k = a.shape
     n = b.shape[1]
     if not m or not n:
@@ -253,7 +259,7 @@ def gemm(
         splits = triton.cdiv(k, k_split)
         out = a.new_empty((splits, 1, m * n), dtype=torch.float32)
     gemm_kernel[(n_tiles, splits)](
-        a, b, a_scale, b_scale, bias, out, u,
+        a, b, a_scale, b_scale, y_scale, bias, out, u,
         m // 16 if wide_m else m, n, k, k_split, *a.stride(), *b.stride(),
         ACT=act, SPLIT=splits > 1, EVEN_K=k % bk == 0, WIDE_M=wide_m, **cfg,
     )  # fmt: skip

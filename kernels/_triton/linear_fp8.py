@@ -1,4 +1,4 @@
-"""y = act(2^(e + f) sum(q p) + b): the GEMM of `linear` on e4m3 factors, scaled in its epilogue.
+"""y = 2^(e + f) sum(q p) + b: the GEMM of `linear` on e4m3 factors, scaled in its epilogue.
 
 The rows of x are rounded in a pass of their own, a program holding whole rows: their scale depends
 on all of a row, and inside the GEMM every column of tiles would find it anew. The scales are powers
@@ -22,9 +22,22 @@ def samples(dtype: torch.dtype, device: torch.device, full: bool):
     for label, (x, weight, bias) in linear.samples(dtype, device, full):
         e4m3 = weight.to(torch.float8_e4m3fn)
         scale = weight.new_empty((weight.shape[0], 1), dtype=torch.float32)
-        yield f"{label} gelu", (x, e4m3, scale, bias, "gelu")
-        if full:
-            yield label, (x, e4m3, scale, bias, "none")
+        yield label, (x, e4m3, scale, bias)
+
+
+@triton.jit
+def _exponent(
+    greatest,  # int32 bits of float32 magnitudes
+):
+    return tl.maximum(greatest >> 23, LEAST)
+
+
+@triton.jit
+def _power(
+    exponent,  # int32, as stored in float32
+):
+    power = ((exponent - SHIFT) << 23).to(tl.float32, bitcast=True)
+    return tl.where(exponent == 255, float("nan"), power)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -32,6 +45,8 @@ def _quantize_kernel(
     x,  # [n_rows, n_cols]
     q,  # [n_rows, n_cols] e4m3 output
     scale,  # [n_rows] float32 output
+    reach,  # [2] float32: the greatest row of a weight, and of its bias; or None
+    inner_scale,  # [n_rows] float32 output: for the rows of act(x W^T + b); or None
     n_rows,
     n_cols,
     ROWS: tl.constexpr,
@@ -45,24 +60,36 @@ def _quantize_kernel(
     b_x = tiles.load(x + p_row, mask)
     # of magnitudes as integers the greatest is a NaN, if there is one
     greatest = tl.max(tl.abs(b_x).to(tl.int32, bitcast=True), 1)
-    exponent = tl.maximum(greatest >> 23, LEAST)
-    b_scale = ((exponent - SHIFT) << 23).to(tl.float32, bitcast=True)
+    exponent = _exponent(greatest)
+    b_scale = _power(exponent)
     inverse = ((-exponent + (254 + SHIFT)) << 23).to(tl.float32, bitcast=True)
-    tl.store(scale + o_row, tl.where(exponent == 255, float("nan"), b_scale), mask=m_row)
-    tiles.store(q + p_row, b_x * inverse[:, None], mask)
+    b_q = b_x * inverse[:, None]
+    tl.store(scale + o_row, b_scale, mask=m_row)
+    tiles.store(q + p_row, b_q, mask)
+    if inner_scale is not None:
+        # |act(u)| <= |u| <= |x| |W[n]| + |b[n]|
+        most = tl.sqrt(tl.sum(b_q * b_q, 1)) * b_scale * tl.load(reach) + tl.load(reach + 1)
+        power = _power(_exponent(tl.abs(most).to(tl.int32, bitcast=True)))
+        tl.store(inner_scale + o_row, power, mask=m_row)
 
 
 def quantize(
     x: torch.Tensor,  # [T, K]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x as e4m3 [T, K], and what its rows are to be multiplied by, [T, 1]."""
+    reach: torch.Tensor | None = None,  # [2] float32: max |W[n]|, max |b[n]|
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """x as e4m3 [T, K], and what its rows are to be multiplied by, [T, 1].
+
+    With `reach`, also what the rows of act(x W^T + b) may be divided by, [T, 1].
+    """
     n_rows, n_cols = x.shape
     q = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     scale = x.new_empty((n_rows, 1), dtype=torch.float32)
+    inner_scale = None if reach is None else torch.empty_like(scale)
     if n_rows:
         cfg = tiles.row_config(n_rows >= tiles.MANY_ROWS, n_cols, False)
-        _quantize_kernel[(triton.cdiv(n_rows, cfg["ROWS"]),)](x, q, scale, n_rows, n_cols, **cfg)
-    return q, scale
+        grid = (triton.cdiv(n_rows, cfg["ROWS"]),)
+        _quantize_kernel[grid](x, q, scale, reach, inner_scale, n_rows, n_cols, **cfg)
+    return q, scale, inner_scale
 
 
 def forward(
@@ -70,10 +97,9 @@ def forward(
     weight,  # [N, K] e4m3
     scale,  # [N, 1] float32
     bias,  # [N] or None
-    activation,
     save,
 ):
-    q, x_scale = quantize(x)
+    q, x_scale, _ = quantize(x)
     y = x.new_empty((x.shape[0], weight.shape[0]))
-    linear.gemm(q, weight.t(), bias, y, act=activation, a_scale=x_scale, b_scale=scale)
+    linear.gemm(q, weight.t(), bias, y, a_scale=x_scale, b_scale=scale)
     return (y,)

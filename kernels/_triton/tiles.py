@@ -64,6 +64,14 @@ def store(
     tl.store(p_y, y.to(dtype), mask=mask)
 
 
+@triton.jit
+def inverse_of_power(
+    p,  # float32 powers of two, from 2^-126 to 2^127
+):
+    """1 / p, exactly, which a division on a GPU does not promise."""
+    return (0x7F000000 - p.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
 # ------------------------------------------------------------------------- activations
 
 
