@@ -4,11 +4,13 @@
     model = AutoModel.from_pretrained(..., attn_implementation="bert_fast")
 
 Each layer unpads its queries, keys and values, attends, and pads again. Cases that the op does not
-serve (causal, cross-attention, sliding windows, a cache) go to transformers' own SDPA.
+serve (causal, cross-attention, sliding windows, a cache) go to transformers' own SDPA, and where
+the attention's probabilities are asked for, to its eager form.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -43,11 +45,15 @@ def attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """query, key, value [B, N, S, D] -> [B, S, N, D]; zeros at padded positions.
 
     attention_mask: [B, S], non-zero keeps; or a 4D mask, which SDPA is given.
     """
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if eager and kwargs.get("output_attentions"):
+        mask, scale = _additive(attention_mask, query.dtype), scaling or query.shape[-1] ** -0.5
+        return eager(module, query, key, value, mask, dropout=dropout, scaling=scale, **kwargs)
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", False) if causal is None else causal
     if causal or query.shape != key.shape or _not_2d(attention_mask) or _has_bias(kwargs):
@@ -74,6 +80,15 @@ def attention_forward(
     return packing.pad(out.flatten(1)).view(batch, length, heads, width), None
 
 
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """As eager attention takes it: a 4D mask that is added to the scores."""
+    if mask is None or (mask.is_floating_point() and mask.dim() == 4):
+        return mask
+    keep = mask.bool()[:, None, None, :] if mask.dim() == 2 else mask
+    zero = torch.zeros((), dtype=dtype, device=mask.device)
+    return zero.where(keep, torch.finfo(dtype).min)
+
+
 def _not_2d(mask: Tensor | None) -> bool:
     return mask is not None and mask.dim() != 2
 
@@ -91,6 +106,18 @@ def register_attention() -> None:
     AttentionMaskInterface.register(NAME, attention_mask)
 
 
+class _Before(str):
+    """The attention that a model had. Its pickle, read in another process, registers ours there."""
+
+    def __reduce__(self) -> Any:
+        return _unpickled, (str(self),)
+
+
+def _unpickled(name: str) -> _Before:
+    register_attention()
+    return _Before(name)
+
+
 def accelerate_attention(model: nn.Module) -> list[str]:
     """Gives `model` the attention "bert_fast", or says why not; `restore_attention` undoes it."""
     before = model.config._attn_implementation
@@ -99,11 +126,11 @@ def accelerate_attention(model: nn.Module) -> list[str]:
         model.set_attn_implementation(NAME)
         if model.config._attn_implementation != NAME:
             return [f"{type(model).__name__} computes its attention by itself"]
-        model.__dict__[_BEFORE] = before
+        model.__dict__[_BEFORE] = _Before(before)
     return []
 
 
 def restore_attention(model: nn.Module) -> None:
     before = model.__dict__.pop(_BEFORE, None)
     if before is not None:
-        model.set_attn_implementation(before)
+        model.set_attn_implementation(str(before))

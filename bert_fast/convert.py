@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from torch import nn
 
 from . import ops
 from .attention_interface import accelerate_attention, restore_attention
 from .families import ATTENTION_ONLY, BY_CLASS, REFUSED, Family, family_of
-from .graphs import forget_graphs, kept_of
+from .graphs import kept_of
 from .masked_lm import PackedHead, is_head, reasons_against_head, restore_head, swap_head
 from .modeling import CHECKPOINTS
 from .notice import warn_once
@@ -34,21 +35,26 @@ from .reading import ReadingHead, is_reading_head, restore_reading_head, swap_re
 from .structure import reasons_against_layers, structure_of
 from .swap import put_back
 
+M = TypeVar("M")
+REPLACED = "its forward was replaced before accelerate was called, so that one runs"
+
 
 def accelerate(
-    model: nn.Module,
+    model: M,
     backend: Backend = "auto",
     verbose: bool = False,
     sparse_logits: bool = False,
     checkpoint: str = "none",
     dtype: str | None = None,
     graphs: bool = False,
-) -> nn.Module:
+    keep_padding: bool = False,
+) -> M:
     """Makes every Hugging Face encoder inside `model` run packed and fused, in place.
 
     Args:
         model: an encoder of a family in `families.FAMILIES` (bert, roberta, distilbert, ...), a
-            head on one, or any module that contains one: a SentenceTransformer, a PEFT model.
+            head on one, or any module that contains one: a SentenceTransformer, a PEFT model; or a
+            pipeline of transformers.
         backend: "auto", one backend for every op, or a mapping from op name to backend; a forced
             backend that cannot run raises, with every kernel's reasons.
         verbose: print `report(model)`.
@@ -68,11 +74,14 @@ def accelerate(
         graphs: in inference on a GPU, batches of up to 4,096 tokens replay CUDA graphs, recorded at
             their first use for buckets of like sizes (at most 32, the last used). Elsewhere it
             changes nothing.
+        keep_padding: padded positions are computed too, as queries, as transformers computes them;
+            for a head of yours that reads them. Those known to read them (question answering,
+            ColBERT's query expansion) get them without asking.
 
     Returns: the same object. Parameters, state_dict, dtype and device are not touched;
         `restore` undoes the change.
     Raises: ValueError if there is nothing to accelerate, with the reasons; for an unknown op,
-        backend, checkpoint or dtype.
+        backend, checkpoint or dtype. TypeError for what is no module and holds none.
     Warns: UserWarning, once, if the transformers installed computes something else in a class
         than this version of bert_fast knows; the model is then left as it was.
     """
@@ -85,28 +94,23 @@ def accelerate(
         raise ValueError(
             f"bert_fast.accelerate: dtype is {dtype!r}, expected None, 'int8' or 'fp8'"
         )
-    found = [m for m in model.modules() if family_of(m) or _other(m)]
+    modules = list(_module_of(model).modules())
+    found = [m for m in modules if family_of(m) or _other(m)]
     if not found:
         raise ValueError(
             f"bert_fast.accelerate: {type(model).__name__} contains no transformers model of a "
             f"known family: {', '.join(sorted(row.model for row in BY_CLASS.values()))}"
         )
-    # A question-answering head takes its softmax over every position, padded ones included.
-    read_whole = {
-        inner
-        for head in model.modules()
-        if type(head).__name__.endswith("ForQuestionAnswering")
-        for inner in head.children()
-    }
+    read_whole = {inner for head in filter(_reads_padding, modules) for inner in head.modules()}
     refused, unknown = {}, 0
     for module in found:
         row = family_of(module)
         if row is None:
             why = _accelerate_other(module)
-            if dtype and not why:
+            if not why and (backend != "auto" or checkpoint != "none" or dtype or graphs):
                 warn_once(
-                    f"bert_fast: {type(module).__name__} takes the attention alone: its products "
-                    "stay in the model's dtype",
+                    f"bert_fast: {type(module).__name__} takes the attention alone: backend, "
+                    "checkpoint, dtype and graphs do not apply to it",
                     stacklevel=3,
                 )
         elif why := _refusal(module, row):
@@ -117,19 +121,21 @@ def accelerate(
         else:
             if not isinstance(module, Packed):
                 module.__class__ = packed_class(type(module))  # type: ignore[arg-type]
-            whole = module in read_whole or options_of(module).keep_padding
-            forget_graphs(module)  # they are of what it was told before
+            whole = keep_padding or module in read_whole or options_of(module).keep_padding
+            forget_copies(module)  # they are of what it was told before
             module.__dict__[OPTIONS] = Options(
                 backend, whole, checkpoint=checkpoint, dtype=dtype, graphs=graphs
             )
         if why:
             refused[module] = why
-    for head in filter(is_head, model.modules()):
+        elif "forward" in module.__dict__ and isinstance(module, Packed):
+            warn_once(f"bert_fast: {type(module).__name__}: {REPLACED}", stacklevel=3)
+    for head in filter(is_head, modules):
         if told := strange_head(head):
             warn_once(told, stacklevel=3)
         else:
             swap_head(head, Options(backend, sparse_logits=sparse_logits))
-    for head in filter(is_reading_head, model.modules()):
+    for head in filter(is_reading_head, modules):
         if told := strange_reading_head(head):
             warn_once(told, stacklevel=3)
         else:
@@ -142,9 +148,9 @@ def accelerate(
     return model
 
 
-def restore(model: nn.Module) -> nn.Module:
+def restore(model: M) -> M:
     """Undoes `accelerate`: the model's own classes run again. Returns the same object."""
-    for module in model.modules():
+    for module in _module_of(model).modules():
         restore_attention(module)
         restore_head(module)
         restore_reading_head(module)
@@ -168,23 +174,27 @@ class Report:
         return "\n".join(lines) or "no transformers model of a known family inside"
 
 
-def report(model: nn.Module) -> Report:
+def report(model: Any) -> Report:
     """Which inner encoders run packed and fused, and why the others do not.
 
     A module that is accelerated but in a state that its packed forward cannot serve (a hook, an
     adapter put in later) is listed as skipped with the reason; Hugging Face's forward runs there.
     """
     result = Report({}, {})
-    for name, module in model.named_modules():
+    for name, module in _module_of(model).named_modules():
         row, name = family_of(module), name or type(module).__name__
+        replaced = [REPLACED] if "forward" in module.__dict__ else []
         if isinstance(module, PackedHead):
-            if why := reasons_against_head(module):
+            if why := reasons_against_head(module) + replaced:
                 result.skipped[name] = why
             else:
                 result.swapped[name] = "loss on scored tokens only"
             continue
         if isinstance(module, ReadingHead):
-            result.swapped[name] = f"its encoder computes {module.bert_fast_reads}"
+            if replaced:
+                result.skipped[name] = replaced
+            else:
+                result.swapped[name] = f"its encoder computes {module.bert_fast_reads}"
             continue
         if row is None:
             if _other(module):
@@ -195,9 +205,7 @@ def report(model: nn.Module) -> Report:
                     result.skipped[name] = _why_not_other(module) or ["accelerate was not called"]
             continue
         packed = isinstance(module, Packed)
-        why = _reasons(module, row)
-        if packed and "forward" in module.__dict__:
-            why.append("its forward was replaced before accelerate was called")
+        why = _reasons(module, row) + (replaced if packed else [])
         if packed and not why:
             options = options_of(module)
             how = [f"backend {options.backend}"]
@@ -235,8 +243,28 @@ def _refusal(module: nn.Module, row: Family) -> list[str]:
         return [f"{cls.__qualname__} is a subclass with code of its own"]
     try:
         return reasons_against_kind(module) or reasons_against_layers(module, row)
-    except AttributeError:
-        return []  # an unknown layout: `strange` tells
+    except AttributeError as error:  # an unknown layout: of the class, which `strange` tells, or
+        return [] if strange(module, row) else [f"its layers have another layout ({error})"]
+
+
+def _module_of(model: Any) -> nn.Module:
+    """A module itself, or that of a pipeline."""
+    found = model if isinstance(model, nn.Module) else getattr(model, "model", None)
+    if not isinstance(found, nn.Module):
+        raise TypeError(
+            f"bert_fast: got a {type(model).__name__}, expected a module or a pipeline around one"
+        )
+    return found
+
+
+def _reads_padding(module: nn.Module) -> bool:
+    """Whether a head reads padded positions: a softmax over all of them (question answering), or
+    ColBERT's queries, whose expansion tokens are masked as keys and scored all the same.
+    """
+    expansion = getattr(module, "query_expansion", None)
+    if isinstance(expansion, Mapping):
+        return not expansion.get("attend")
+    return type(module).__name__.endswith("ForQuestionAnswering")
 
 
 # -- families that take the attention alone -----------------------------------------------------

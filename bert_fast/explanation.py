@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .convert import is_encoder
+from .families import ATTENTION_ONLY
 from .inputs import read_batch
 from .modeling import packed_forward
 from .ops.encoder import OP as ENCODER
@@ -94,7 +95,9 @@ def explain(model: nn.Module, inputs: Mapping[str, Any]) -> Explanation:
         for hook in hooks:
             hook.remove()
     if not calls:
-        raise ValueError(f"{type(model).__name__} called no transformers encoder")
+        others = {type(m).__name__ for m in model.modules()} & set(ATTENTION_ONLY.values())
+        about = f": {others.pop()} takes the attention alone" if others else ""
+        raise ValueError(f"{type(model).__name__} called no encoder that can run packed{about}")
     module, args, kwargs = calls[0]
     if not isinstance(module, Packed):
         return Explanation(fallback=["the model is not accelerated"])

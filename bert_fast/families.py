@@ -16,9 +16,13 @@ from torch import Tensor, nn
 
 
 class LayerParts(NamedTuple):
-    """The leaf modules of one post-LN encoder layer; None for a dropout it does not have."""
+    """The leaf modules of one post-LN encoder layer; None for a dropout it does not have.
+
+    attention: whose mode says whether its dropout is applied, as transformers asks it.
+    """
 
     heads: int
+    attention: nn.Module
     query: nn.Module
     key: nn.Module
     value: nn.Module
@@ -40,11 +44,22 @@ class LayerParts(NamedTuple):
         yield "out_norm", self.out_norm
         yield "down_norm", self.down_norm
 
+    def dropouts(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Each with the module whose mode switches it."""
+        yield self.attention, self.attention_dropout
+        for one in (self.out_dropout, self.down_dropout):
+            if one is not None:
+                yield one, one
+
+    def leaves(self) -> set[nn.Module]:
+        """All that run as they are or are replaced by a fusion: whose insides are their own."""
+        return {part for part in self[2:] if isinstance(part, nn.Module)}
+
 
 def bert_layer(layer: nn.Module) -> LayerParts:
     attention, out, end = layer.attention.self, layer.attention.output, layer.output
     return LayerParts(
-        attention.num_attention_heads,
+        *(attention.num_attention_heads, attention),
         *(attention.query, attention.key, attention.value, attention.dropout),
         *(out.dense, out.dropout, out.LayerNorm),
         *(layer.intermediate.dense, layer.intermediate.intermediate_act_fn),
@@ -56,7 +71,7 @@ def mpnet_layer(layer: nn.Module) -> LayerParts:
     outer, end = layer.attention, layer.output
     attention = outer.attn
     return LayerParts(
-        attention.num_attention_heads,
+        *(attention.num_attention_heads, attention.dropout),
         *(attention.q, attention.k, attention.v, attention.dropout),
         *(attention.o, outer.dropout, outer.LayerNorm),
         *(layer.intermediate.dense, layer.intermediate.intermediate_act_fn),
@@ -67,7 +82,7 @@ def mpnet_layer(layer: nn.Module) -> LayerParts:
 def distilbert_layer(layer: nn.Module) -> LayerParts:
     attention, ffn = layer.attention, layer.ffn
     return LayerParts(
-        attention.n_heads,
+        *(attention.n_heads, attention),
         *(attention.q_lin, attention.k_lin, attention.v_lin, attention.dropout),
         *(attention.out_lin, None, layer.sa_layer_norm),
         *(ffn.lin1, ffn.activation),
@@ -78,7 +93,7 @@ def distilbert_layer(layer: nn.Module) -> LayerParts:
 def albert_layer(layer: nn.Module) -> LayerParts:
     attention = layer.attention
     return LayerParts(
-        attention.num_attention_heads,
+        *(attention.num_attention_heads, attention),
         *(attention.query, attention.key, attention.value, attention.attention_dropout),
         *(attention.dense, attention.output_dropout, attention.LayerNorm),
         *(layer.ffn, layer.activation),

@@ -83,8 +83,8 @@ def reasons_against(structure: Structure, batch: Batch) -> list[str]:
     device = batch.packing.cu_seqlens.device
     if device.type != "cuda":
         return [f"its inputs are on {device}"]
-    dropouts = (*structure.dropouts, structure.embeddings.dropout)
-    if torch.is_grad_enabled() or any(d is not None and d.training for d in dropouts):
+    switches = [switch for switch, _ in structure.dropouts] + [structure.embeddings.dropout]
+    if torch.is_grad_enabled() or any(s is not None and s.training for s in switches):
         return ["it trains or records gradients"]
     if tracing() or torch.is_autocast_enabled(device.type):
         return ["it is traced, or autocast is on"]

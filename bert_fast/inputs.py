@@ -86,6 +86,10 @@ def read_batch(
     if position_ids is None:
         position_ids = _positions(embeddings, input_ids, given, bounds, longest)
     token_type_ids = inputs.get("token_type_ids")
+    if token_type_ids is not None and token_type_ids.dim() == 1:  # for all texts, as in torch
+        token_type_ids = token_type_ids.unsqueeze(0)
+    if position_ids.dim() == 1:
+        position_ids = position_ids.unsqueeze(0)
     for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
         if ids is not None:
             _check_ids(name, ids)
@@ -241,7 +245,8 @@ def _additive(
 def _fits(embeds: Tensor, table: Tensor) -> bool:
     if torch.is_autocast_enabled(table.device.type):
         return embeds.is_floating_point()
-    return embeds.dtype == table.dtype
+    # As in transformers, whose sum with the other embeddings widens them.
+    return torch.promote_types(embeds.dtype, table.dtype) == table.dtype
 
 
 def _check_ids(name: str, ids: Tensor) -> None:

@@ -22,10 +22,12 @@ from .ops.masked_lm_loss import IGNORED
 from .packed import (
     AS_PACKED,
     OPTIONS,
+    KeepsCopies,
     Options,
     Packed,
     PackedStates,
     asked,
+    forget_copies,
     options_of,
     takes_word,
     tell,
@@ -33,10 +35,10 @@ from .packed import (
 from .padding import Packing, pack_full
 from .paths import chosen
 from .structure import hooked, hooked_inside, odd
-from .swap import Swapped, arguments, encoder_of, put_back, swapped_class
+from .swap import arguments, encoder_of, put_back, swapped_class
 
 
-class PackedHead(Swapped):
+class PackedHead(KeepsCopies):
     """What packed heads share."""
 
     bert_fast_head: ClassVar[Head]
@@ -81,6 +83,7 @@ def swap_head(model: Any, options: Options) -> None:
 def restore_head(model: Any) -> None:
     """Undoes `swap_head`."""
     if isinstance(model, PackedHead) and model.__dict__.pop(OPTIONS, None) is not None:
+        forget_copies(model)
         put_back(model)
 
 
@@ -161,6 +164,8 @@ def _scored_rows(labels: Tensor, first_too: bool, packing: Packing) -> Tensor:
 
 
 def _checked(labels: Tensor, packing: Packing) -> Tensor:
+    if labels.dim() == 1 and labels.shape[0] == packing.batch * packing.length:
+        labels = labels.view(packing.batch, packing.length)  # transformers flattens them anyway
     if tuple(labels.shape) != (packing.batch, packing.length):
         raise ValueError(
             f"labels has shape {tuple(labels.shape)}, expected ({packing.batch}, {packing.length})"

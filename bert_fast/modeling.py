@@ -181,7 +181,7 @@ def run_layers(
     )
     if recompute and not h.requires_grad:
         h = h.detach().requires_grad_()  # reentrant checkpoints need an input with a gradient
-    dropping = any(map(rate, structure.dropouts))
+    dropping = any(switch.training and dropout.p for switch, dropout in structure.dropouts)
     why, int8 = reasons_against_plain(structure, dropping, h), dtype == "int8"
     if dtype == "fp8":
         why = why or reasons_against_fp8(structure.plain, h, backend)
@@ -235,7 +235,8 @@ def layer_forward(
     """
     m = layer
     s0, s1, s2 = (None, None, None) if seeds is None else seeds.split(1)
-    p0, p1, p2 = rate(m.attention_dropout), rate(m.out_dropout), rate(m.down_dropout)
+    p0 = m.attention_dropout.p if m.attention.training else 0.0
+    p1, p2 = rate(m.out_dropout), rate(m.down_dropout)
 
     qkv = project_qkv(m, h, backend, fp8)  # [T, 3, N, D]
     context = ops.attention(

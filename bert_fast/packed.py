@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -73,10 +74,8 @@ class PackedStates(NamedTuple):
     rows: Tensor | None = None
 
 
-class Packed(Swapped):
-    """What packed classes share; `last_hidden_state` and `hidden_states` are zero at padding."""
-
-    bert_fast_family: ClassVar[Family]
+class KeepsCopies(Swapped):
+    """Of classes whose forward keeps copies of the model's weights."""
 
     def train(self, mode: bool = True) -> Any:
         if mode:  # each step would make them stale; `eval()` is called before every inference
@@ -89,6 +88,12 @@ class Packed(Swapped):
         if _places(self) != before:  # many a caller moves a model to where it is, before every use
             forget_copies(self)
         return self
+
+
+class Packed(KeepsCopies):
+    """What packed classes share; `last_hidden_state` and `hidden_states` are zero at padding."""
+
+    bert_fast_family: ClassVar[Family]
 
 
 @functools.cache
@@ -277,9 +282,17 @@ def reasons_against_call(model: Any, given: dict[str, Any]) -> list[str]:
     trains = torch.is_grad_enabled() and model.bert_fast_family.bias is not None
     if trains and model.encoder.relative_attention_bias.weight.requires_grad:
         why.append("the relative position bias is being trained")
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack():
-        why.append("a torch.func transform is active")
+    if not torch.compiler.is_dynamo_compiling():
+        if torch._C._functorch.peek_interpreter_stack():
+            why.append("a torch.func transform is active")
+        if torch.jit.is_tracing() or _exports_to_onnx():
+            why.append("a trace is made for TorchScript or ONNX, which do not know bert_fast's ops")
     return why
+
+
+def _exports_to_onnx() -> bool:
+    # Asking imports the exporter, which takes a second: where it is at work, it has been imported.
+    return "torch.onnx._internal.exporter" in sys.modules and torch.onnx.is_in_onnx_export()
 
 
 def tell(why: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Container
 from dataclasses import dataclass
 from itertools import chain, repeat
 from operator import attrgetter, is_, itemgetter
@@ -78,7 +79,7 @@ class Structure:
     embeddings: what comes before them.
     why: the reasons, if any, why the packed forward cannot run on these modules.
     plain: the layers as `ops.encoder` takes them; None if they are more than what it computes.
-    norms, dropouts: those of the layers, in one list.
+    norms, dropouts: those of the layers, in one list; see `LayerParts.dropouts`.
     """
 
     family: Family
@@ -88,11 +89,11 @@ class Structure:
     why: list[str]
     plain: Plain | None
     norms: list[nn.Module]
-    dropouts: list[nn.Module]
+    dropouts: list[tuple[nn.Module, nn.Module]]
 
 
 # Called for every inner module in every forward: without a frame of Python each.
-_children, _parameters = itemgetter("_modules"), itemgetter("_parameters")
+_parameters = itemgetter("_parameters")
 _dtype = attrgetter("dtype")
 
 
@@ -106,10 +107,12 @@ class _Seen:
     long as they live, no other is taken for them.
     """
 
-    def __init__(self, structure: Structure, modules: list[nn.Module], hooks: int) -> None:
-        self.structure, self.modules, self.hooks = structure, modules, hooks
-        self.insides = [module.__dict__ for module in modules]
-        self.parents = [inside for inside in self.insides if inside["_modules"]]
+    def __init__(self, structure: Structure, model: nn.Module, hooks: int) -> None:
+        self.structure, self.hooks = structure, hooks
+        self.modules = list(model.modules())[1:]  # not the model: nothing here may keep it alive
+        self.insides = [module.__dict__ for module in self.modules]
+        below = [inside["_modules"] for inside in self.insides]
+        self.parents = [model._modules, *filter(None, below)]
         self.owners = [inside for inside in self.insides if inside["_parameters"]]
         self.parameters, self.rest = self._now()
 
@@ -118,7 +121,7 @@ class _Seen:
         there = [p for p in parameters if p is not None]
         return parameters, (
             list(map(type, self.modules)),
-            list(chain.from_iterable(map(dict.values, map(_children, self.parents)))),
+            list(chain.from_iterable(map(dict.values, self.parents))),
             list(map(dict.__contains__, self.insides, repeat("forward"))),
             list(map(_dtype, there)),
             list(map(Tensor.get_device, there)),
@@ -143,30 +146,35 @@ def structure_of(model: nn.Module, family: Family) -> Structure:
     if found and found.hooks != hooks and not hooked_inside(model):
         found.hooks = hooks
     if found is None or found.hooks != hooks or found.structure.why or not found.holds():
-        found = _seen[model] = _Seen(_look(model, family), list(model.modules())[1:], hooks)
+        found = _seen[model] = _Seen(_look(model, family), model, hooks)
     return found.structure
 
 
 def _look(model: nn.Module, family: Family) -> Structure:
-    why = reasons_against_layers(model, family)
+    try:
+        why = reasons_against_layers(model, family)
+    except AttributeError as error:
+        why = [f"its layers have another layout than {family.layer} ({error})"]
     if found := hooked_inside(model):
         why.append(f"a hook or a replaced forward sits on an inner {type(found).__name__}")
-    embeddings = _embeddings(model.embeddings)
+    embeddings = _embeddings(model.embeddings, family)
     device = embeddings.words.device.type
     if device not in ("cpu", "cuda"):
         why.append(f"parameters are on {device}")
     modules = family.layers(model)
     layers = [] if why else [family.parts(module) for module in modules]
     norms = [norm for m in layers for norm in (m.out_norm, m.down_norm)]
-    dropouts = [(m.attention_dropout, m.out_dropout, m.down_dropout) for m in layers]
-    there = [dropout for three in dropouts for dropout in three if dropout is not None]
-    return Structure(family, embeddings, modules, layers, why, _plain(layers), norms, there)
+    dropouts = [pair for m in layers for pair in m.dropouts()]
+    return Structure(family, embeddings, modules, layers, why, _plain(layers), norms, dropouts)
 
 
-def _embeddings(module: nn.Module) -> Embeddings:
+def _embeddings(module: nn.Module, family: Family) -> Embeddings:
     word, position = module.word_embeddings, module.position_embeddings
     parts = module, word, position, word.weight, position.weight
-    if any(type(m) is not _FUSED_EMBEDDINGS.get(name) for name, m in module.named_children()):
+    known = type(module).__module__ == family.module and all(
+        type(m) is _FUSED_EMBEDDINGS.get(name) for name, m in module.named_children()
+    )
+    if not known:
         return Embeddings(*parts, fused=False)
     types, norm = getattr(module, "token_type_embeddings", None), module.LayerNorm
     table = None if types is None else types.weight
@@ -205,13 +213,32 @@ def activation_name(activation: nn.Module | str) -> str | None:
 def reasons_against_layers(model: nn.Module, family: Family) -> list[str]:
     """Why the packed forward cannot run on this model's layers: their classes, dtypes, devices."""
     weight = model.embeddings.word_embeddings.weight
-    for layer in family.layers(model):
+    layers = list(family.layers(model))
+    leaves: set[nn.Module | None] = {family.project(model)}
+    for layer in layers:
         cls = type(layer)
         if cls.__name__ != family.layer or cls.__module__ != family.module:
             return [f"a layer is {cls.__qualname__}, not transformers' {family.layer}"]
-        if why := _unfit(family.parts(layer), weight):
+        parts = family.parts(layer)
+        leaves |= parts.leaves()
+        if why := _unfit(parts, weight):
             return [why]
+    around = [child for child in model.children() if layers and layers[0] in child.modules()]
+    for child in around:
+        if found := _foreign(child, leaves, family.module):
+            return [f"a {type(found).__qualname__} around its layers is not transformers'"]
     return []
+
+
+def _foreign(module: nn.Module, leaves: Container[nn.Module | None], home: str) -> Any:
+    """The first module around the leaves whose class, and so its forward, is somebody else's."""
+    if module in leaves:
+        return None
+    where = type(module).__module__
+    if where != home and not where.startswith("torch.nn."):
+        return module
+    found = (_foreign(child, leaves, home) for child in module.children())
+    return next(filter(lambda one: one is not None, found), None)
 
 
 def _unfit(parts: LayerParts, weight: Tensor) -> str | None:
@@ -230,8 +257,8 @@ def _unfit(parts: LayerParts, weight: Tensor) -> str | None:
             return f"{name} has no weight or no bias"
         if why := odd(part.weight, weight):
             return why
-    for dropout in (parts.attention_dropout, parts.out_dropout, parts.down_dropout):
-        if dropout is not None and type(dropout) is not nn.Dropout:
+    for _, dropout in parts.dropouts():
+        if type(dropout) is not nn.Dropout:
             return f"a dropout is {type(dropout).__qualname__}, not nn.Dropout"
     return None
 

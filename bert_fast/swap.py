@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any, ClassVar
 
 from torch import nn
@@ -32,6 +32,8 @@ def swapped_class(
 
     @functools.wraps(original.forward)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, kind):  # put back, but somebody (accelerate's hooks) has kept this
+            return original.forward(self, *args, **kwargs)
         return forward(self, args, kwargs)
 
     own = {
@@ -39,7 +41,11 @@ def swapped_class(
         "__doc__": doc,
         "forward": wrapped,
         "bert_fast_original": original,
-        "bert_fast_arguments": tuple(signature(original.forward).parameters)[1:],
+        "bert_fast_arguments": tuple(
+            name
+            for name, parameter in signature(original.forward).parameters.items()
+            if parameter.kind is Parameter.POSITIONAL_OR_KEYWORD
+        )[1:],
     }
     return type(original.__name__, (kind, original), own | attributes)
 
@@ -56,8 +62,11 @@ def original_of(module: nn.Module) -> Any:
 
 
 def arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments by name."""
-    return {**dict(zip(model.bert_fast_arguments, args, strict=False)), **kwargs}
+    """A call's arguments by name; TypeError, as Python has it, for one too many or given twice."""
+    names = model.bert_fast_arguments
+    if len(args) > len(names) or kwargs.keys() & set(names[: len(args)]):
+        signature(model.bert_fast_original.forward).bind(model, *args, **kwargs)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def encoder_of(head: Any) -> Any:
