@@ -120,6 +120,14 @@ def test_threads_do_not_change_a_bit(name: str) -> None:
         assert (one is None and several is None) or torch.equal(one, several)
 
 
+def test_a_gradient_of_a_gradient_raises() -> None:
+    """Of a sum too, whose own gradient is a constant: nothing else tells autograd."""
+    x = torch.randn(3, 8, requires_grad=True)
+    for loss in (ops.bias_gelu(x, None).sum(), ops.bias_gelu(x, None).square().sum()):
+        with pytest.raises(RuntimeError, match=r"bias_gelu: there is no gradient of a gradient"):
+            torch.autograd.grad(loss, x, create_graph=True)
+
+
 BAD = {
     "wrong hidden": (ValueError, r"add_layernorm: weight has shape \(9,\), expected \(8,\)"),
     "mixed dtypes": (TypeError, "add_layernorm: weight is torch.float64, x is torch.float32"),
