@@ -391,3 +391,4 @@ def test_pretrain_refuses(tmp_path):
     line = (*small, "--config", config, "--max-length", 32)
     refused(invoke(*line), "tokenizer has", "vocabulary 50")
     refused(invoke("train-tokenizer", empty, "-o", out), "the corpus is empty")
+    refused(invoke("train-tokenizer", text, "-o", empty), "empty.txt: File exists")
