@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+from bert_fast.notice import warn_once
+
 # What deterministic algorithms ask of cuBLAS, before CUDA starts; it warns of every GEMM otherwise.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if not torch.cuda.is_available():
@@ -24,3 +26,9 @@ def poisoned_memory():
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+@pytest.fixture(autouse=True)
+def told_anew():
+    """What an earlier test of this process was told is said again: it may be an error here."""
+    warn_once.cache_clear()

@@ -24,7 +24,6 @@ from transformers import (
 
 import bert_fast
 from bert_fast.families import FAMILIES, Family
-from bert_fast.notice import warn_once
 from bert_fast.ops.backends import best_isa
 
 from .against_hf import compare
@@ -199,7 +198,6 @@ def test_attention_only(name: str, kind: str) -> None:
         assert "attention only" in str(bert_fast.report(bert_fast.accelerate(plain)))
         found = plain(**inputs)[0]
         torch.testing.assert_close(found[rows], before[rows], rtol=1e-4, atol=1e-5)
-        warn_once.cache_clear()
         with pytest.warns(UserWarning, match=f"{type(plain).__name__} takes the attention alone"):
             bert_fast.accelerate(plain, dtype="int8")
         assert torch.equal(bert_fast.restore(plain)(**inputs)[0], before)

@@ -18,7 +18,6 @@ import bert_fast
 from bert_fast.cli import app
 from bert_fast.explanation import Choice, Explanation
 from bert_fast.modeling import encode
-from bert_fast.notice import warn_once
 from bert_fast.ops import backends
 from bert_fast.ops import linear_fp8 as public
 from bert_fast.ops.linear_fp8 import E4M3, OP, quantized
@@ -166,7 +165,6 @@ def test_a_head_gets_fp8_states() -> None:
 
 @pytest.mark.parametrize("reason", ["device", "gradients", "layers", "reference"])
 def test_where_not_says_why(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    warn_once.cache_clear()  # another test of this process may have been told already
     model, backend, told = tiny(), "auto", "records gradients"
     if reason == "layers":
         model.encoder.layer[0].output.LayerNorm.eps, told = 0.1, "settings that differ"
