@@ -111,7 +111,7 @@ def embed(
         bert, tokenizer = load(model, dtype, device)
         if dtype in NARROW:
             accelerate(bert, dtype=dtype)
-        limit = token_limit(bert, tokenizer, max_length or own.max_length)
+        limit = token_limit(bert, tokenizer, own.max_length if max_length is None else max_length)
         start = time.perf_counter()
         with log.status("tokenising"):
             tokens = tokenize(tokenizer, texts, limit)

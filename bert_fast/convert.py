@@ -154,8 +154,9 @@ def restore(model: M) -> M:
         restore_attention(module)
         restore_head(module)
         restore_reading_head(module)
+        if family_of(module):
+            forget_copies(module)  # those that `embed` made, too
         if isinstance(module, Packed) and OPTIONS in module.__dict__:
-            forget_copies(module)
             del module.__dict__[OPTIONS]
             put_back(module)
     return model

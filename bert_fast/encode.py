@@ -22,13 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .convert import is_encoder
+from .convert import _refusal, is_encoder
 from .families import family_of
 from .inputs import most_tokens
 from .modeling import encode
 from .ops.pool import MODES
 from .packed import options_of, reasons_against
 from .paths import Backend, chosen
+from .probe import strange
 from .structure import structure_of
 
 TEXTS_AT_ONCE = 8_192  # bounds what the tokenizer's Python lists take, not what is kept
@@ -247,7 +248,8 @@ def sentence_settings(folder: Path) -> SentenceSettings:
     if unknown := sorted(set(kinds) - {"Transformer", "Pooling", "Normalize"}):
         raise ValueError(f"{folder / 'modules.json'} has {', '.join(unknown)}, which is not served")
     pooling = _json(folder / kinds.get("Pooling", "1_Pooling") / "config.json", {})
-    modes = [pooling["pooling_mode"]] if isinstance(pooling.get("pooling_mode"), str) else []
+    named = pooling.get("pooling_mode") or []
+    modes = [named] if isinstance(named, str) else list(named)
     modes += [
         key.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens")
         for key, value in pooling.items()
@@ -273,11 +275,14 @@ def _packable(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"{type(model).__name__} contains {len(found)} transformers encoders, expected one"
         )
-    family = family_of(found[0])
+    encoder, family = found[0], family_of(found[0])
     assert family is not None
-    if why := reasons_against(found[0], structure_of(found[0], family)):
+    why = _refusal(encoder, family)
+    if not why and (told := strange(encoder, family)):
+        why = [told]
+    if why := why or reasons_against(encoder, structure_of(encoder, family)):
         raise ValueError(f"{type(model).__name__} cannot run packed: {'; '.join(why)}")
-    return found[0]
+    return encoder
 
 
 def _packed(tokens: Tokens, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:

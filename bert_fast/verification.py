@@ -2,7 +2,8 @@
 
 The truth is Hugging Face's forward in fp64. The yardstick is Hugging Face's forward in the model's
 own dtype: bert_fast passes where its error is at most twice that (three times for gradients), plus
-the dtype's epsilon. Errors are root mean squares over the real tokens. Products in 8 bits are never
+the dtype's epsilon. States are those of inference, without gradients; only the gradient is that of
+training. Errors are root mean squares over the real tokens. Products in 8 bits are never
 that exact: they pass where no text's and no token's vector is turned by much (SENTENCE, TOKEN).
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from .convert import accelerate, is_encoder, restore
 from .explanation import Explanation, explain
 from .inputs import most_tokens
+from .packed import reasons_against_call
 from .paths import Backend
 from .swap import put_back
 
@@ -52,7 +54,10 @@ class Error:
 
 @dataclass(frozen=True)
 class Verification:
-    """The result; `str()` is a report for a terminal, `to_json()` plain values."""
+    """The result; `str()` is a report for a terminal, `to_json()` plain values.
+
+    no_gradient: why it was not compared, where it was asked for.
+    """
 
     model: str
     dtype: str
@@ -63,6 +68,7 @@ class Verification:
     token_cosine: float
     rank_agreement: float | None
     explanation: Explanation
+    no_gradient: list[str] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -87,6 +93,8 @@ class Verification:
             row = "".join(f"{number:>12.2e}" for number in numbers)
             over = not e.passed and self.dtype not in IN_8_BITS
             lines.append(f"{e.name:<12}{row}" + "  over" * over)
+        if self.no_gradient:
+            lines.append(f"the gradient is not compared: {'; '.join(self.no_gradient)}")
         lines.append(f"smallest cosine of a text's mean embedding to the truth: {self.cosine:.8f}")
         lines.append(
             f"smallest cosine of a token's last state to the truth: {self.token_cosine:.8f}"
@@ -94,13 +102,6 @@ class Verification:
         if self.rank_agreement is not None:
             lines.append(f"rank agreement of the texts' similarities: {self.rank_agreement:.6f}")
         return "\n".join([*lines, str(self.explanation)])
-
-
-@dataclass(frozen=True)
-class _Run:
-    states: list[Tensor]  # [tokens, H] each, fp64, the real tokens only
-    pooled: Tensor  # [B, H], mean over a text's tokens, unit length
-    gradient: Tensor | None
 
 
 def verify(
@@ -120,7 +121,8 @@ def verify(
         tokenizer: its tokenizer.
         backend: as in `bert_fast.accelerate`.
         gradients: also compare the gradient of a random projection of the last hidden states with
-            respect to the encoder's parameters. Not with products in 8 bits, which have none.
+            respect to the encoder's parameters. Not where there is none: products in 8 bits, a
+            frozen model; nor where training it is left to Hugging Face's own forward.
         dtype: as in `bert_fast.accelerate`.
 
     Returns: errors by hidden state (the embeddings, then each layer), of the gradient, the
@@ -129,67 +131,88 @@ def verify(
     """
     if not 1 <= len(texts) <= MAX_TEXTS:
         raise ValueError(f"{len(texts)} texts given, expected 1 to {MAX_TEXTS}")
-    found = [module for module in model.modules() if is_encoder(module)]
-    if len(found) != 1:
-        raise ValueError(f"{type(model).__name__} contains {len(found)} encoders, expected one")
-    gradients = gradients and dtype is None
-    encoder: Any = restore(copy.deepcopy(found[0])).eval()
+    inner = [module for module in model.modules() if is_encoder(module)]
+    if len(inner) != 1:
+        raise ValueError(f"{type(model).__name__} contains {len(inner)} encoders, expected one")
+    encoder: Any = restore(copy.deepcopy(inner[0])).eval()
     put_back(encoder)  # a class of ours by name has nothing to restore
     weight = encoder.embeddings.word_embeddings.weight
     limit = min(most_tokens(encoder.embeddings), int(tokenizer.model_max_length))
     batch = tokenizer(
         list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt"
     ).to(weight.device)
-    truth = _run(copy.deepcopy(encoder).double(), batch, gradients)
-    plain = _run(encoder, batch, gradients)
-    ours = accelerate(encoder, backend, dtype=dtype)
-    with torch.set_grad_enabled(gradients):
-        explanation = explain(ours, batch)
-    run = _run(ours, batch, gradients)
-    names = ["embeddings", *(f"layer {i}" for i in range(len(truth.states) - 1))]
+    kept = batch["attention_mask"].bool()
+    three = (
+        copy.deepcopy(encoder).double(),
+        encoder,
+        accelerate(copy.deepcopy(encoder), backend, dtype=dtype),
+    )
+    with torch.no_grad():
+        explanation = explain(three[-1], batch)
+        truth, plain, ours = (_states(m, batch, kept) for m in three)
+    names = ["embeddings", *(f"layer {i}" for i in range(len(truth) - 1))]
     states = [
-        _error(name, (a, b, c), weight.dtype, 2)
-        for name, a, b, c in zip(names, truth.states, plain.states, run.states, strict=True)
+        _error(name, results, weight.dtype, 2)
+        for name, *results in zip(names, truth, plain, ours, strict=True)
     ]
-    gradient = None
-    if truth.gradient is not None and plain.gradient is not None and run.gradient is not None:
-        three = (truth.gradient, plain.gradient, run.gradient)
-        gradient = _error("gradient", three, weight.dtype, 3)
+    gradient, against = None, _reasons_against_gradient(three[-1], batch, dtype)
+    if gradients and not against:
+        gradient = _error("gradient", [_gradient(m, batch, kept) for m in three], weight.dtype, 3)
+    vectors, found = (_pooled(states[-1], kept) for states in (truth, ours))
     return Verification(
         type(model).__name__,
         dtype or str(weight.dtype).removeprefix("torch."),
         len(texts),
         states,
         gradient,
-        (truth.pooled * run.pooled).sum(-1).min().item(),
-        F.cosine_similarity(truth.states[-1], run.states[-1], dim=-1).min().item(),
-        _rank_agreement(truth.pooled, run.pooled),
+        (vectors * found).sum(-1).min().item(),
+        F.cosine_similarity(truth[-1], ours[-1], dim=-1).min().item(),
+        _rank_agreement(vectors, found),
         explanation,
+        against if gradients else [],
     )
 
 
-def _run(encoder: nn.Module, batch: Mapping[str, Tensor], gradients: bool) -> _Run:
-    kept = batch["attention_mask"].bool()
-    with torch.set_grad_enabled(gradients):
-        output = encoder(**batch, output_hidden_states=True)
-        last = output.last_hidden_state
-        gradient = None
-        if gradients:
-            generator = torch.Generator().manual_seed(0)
-            weight = torch.randn(last.shape, generator=generator, dtype=torch.float64).to(last)
-            parameters = [p for p in encoder.parameters() if p.requires_grad]
-            loss = (last * weight)[kept].sum()
-            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-            gradient = torch.cat([g.double().flatten() for g in grads if g is not None])
-    states = [state.detach()[kept].double() for state in output.hidden_states]
-    mask = kept.unsqueeze(-1).double()
-    mean = (last.detach().double() * mask).sum(1) / mask.sum(1)
-    return _Run(states, F.normalize(mean, dim=-1), gradient)
+def _states(encoder: nn.Module, batch: Mapping[str, Tensor], kept: Tensor) -> list[Tensor]:
+    """[tokens, H] each, in fp64, of the real tokens only.
+
+    The last is of a run of its own: where no other is asked for, all layers may run in one call.
+    """
+    states = encoder(**batch, output_hidden_states=True).hidden_states[:-1]
+    return [state[kept].double() for state in (*states, encoder(**batch).last_hidden_state)]
 
 
-def _error(
-    name: str, results: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype, factor: int
-) -> Error:
+def _pooled(last: Tensor, kept: Tensor) -> Tensor:
+    """The mean over each text's tokens, of unit length [B, H]."""
+    means = [tokens.mean(0) for tokens in last.split(kept.sum(1).tolist())]
+    return F.normalize(torch.stack(means), dim=-1)
+
+
+def _reasons_against_gradient(
+    encoder: nn.Module, batch: Mapping[str, Tensor], dtype: str | None
+) -> list[str]:
+    """Why there is no gradient of ours to compare."""
+    if dtype:
+        return ["products in 8 bits have none"]
+    if not any(parameter.requires_grad for parameter in encoder.parameters()):
+        return ["no parameter is trained"]
+    with torch.enable_grad():
+        return reasons_against_call(encoder, dict(batch))
+
+
+def _gradient(encoder: nn.Module, batch: Mapping[str, Tensor], kept: Tensor) -> Tensor:
+    """Of a random projection of the last hidden states, with respect to what is trained."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.enable_grad():
+        last = encoder(**batch).last_hidden_state
+        weight = torch.randn(last.shape, generator=generator, dtype=torch.float64).to(last)
+        parameters = [p for p in encoder.parameters() if p.requires_grad]
+        loss = (last * weight)[kept].sum()
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return torch.cat([g.double().flatten() for g in grads if g is not None])
+
+
+def _error(name: str, results: Sequence[Tensor], dtype: torch.dtype, factor: int) -> Error:
     truth, plain, ours = results
     scale = truth.square().mean().sqrt().item() or 1.0
 

@@ -6,6 +6,8 @@ import os
 import pytest
 import torch
 
+from bert_fast.notice import warn_once
+
 # What deterministic algorithms ask of cuBLAS, before CUDA starts; it warns of every GEMM otherwise.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if not torch.cuda.is_available():
@@ -16,8 +18,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores between t
     torch.set_num_threads(1)
 
 
-# The C++ kernels allocate below what the fixture fills: glibc then hands out memory that holds large
-# numbers (-1.7e38 as fp32 and as bf16).
+# The C++ kernels allocate below what the fixture fills: glibc then hands out memory that holds
+# large numbers (-1.7e38 as fp32 and as bf16).
 M_PERTURB = -6
 if hasattr(ctypes.CDLL(None), "mallopt"):
     ctypes.CDLL(None).mallopt(M_PERTURB, 1)
@@ -32,3 +34,9 @@ def poisoned_memory():
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+@pytest.fixture(autouse=True)
+def told_anew():
+    """What an earlier test of this process was told is said again: it may be an error here."""
+    warn_once.cache_clear()

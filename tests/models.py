@@ -6,8 +6,10 @@ import importlib
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BertConfig, BertModel
+
+import bert_fast
 
 from .parity import DEVICE
 
@@ -88,3 +90,9 @@ def read_rows(mask: Tensor | None, batch: int, length: int) -> Tensor:
     rows = mask.bool().clone()
     rows[:, 0] = True
     return rows
+
+
+def accelerated(model: nn.Module) -> bool:
+    """Whether every encoder and head inside runs packed."""
+    told = bert_fast.report(model)
+    return bool(told.swapped) and not told.skipped

@@ -18,7 +18,6 @@ from transformers.models.bert import modeling_bert as hf
 from transformers.models.mpnet import modeling_mpnet
 
 import bert_fast
-from bert_fast.notice import warn_once
 from bert_fast.ops import weight_copies
 
 from .models import ids, masks, small, tiny
@@ -27,11 +26,6 @@ from .tiny import save
 
 ESM = "transformers.models.esm.modeling_esm"
 IDS, MASK = ids(3, 20), masks(3, 20)["right"]
-
-
-@pytest.fixture(autouse=True)
-def _told_anew() -> None:
-    warn_once.cache_clear()
 
 
 def last(model: nn.Module, **inputs: Any) -> Tensor:

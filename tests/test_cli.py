@@ -141,6 +141,7 @@ def test_wrong_options(bert_fast_embed, text_file):
     refused(bert_fast_embed(text_file, "--dtype", "fp4")[0], "unknown dtype 'fp4'", "bf16")
     refused(bert_fast_embed(text_file, "--pooling", "max")[0], "unknown pooling 'max'", "mean")
     refused(bert_fast_embed(text_file, "--device", "tpu")[0], "unknown device 'tpu'", "cuda")
+    refused(bert_fast_embed(text_file, "--max-length", "0")[0], "max_length is 0")
     refused(bert_fast_embed(text_file, "--max-length", "99")[0], "max_length is 99", "24")
     refused(bert_fast_embed(text_file, "--batch-tokens", "0")[0], "batch_tokens is 0")
     refused(bert_fast_embed(text_file, "--backend", "abacus")[0], "abacus")

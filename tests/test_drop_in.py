@@ -30,7 +30,8 @@ def make(request: Any) -> Any:
 def test_gradients_of_hidden_states_and_attentions_can_be_kept(make: Any) -> None:
     """All of them require a gradient and get one, as attribution methods need."""
     model = make(BertModel, attn_implementation="eager")
-    out = model(ids(2, 7), output_hidden_states=True, output_attentions=True)
+    with pytest.warns(UserWarning, match="own forward runs: output_attentions"):
+        out = model(ids(2, 7), output_hidden_states=True, output_attentions=True)
     for kept in (out.hidden_states[0], out.attentions[0]):
         kept.retain_grad()
     out.last_hidden_state.flatten()[0].backward()

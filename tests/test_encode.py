@@ -14,11 +14,13 @@ from transformers import (
     AutoModel,
     AutoTokenizer,
     BertForMaskedLM,
+    BertModel,
     MegatronBertConfig,
     MegatronBertModel,
     RobertaConfig,
     RobertaModel,
 )
+from transformers.models.bert.modeling_bert import BertSelfOutput
 
 import bert_fast
 from bench import assets
@@ -210,6 +212,19 @@ def test_models_that_cannot_run_packed_are_refused(tmp_path, tokenizer):
         embed(decoder, tokenizer, ["a"])
 
 
+def test_what_accelerate_refuses_is_not_embedded(model, tokenizer, monkeypatch):
+    class Mine(BertModel):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    with pytest.raises(ValueError, match="Mine is a subclass with code of its own"):
+        embed(Mine(model.config), tokenizer, ["a"])
+    forward = BertSelfOutput.forward
+    monkeypatch.setattr(BertSelfOutput, "forward", lambda self, h, x: forward(self, h * 1.01, x))
+    with pytest.raises(ValueError, match="bert_fast does not know BertModel"):
+        embed(model, tokenizer, ["a"])
+
+
 def test_a_slow_tokenizer_is_refused(model):
     class Slow:
         is_fast = False
@@ -246,6 +261,7 @@ def sentence_folder(folder, pooling, *kinds):
         ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
         ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean"),
         ({"pooling_mode": "cls"}, "cls"),
+        ({"pooling_mode": ["cls"]}, "cls"),
     ],
 )
 def test_sentence_settings(tmp_path, pooling, expected):
@@ -263,6 +279,9 @@ def test_sentence_settings_of_a_plain_folder(tmp_path):
 def test_sentence_settings_refuse_what_is_not_served(tmp_path):
     folder = sentence_folder(tmp_path, {"pooling_mode": "max"}, "Transformer", "Pooling")
     with pytest.raises(ValueError, match="pools by max"):
+        sentence_settings(folder)
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": ["cls", "mean"]}')
+    with pytest.raises(ValueError, match=r"pools by cls \+ mean"):
         sentence_settings(folder)
     (folder / "modules.json").write_text('[{"type": "x.Dense", "path": "2_Dense"}]')
     with pytest.raises(ValueError, match="has Dense, which is not served"):

@@ -19,7 +19,6 @@ from bert_fast import ops
 from bert_fast.cli import app
 from bert_fast.explanation import Choice, Explanation
 from bert_fast.modeling import encode
-from bert_fast.notice import warn_once
 from bert_fast.ops import OPS, backends
 from bert_fast.ops import linear_fp8 as public
 from bert_fast.ops.bias_gelu import activate
@@ -216,7 +215,6 @@ def test_a_head_gets_fp8_states() -> None:
 
 @pytest.mark.parametrize("reason", ["device", "gradients", "layers", "reference"])
 def test_where_not_says_why(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    warn_once.cache_clear()  # another test of this process may have been told already
     model, backend, told = tiny(), "auto", "records gradients"
     if reason == "layers":
         model.encoder.layer[0].output.LayerNorm.eps, told = 0.1, "settings that differ"

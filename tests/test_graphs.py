@@ -17,7 +17,6 @@ from bert_fast import graphs
 from bert_fast.graphs import Graphs, bucket_of, kept_of, reasons_against_inputs
 from bert_fast.inputs import read_batch
 from bert_fast.modeling import packed_forward
-from bert_fast.notice import warn_once
 from bert_fast.structure import structure_of
 
 from .models import ids, masks, tiny
@@ -115,7 +114,6 @@ def test_the_last_used_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_where_nothing_can_be_recorded() -> None:
-    warn_once.cache_clear()
     model = Model()
 
     def refuse(*args: Any) -> Any:

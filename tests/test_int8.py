@@ -17,7 +17,6 @@ import bert_fast
 from bert_fast import ops, verification
 from bert_fast.cli import app
 from bert_fast.modeling import encode
-from bert_fast.notice import warn_once
 from bert_fast.ops import linear_int8 as public
 from bert_fast.ops.backends import ISAS, best_isa, extension_missing, has_isa
 from bert_fast.ops.encoder import LAYER, layers_of
@@ -182,7 +181,6 @@ def test_a_weight_written_to_is_packed_again() -> None:
 @FAST
 @pytest.mark.parametrize("reason", ["gradients", "layers", "single ops", "generic"])
 def test_where_not_says_why(reason: str) -> None:
-    warn_once.cache_clear()  # another test of this process may have been told already
     model, backend, told = tiny(), "auto", "records gradients"
     if reason == "layers":
         model.encoder.layer[0].output.LayerNorm.eps, told = 0.1, "settings that differ"

@@ -160,6 +160,7 @@ def test_a_wrapped_encoder_is_not_told() -> None:
     assert not any("bert_fast" in name for name in asked[0])
 
 
+@pytest.mark.filterwarnings("ignore:bert_fast. Hugging Face's own forward runs. its encoder")
 @pytest.mark.parametrize("cls", [BertForSequenceClassification, BertForMaskedLM])
 def test_who_reads_the_encoders_output_sees_all_of_it(cls: type) -> None:
     """A hook on the encoder, to keep features, is not for what a head asks of it."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import BertForSequenceClassification, BertModel
 
 import bert_fast
-from bert_fast.notice import warn_once
+from bert_fast.ops.registry import Kernel, Op
 
 from .against_hf import compare
 from .models import ids, masks, read_rows, tiny
@@ -102,7 +102,6 @@ def test_attentions_come_from_hugging_face() -> None:
     model = tiny(attn_implementation="eager")
     expected = model(ids(2, 5), output_attentions=True).attentions
     ours = bert_fast.accelerate(model)
-    warn_once.cache_clear()  # another test of this process may have been told already
     with pytest.warns(UserWarning, match="output_attentions"):
         found = ours(ids(2, 5), output_attentions=True).attentions
     assert len(found) == 2 and torch.equal(found[0], expected[0])
@@ -161,6 +160,33 @@ def test_dropout_trains_and_is_seeded() -> None:
     assert torch.equal(once(1), once(1))
     assert not torch.equal(once(1), once(2))
     assert torch.equal(model.eval()(tokens)[0], model(tokens)[0])
+
+
+def test_every_dropout_has_its_own_rate() -> None:
+    """By what the ops are told; each place's rate differs from every other's."""
+    plain = tiny(BertModel).train()
+    plain.embeddings.dropout.p = 0.1
+    for i, layer in enumerate(plain.encoder.layer):
+        layer.attention.self.dropout.p = 0.2 + i / 100
+        layer.attention.output.dropout.p = 0.3 + i / 100
+        layer.output.dropout.p = 0.4 + i / 100
+    told: list[tuple[str, float]] = []
+
+    def watch(op: Op, args: tuple[Any, ...]) -> Kernel:
+        if "p" in op.names:
+            told.append((op.name, args[op.names.index("p")]))
+        return op.choose(args)
+
+    model = bert_fast.accelerate(plain, backend=watch)
+    model(ids(2, 6))
+    layers = (("attention", 0.2), ("add_layernorm", 0.3), ("add_layernorm", 0.4))
+    assert told == [
+        ("embed_layernorm", 0.1),
+        *((name, p + i / 100) for i in range(2) for name, p in layers),
+    ]
+    told.clear()
+    model.eval()(ids(2, 6))
+    assert {p for _, p in told} == {0.0}
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

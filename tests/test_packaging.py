@@ -170,7 +170,7 @@ def test_tests_are_collected_beside_the_package_kernels(with_kernels_package):
 
 # -- who may import whom --------------------------------------------------------------------
 
-# bench, tests -> bert_fast.{cli, encode, convert, ...} -> bert_fast.ops -> bert_fast._triton, _C.
+# bench, tests -> bert_fast (by `LAYERS`) -> bert_fast.ops -> bert_fast._triton, _C.
 # A file may import what starts with one of these; modules outside this list are not ours.
 OURS = ("bert_fast", "bench", "tests", "kernels")
 ALLOWED = {
@@ -180,6 +180,21 @@ ALLOWED = {
     "bench": ("bert_fast", "bench"),
     "tests": ("bert_fast", "bench", "tests"),
 }
+# bert_fast from the top: a layer imports itself and what is below. "" is the package, which hands
+# out `accelerate`, `verify` and the rest.
+LAYERS = (
+    {"cli"},
+    {"training"},
+    {"", "aot", "doctor", "encode", "explanation", "heads", "verification"},
+    {"convert"},
+    {"probe"},
+    {"masked_lm", "reading"},
+    {"packed"},
+    {"graphs", "modeling"},
+    {"attention_interface", "families", "inputs", "padding", "paths", "structure", "swap"},
+    {"console", "notice", "ops"},
+)
+RANKS = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 # Files of bert_fast that may know transformers, beside those of bert_fast/training.
 KNOW_TRANSFORMERS = {
     f"bert_fast/{name}.py" for name in ("packed", "probe", "heads", "attention_interface", "cli")
@@ -224,6 +239,16 @@ def under(module: str, prefixes: tuple[str, ...]) -> bool:
     return any(module == p or module.startswith(f"{p}.") for p in prefixes)
 
 
+def rank(module: str) -> int:
+    """That of a module, or of a name, of bert_fast."""
+    return RANKS[next((part for part in module.split(".")[1:2] if part in RANKS), "")]
+
+
+def test_every_module_has_a_layer():
+    modules = {path.stem for path in (ROOT / "bert_fast").iterdir() if path.stem[0] not in "_."}
+    assert modules == set(RANKS) - {""}
+
+
 def test_layers_import_downwards_only():
     wrong, seen = [], 0
     for folder, file in python_files():
@@ -232,6 +257,10 @@ def test_layers_import_downwards_only():
             seen += 1
             if under(module, OURS) and not under(module, ALLOWED[folder]):
                 wrong.append(f"{name} imports {module}")
+            ranked = folder == "bert_fast" and file.name != "__init__.py"
+            own = name.removesuffix(".py").replace("/", ".")
+            if ranked and under(module, ("bert_fast",)) and rank(module) < rank(own):
+                wrong.append(f"{name} imports {module}, which is above it")
             skips_ops = folder == "bert_fast" and name not in KNOW_KERNELS
             if skips_ops and under(module, ("bert_fast._triton", "bert_fast._C")):
                 wrong.append(f"{name} imports {module}, which only bert_fast.ops may")

@@ -10,11 +10,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from transformers import AutoTokenizer, BertForPreTraining, BertTokenizer
 from typer.testing import CliRunner
 
 from bert_fast.cli import app
 from bert_fast.training import corpus as corpora
+from bert_fast.training import pretrain as pretraining
 from bert_fast.training.corpus import load_corpus
 from bert_fast.training.loop import Settings
 from bert_fast.training.masking import Masking
@@ -297,6 +299,28 @@ def test_a_checkpoint_in_16_bits_is_trained_in_32(tmp_path):
     assert prepare(more, Settings(tmp_path / "more", device="cpu")).model.dtype == torch.float32
 
 
+def test_the_main_process_alone_learns_the_tokenizer(tmp_path, monkeypatch):
+    text = prose.write(tmp_path / "text.txt", 120)
+    recipe = Recipe([text], vocab_size=100, layers=1, hidden=32, heads=2)
+    settings = Settings(tmp_path / "out", device="cpu")
+    made = prepare(recipe, settings)
+    monkeypatch.setattr(PartialState, "is_main_process", False)
+    monkeypatch.setattr(pretraining, "train_tokenizer", None)
+    assert prepare(recipe, settings).tokenizer.get_vocab() == made.tokenizer.get_vocab()
+
+
+def test_a_refused_run_leaves_the_other_as_it_was(tmp_path):
+    text = prose.write(tmp_path / "text.txt", 120)
+    recipe = Recipe([text], vocab_size=100, layers=1, hidden=32, heads=2)
+    settings = Settings(tmp_path / "out", device="cpu")
+    prepare(recipe, settings)
+    (settings.output_dir / "checkpoint-1").mkdir()
+    before = {file: file.stat().st_mtime_ns for file in settings.output_dir.rglob("*")}
+    with pytest.raises(ValueError, match="checkpoints of another run"):
+        prepare(dataclasses.replace(recipe, vocab_size=60), settings)
+    assert before == {file: file.stat().st_mtime_ns for file in settings.output_dir.rglob("*")}
+
+
 def test_held_back_text_is_masked_as_ever(tmp_path):
     text = prose.write(tmp_path / "text.txt", 120)
     recipe = Recipe([text], vocab_size=100, layers=1, hidden=32, heads=2, mlm_probability=0.4)
@@ -367,3 +391,4 @@ def test_pretrain_refuses(tmp_path):
     line = (*small, "--config", config, "--max-length", 32)
     refused(invoke(*line), "tokenizer has", "vocabulary 50")
     refused(invoke("train-tokenizer", empty, "-o", out), "the corpus is empty")
+    refused(invoke("train-tokenizer", text, "-o", empty), "empty.txt: File exists")

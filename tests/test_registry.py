@@ -48,6 +48,8 @@ def test_every_kernel_states_a_reason_or_runs() -> None:
             reasons = op.reasons(args)
             assert [name for name, _ in reasons] == [k.backend for k in op.kernels]
             assert reasons[-1] == ("reference", [])
+            for backend in (name for name, why in reasons if not why):
+                assert op(*args, backend=backend).isfinite().all(), (op.name, backend)
 
 
 def test_op_costs_are_positive() -> None:
@@ -118,6 +120,14 @@ def test_threads_do_not_change_a_bit(name: str) -> None:
     torch.set_num_threads(before)
     for one, several in zip(found[0] * 2, found[1] + found[2], strict=True):
         assert (one is None and several is None) or torch.equal(one, several)
+
+
+def test_a_gradient_of_a_gradient_raises() -> None:
+    """Of a sum too, whose own gradient is a constant: nothing else tells autograd."""
+    x = torch.randn(3, 8, requires_grad=True)
+    for loss in (ops.bias_gelu(x, None).sum(), ops.bias_gelu(x, None).square().sum()):
+        with pytest.raises(RuntimeError, match=r"bias_gelu: there is no gradient of a gradient"):
+            torch.autograd.grad(loss, x, create_graph=True)
 
 
 BAD = {

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 LIBRARY = torch.library.Library("bert_fast", "DEF")
 OPS: dict[str, Op] = {}
@@ -228,8 +227,11 @@ class _Differentiable(torch.autograd.Function):
         return outputs[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # only by create_graph: its term would be missing in silence
+            raise RuntimeError(
+                f"bert_fast.{ctx.op.name}: there is no gradient of a gradient (create_graph=True)"
+            )
         args, kept = _unstash(ctx)
         needs = [ctx.needs_input_grad[2 + i] for i in ctx.op._wanted]
         found = ctx.op.backward(ctx.kernel, dy, args, kept, needs)

@@ -119,6 +119,7 @@ def train_tokenizer(
         from .tokenizer import train_tokenizer as learn
 
         documents = functools.partial(read_documents, find_files(texts), text_field)
+        output.mkdir(parents=True, exist_ok=True)  # transformers only logs that it is a file
         learnt = learn(documents, vocab_size, lowercase)
         learnt.save_pretrained(output)
         log.print(f"{len(learnt)} tokens; {output}", soft_wrap=True)

@@ -340,17 +340,24 @@ def _arguments(settings: Settings) -> TrainingArguments:
     return arguments
 
 
-def _checkpoint(settings: Settings, agreed: Mapping[str, Any]) -> Path | None:
-    """The last whole checkpoint of the run that is resumed; a killed run may leave half of one."""
+def checkpoints_of(settings: Settings) -> list[Path]:
+    """The checkpoints in output_dir, the first one first.
+
+    Raises: ValueError where there are some, but no run is resumed.
+    """
     found = settings.output_dir.glob("checkpoint-*")
     checkpoints = sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
-    if not settings.resume:
-        if checkpoints:
-            raise ValueError(
-                f"{settings.output_dir} holds checkpoints of another run: resume it, or choose "
-                "another output folder"
-            )
-        return None
+    if checkpoints and not settings.resume:
+        raise ValueError(
+            f"{settings.output_dir} holds checkpoints of another run: resume it, or choose "
+            "another output folder"
+        )
+    return checkpoints
+
+
+def _checkpoint(settings: Settings, agreed: Mapping[str, Any]) -> Path | None:
+    """The last whole checkpoint of the run that is resumed; a killed run may leave half of one."""
+    checkpoints = checkpoints_of(settings)
     whole = [checkpoint for checkpoint in checkpoints if _whole(checkpoint)]
     if not whole:
         return None

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, BertConfig, BertForPreTraining
 from .. import accelerate
 from .corpus import load_corpus
 from .items import Collate, collator
-from .loop import Objective, Settings, train
+from .loop import Objective, Settings, checkpoints_of, train
 from .masking import IGNORED, SHARE, Masking
 from .mimetic import start_mimetic
 from .monitor import write_metrics
@@ -142,6 +142,7 @@ class Prepared(NamedTuple):
 def prepare(recipe: Recipe, settings: Settings) -> Prepared:
     """Reads the text, learns or loads the tokenizer, makes the model: transformers' own."""
     files = find_files(recipe.sources)
+    checkpoints_of(settings)  # a run that is refused must not write over the other's tokenizer
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     # The main process alone first; the others find it done.
     with PartialState(cpu=settings.on_cpu).main_process_first():
@@ -246,7 +247,9 @@ def evaluate(model: nn.Module, pairs: SentencePairs, collate: Collate) -> dict[s
 def _tokenizer(recipe: Recipe, files: Sequence[Path], settings: Settings) -> Any:
     folder = recipe.tokenizer or recipe.model
     made = settings.output_dir / "tokenizer"
-    if folder is None and settings.resume and made.is_dir():
+    # That of the run that goes on, or what the main process has just made.
+    reused = settings.resume or not PartialState().is_main_process
+    if folder is None and reused and made.is_dir():
         folder = made
     if folder is not None:
         return AutoTokenizer.from_pretrained(folder)
