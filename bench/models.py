@@ -88,7 +88,7 @@ def bench_models(
         model = load(shape).to(device)
         folder = Path(__file__).resolve().parents[1] / ".cache" / "bench" / name
         folder.mkdir(parents=True, exist_ok=True)
-        contenders = Contenders(model, folder, plan.peers())
+        contenders = Contenders(model, folder, _present(run, plan.peers()))
         for named in workloads_of(plan, shape):
             count = plan.batches if named.ragged else 1  # others would be the same again
             workload = workloads.fitted(named, shape, count, plan.flop)
@@ -98,7 +98,7 @@ def bench_models(
                     {k: v.to(device) for k, v in workloads.padded(shape.vocab, batch, i).items()}
                     for i, batch in enumerate(texts)
                 ]
-                entries = _cell(run, plan, contenders, batches, probe)
+                entries = _cell(plan, contenders, batches, probe)
                 for entry in entries:
                     entry.model, entry.workload, entry.order = name, workload.name, order
                     entry.texts = sum(map(len, texts))
@@ -107,6 +107,17 @@ def bench_models(
                 run.models += entries
                 tell(told(entries))
                 yield
+
+
+def _present(run: Run, peers: Iterable[Peer]) -> list[Peer]:
+    """Those that can run here; the others are named in `run.missing`, once."""
+    found = []
+    for peer in peers:
+        if why := peer.missing():
+            run.missing[f"{peer.name} {peer.precision}"] = why
+        else:
+            found.append(peer)
+    return found
 
 
 def load(shape: workloads.Model) -> nn.Module:
@@ -173,7 +184,7 @@ def _padded(batch: Batch) -> int:
 
 
 def _cell(
-    run: Run, plan: Plan, contenders: Contenders, batches: Sequence[Batch], probe: Probe
+    plan: Plan, contenders: Contenders, batches: Sequence[Batch], probe: Probe
 ) -> list[Entry]:
     """Every contender on the same batches."""
     exact = _truth(contenders.model, batches)
@@ -183,10 +194,6 @@ def _cell(
         entry.tokens = sum(workloads.real_tokens(b) for b in batches)
         entry.padded_tokens = sum(map(_padded, batches))
         entries.append(entry)
-        why = peer.missing()
-        if why:
-            run.missing[f"{peer.name} {peer.precision}"] = entry.failed = why
-            continue
         try:
             made = _prepared(entry, peer, contenders, batches, exact)
         except Exception as error:  # a peer's failure is its own
