@@ -11,7 +11,8 @@ runs: transformers and the other peers, and the reference kernels. The spread of
 added to every interval, in quadrature.
 
 Then the ratios to bert_fast that each run printed are compared: two agree where their intervals
-overlap. The exit code is 1 if anything regressed, 2 if a file cannot be read.
+overlap, and those that only one run has are counted. The exit code is 1 if anything regressed, 2 if
+a file cannot be read.
 """
 
 from __future__ import annotations
@@ -64,8 +65,20 @@ class Change:
 
 
 def compare(old: Run, new: Run) -> list[Change]:
-    """Every model of bert_fast, then every op, that the old run has; in its order."""
-    return _models(old, new) + _ops(old, new)
+    """Every model of bert_fast, then every op, that the old run has; in its order.
+
+    Then the peers that were timed in the old run only.
+    """
+    return _models(old, new) + _ops(old, new) + _vanished_peers(old, new)
+
+
+def _vanished_peers(old: Run, new: Run) -> list[Change]:
+    after = {e.key: e for e in new.models}
+    return [
+        Change(e.key, _ms(e), None, None, VANISHED, (now and now.failed) or "not in the new run")
+        for e in old.models
+        if e.contender != OURS and e.seconds and not ((now := after.get(e.key)) and now.seconds)
+    ]
 
 
 def _models(old: Run, new: Run) -> list[Change]:
@@ -241,6 +254,7 @@ def agreement(old: Run, new: Run) -> list[tuple[tuple[str, ...], Interval, Inter
 
 def show_agreement(old: Run, new: Run, console: Console) -> None:
     found = agreement(old, new)
+    rated = sum(e.ratio is not None for run in (old, new) for e in run.models)
     for key, was, now, agrees in found:
         if not agrees:
             spans = (f"{i.value:.3f} [{i.low:.3f}, {i.high:.3f}]" for i in (was, now))
@@ -251,6 +265,8 @@ def show_agreement(old: Run, new: Run, console: Console) -> None:
             f"printed ratios to bert_fast: {share} of {len(found)} agree within their intervals "
             f"({share / len(found):.1%})"
         )
+    if single := rated - 2 * len(found):
+        console.print(f"{single} ratios are in one run only")
 
 
 def differences(old: Run, new: Run) -> list[str]:

@@ -199,6 +199,23 @@ def test_agreement_counts_ratios_whose_intervals_meet(
     told = capsys.readouterr().out
     assert f"disagrees: {' '.join(rated[0].key)}" in told
     assert f"{len(found) - 1} of {len(found)} agree within their intervals" in told
+    assert "in one run only" not in told
+
+
+def test_what_only_one_run_has_is_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = made_up(0), made_up(1)
+    peers = [e for e in new.models if e.ratio]
+    peers[0].ratio, peers[0].seconds, peers[0].failed = None, [], "too slow to repeat"
+    new.models.remove(peers[1])
+    next(e for e in old.models if e.key == peers[2].key).ratio = None
+    for name, run in (("old", old), ("new", new)):
+        run.save(tmp_path / f"{name}.json")
+    compare.main([str(tmp_path / "old.json"), str(tmp_path / "new.json")])
+    told = capsys.readouterr().out
+    assert "3 ratios are in one run only" in told
+    assert re.search(r", 2 vanished$", told, re.M) and "too slow to repeat" in told
 
 
 # -- report -----------------------------------------------------------------------------------
