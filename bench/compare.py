@@ -33,6 +33,7 @@ from rich.table import Table
 from .results import Entry, Interval, OpEntry, Run, load
 
 OURS, YARDSTICK = "bert_fast", "hf_sdpa"
+NORMALISED = f"relative to {YARDSTICK}"
 MARGIN = 0.03
 TORCH = ("reference", "torch.compile")  # kernels that are not ours
 DRAWS = 2_000
@@ -89,7 +90,7 @@ def _models(old: Run, new: Run) -> list[Change]:
             for key, was in before.items()
             if was.contender not in (OURS, YARDSTICK) and was.seconds and key in after
             for change in [_model(was, after[key], *_yardsticks(key, before, after), 0.0)]
-            if change and change.ratio
+            if change and change.ratio and change.note == NORMALISED
         ]
     )
     changes = []
@@ -130,7 +131,7 @@ def _model(
         return change(None, FEW, f"{windows}, at least {LEAST_WINDOWS} are needed")
     if peer_was and peer_now and peer_was.seconds and peer_now.seconds:
         ratio = ratio_of_medians(was.seconds, now.seconds, peer_was.seconds, peer_now.seconds)
-        note = f"relative to {YARDSTICK}"
+        note = NORMALISED
     else:
         ratio, note = ratio_of_medians(was.seconds, now.seconds), "not normalised"
     ratio = widened(ratio, drift)
@@ -140,12 +141,12 @@ def _model(
 def _drift(ratios: Sequence[float]) -> float:
     """Half the 95 % interval of the logarithm of the ratios of code that did not change.
 
-    From the median deviation, as a few wild ones are not what every entry has to bear.
+    From the median deviation, as a few wild ones are not what every entry has to bear; from 1, as
+    what shifts all of them alike is a change of what they were divided by.
     """
     if len(ratios) < LEAST_UNCHANGED:
         return 0.0
-    logs = np.log(ratios)
-    return float(1.96 * 1.4826 * np.median(np.abs(logs - np.median(logs))))
+    return float(1.96 * 1.4826 * np.median(np.abs(np.log(ratios))))
 
 
 def widened(ratio: Interval, *drifts: float) -> Interval:
@@ -201,15 +202,15 @@ def _ops(old: Run, new: Run) -> list[Change]:
         if was.kernel in TORCH and was.ms and now and now.ms
     ]
     references = [ratio for _, ratio in torches]
-    # Short calls, which live in the caches, differ more from run to run than long ones.
-    drift = {
-        short: _drift([ratio for ms, ratio in torches if (ms < SHORT_MS) is short])
-        or _drift(references)
-        for short in (True, False)
-    }
     scale, note = 1.0, "not normalised"
     if len(references) >= LEAST_UNCHANGED:
         scale, note = statistics.median(references), "relative to the reference kernels"
+    # Short calls, which live in the caches, differ more from run to run than long ones.
+    drift = {
+        short: _drift([ratio / scale for ms, ratio in torches if (ms < SHORT_MS) is short])
+        or _drift([ratio / scale for ratio in references])
+        for short in (True, False)
+    }
     changes = []
     for was, now in pairs:
         change = _without_times(was, now, was.ms, now.ms if now else None)

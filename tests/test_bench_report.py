@@ -126,6 +126,14 @@ def test_a_planted_slowdown_is_flagged(machine: float) -> None:
     assert set(verdicts(slow, made_up(0))["models"]) == {IMPROVEMENT}
 
 
+def test_a_change_of_the_yardstick_alone_is_not_blamed_on_us() -> None:
+    old, new = made_up(0), made_up(1)
+    for e in new.models:
+        if e.contender == "hf_sdpa":
+            e.seconds = [s / 1.15 for s in e.seconds]
+    assert set(verdicts(old, new)["models"]) == {NOISE}
+
+
 def test_failures_and_what_cannot_be_compared() -> None:
     old, new = made_up(0), made_up(1)
     before, after = ([e for e in r.models if e.contender == "bert_fast"] for r in (old, new))
