@@ -101,7 +101,7 @@ def bench_models(
                 entries = _cell(plan, contenders, batches, probe)
                 for entry in entries:
                     entry.model, entry.workload, entry.order = name, workload.name, order
-                    entry.texts = sum(map(len, texts))
+                    entry.texts, entry.batches = sum(map(len, texts)), len(texts)
                     entry.flop = sum(workloads.flop(shape, batch) for batch in texts)
                     _rates(entry)
                 run.models += entries

@@ -340,6 +340,36 @@ def test_readme_is_replaced_between_its_markers(tmp_path: Path) -> None:
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 4 and len({line.count("|") for line in table}) == 1
     assert str(file) in text and "`bert-fast bench`" in text and ": slower |" in text
+    # What a workload was cut to, and how quiet it was.
+    assert any(line.startswith("| sentence, arrival: 8 texts, 34% full |") for line in table)
+    assert "Noise: 120 windows kept, 7 dropped because" in text
+    run = load(file)
+    for e in run.models:
+        e.batches = 2
+    assert "| sentence, arrival: 2 x 4 texts, 34% full |" in readme.table(run, file)
+
+
+def test_nothing_is_claimed_of_an_emulated_precision(tmp_path: Path) -> None:
+    run = made_up()
+    run.machine |= {"GPU": "none", "oneDNN natively in": "float32"}
+    told = [line for line in standings.summary(run) if line.startswith("bf16")]
+    assert len(told) == 1 and "no ratio is given" in told[0]
+    table = readme.table(run, tmp_path / "run.json")
+    assert "bf16 tokens/s" in table and "fastest bf16 peer" not in table
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in rows}) == 1
+
+
+def test_a_precision_without_peers_is_not_said_to_have_slow_ones() -> None:
+    run = made_up()
+    told = "\n".join(standings.summary(run))
+    assert "took part" not in told and "too slow" not in told
+    entry = Entry("minilm", "squad", "arrival", "bert_fast", "fp8", 8, 100, 120)
+    run.models.append(timed(entry, [1.0, 1.1, 1.2]))
+    (told,) = [line for line in standings.summary(run) if line.startswith("fp8")]
+    assert told == (
+        "fp8: no peer of this precision took part beside bert_fast on minilm squad arrival."
+    )
 
 
 def test_report_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
