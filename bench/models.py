@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from . import assets, workloads
 from .noise import Probe, interleaved, ratio
 from .peers import PEERS, Peer
-from .results import Entry, Run
+from .peers_exported import digest
+from .results import ROOT, Entry, Run
 from .standings import OURS
 
 # Relative L2 to fp64 over the real tokens above which an answer is wrong, not merely rounded.
@@ -86,7 +87,8 @@ def bench_models(
     for name in plan.models:
         shape = workloads.MODELS[name]
         model = load(shape).to(device)
-        folder = Path(__file__).resolve().parents[1] / ".cache" / "bench" / name
+        # A stale export would be timed: what it depends on is in the folder's name.
+        folder = ROOT / ".cache" / "bench" / f"{name}-{digest(model)}"
         folder.mkdir(parents=True, exist_ok=True)
         contenders = Contenders(model, folder, _present(run, plan.peers()))
         for named in workloads_of(plan, shape):
