@@ -210,11 +210,12 @@ def load(path: Path) -> Run:
     return Run(**found)
 
 
-def default_path(run: Run, kind: str) -> Path:
-    """bench/results/<kind>-<device>-<commit>.json"""
+def default_path(run: Run, kind: str, part: str = "") -> Path:
+    """bench/results/<kind>-<device>-<commit>[-<part>].json"""
     name = re.sub(r"nvidia|\(.*?\)", "", run.device.lower())
     name = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
-    return RESULTS / f"{kind}-{name}-{(run.commit or 'unknown')[:10]}.json"
+    stem = f"{kind}-{name}-{(run.commit or 'unknown')[:10]}"
+    return RESULTS / f"{stem}{'-' * bool(part)}{part}.json"
 
 
 def output_of(*command: str) -> str | None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import models, noise, results, run, workloads
+from bench import measure, models, noise, results, run, workloads
 from bench.peers import Peer
 
 DEVICE = torch.device("cpu")
@@ -272,6 +272,37 @@ def test_the_longest_text_of_the_last_batch_is_checked() -> None:
         outputs[1][1, 20] = 0.0
         found |= models._texts(exact, 1, outputs[1])
         assert models._errors(found, exact)[0] > 1e-2
+
+
+def test_a_part_of_a_run_does_not_overwrite_a_full_one() -> None:
+    found = results.new_run("test", DEVICE, "0123456789abcdef")
+
+    def name(*arguments: str) -> str:
+        part = run.less_than_all(run.parser().parse_args(arguments))
+        return results.default_path(found, "cpu", part).name
+
+    assert name().endswith("-0123456789.json") and name("--seconds", "3") == name()
+    assert name("--quick", "--parts", "models,ops").endswith("-0123456789-quick-models-ops.json")
+
+
+def test_scaling_is_not_measured_beside_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "Probe", lambda device: noise.Probe(DEVICE))
+    monkeypatch.setattr(run, "Clock", lambda device, quick: measure.Clock(DEVICE, quick))
+    monkeypatch.setattr(measure.Clock, "ceilings", lambda *args: {})
+    found = results.new_run("test", DEVICE)
+    plan, gpu = models.Plan(), torch.device("cuda")
+    run.bench(found, tmp_path / "run.json", plan, ["scaling"], gpu, quick=True)
+    assert not found.scaling and "CPUs only" in found.missing["scaling"]
+
+
+def test_ceilings_are_the_best_of_several_medians(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([9.0, 2.0, 3.0, 4.0, 5.0, 8.0, 7.0, 6.0, 1.0, 4.0])
+    monkeypatch.setattr(measure.Clock, "median_ms", lambda clock, run: next(times))
+    found = measure.Clock(DEVICE, True).ceilings([torch.float32])
+    assert found["copy_gb_per_s"] == pytest.approx(2 * (1 << 27) / 2.0 / 1e6)
+    assert found["matmul_fp32_tflop_per_s"] == pytest.approx(2 * 1536**3 / 1.0 / 1e9)
 
 
 def test_the_op_bench_of_pytest_benchmark(tmp_path: Path) -> None:
