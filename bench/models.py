@@ -20,6 +20,7 @@ from . import assets, workloads
 from .noise import Probe, interleaved, ratio
 from .peers import PEERS, Peer
 from .peers_exported import digest
+from .peers_torch import on_gpu
 from .results import ROOT, Entry, Run
 from .standings import OURS
 
@@ -231,7 +232,7 @@ def _prepared(
     before = _reset_peak()
     start = time.perf_counter()
     hidden = call(batches[0])
-    if hidden.is_cuda:
+    if on_gpu(batches[0]):
         torch.cuda.synchronize()
     entry.first_call_s = time.perf_counter() - start
     found = _texts(exact, 0, hidden)
@@ -293,12 +294,12 @@ def _errors(found: Truth, exact: Truth) -> tuple[float, float]:
 
 
 def _all(call: Call, batches: Sequence[Batch], repeats: int) -> Callable[[], None]:
-    on_gpu = batches[0]["input_ids"].is_cuda
+    wait = on_gpu(batches[0])
 
     def run() -> None:
         for batch in [*batches] * repeats:
             call(batch)
-        if on_gpu:
+        if wait:
             torch.cuda.synchronize()
 
     return run

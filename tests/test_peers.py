@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import peers, peers_exported
+from bench import peers, peers_exported, peers_torch
 from bench.peers import PEERS, Peer
 
 from .models import tiny
@@ -149,6 +149,20 @@ def test_compiled_is_frozen_for_one_text_too(
     with torch.inference_mode():
         truth = copy.deepcopy(theirs).double()(**one).last_hidden_state
     assert relative_l2(hidden, truth, one) < MOST["fp32"]
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_compiled_has_cuda_graphs_on_a_gpu(on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+
+    def compiled(encoder: Any, *, mode: str | None, **names: Any) -> Any:
+        modes.append(mode)
+        return encoder
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(peers_torch, "on_gpu", lambda batch: on_gpu)
+    peers_torch.build_compiled(model(), BATCHES, torch.float32)
+    assert modes == ["max-autotune" if on_gpu else None]
 
 
 def test_another_precision_is_refused(tmp_path: Path) -> None:
