@@ -11,7 +11,8 @@ runs: transformers and the other peers, and the reference kernels. The spread of
 added to every interval, in quadrature.
 
 Then the ratios to bert_fast that each run printed are compared: two agree where their intervals
-overlap. The exit code is 1 if anything regressed, 2 if a file cannot be read.
+overlap, and those that only one run has are counted. The exit code is 1 if anything regressed, 2 if
+a file cannot be read.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from rich.table import Table
 from .results import Entry, Interval, OpEntry, Run, load
 
 OURS, YARDSTICK = "bert_fast", "hf_sdpa"
+NORMALISED = f"relative to {YARDSTICK}"
 MARGIN = 0.03
 TORCH = ("reference", "torch.compile")  # kernels that are not ours
 DRAWS = 2_000
@@ -64,8 +66,20 @@ class Change:
 
 
 def compare(old: Run, new: Run) -> list[Change]:
-    """Every model of bert_fast, then every op, that the old run has; in its order."""
-    return _models(old, new) + _ops(old, new)
+    """Every model of bert_fast, then every op, that the old run has; in its order.
+
+    Then the peers that were timed in the old run only.
+    """
+    return _models(old, new) + _ops(old, new) + _vanished_peers(old, new)
+
+
+def _vanished_peers(old: Run, new: Run) -> list[Change]:
+    after = {e.key: e for e in new.models}
+    return [
+        Change(e.key, _ms(e), None, None, VANISHED, (now and now.failed) or "not in the new run")
+        for e in old.models
+        if e.contender != OURS and e.seconds and not ((now := after.get(e.key)) and now.seconds)
+    ]
 
 
 def _models(old: Run, new: Run) -> list[Change]:
@@ -76,7 +90,7 @@ def _models(old: Run, new: Run) -> list[Change]:
             for key, was in before.items()
             if was.contender not in (OURS, YARDSTICK) and was.seconds and key in after
             for change in [_model(was, after[key], *_yardsticks(key, before, after), 0.0)]
-            if change and change.ratio
+            if change and change.ratio and change.note == NORMALISED
         ]
     )
     changes = []
@@ -117,7 +131,7 @@ def _model(
         return change(None, FEW, f"{windows}, at least {LEAST_WINDOWS} are needed")
     if peer_was and peer_now and peer_was.seconds and peer_now.seconds:
         ratio = ratio_of_medians(was.seconds, now.seconds, peer_was.seconds, peer_now.seconds)
-        note = f"relative to {YARDSTICK}"
+        note = NORMALISED
     else:
         ratio, note = ratio_of_medians(was.seconds, now.seconds), "not normalised"
     ratio = widened(ratio, drift)
@@ -127,12 +141,12 @@ def _model(
 def _drift(ratios: Sequence[float]) -> float:
     """Half the 95 % interval of the logarithm of the ratios of code that did not change.
 
-    From the median deviation, as a few wild ones are not what every entry has to bear.
+    From the median deviation, as a few wild ones are not what every entry has to bear; from 1, as
+    what shifts all of them alike is a change of what they were divided by.
     """
     if len(ratios) < LEAST_UNCHANGED:
         return 0.0
-    logs = np.log(ratios)
-    return float(1.96 * 1.4826 * np.median(np.abs(logs - np.median(logs))))
+    return float(1.96 * 1.4826 * np.median(np.abs(np.log(ratios))))
 
 
 def widened(ratio: Interval, *drifts: float) -> Interval:
@@ -188,15 +202,15 @@ def _ops(old: Run, new: Run) -> list[Change]:
         if was.kernel in TORCH and was.ms and now and now.ms
     ]
     references = [ratio for _, ratio in torches]
-    # Short calls, which live in the caches, differ more from run to run than long ones.
-    drift = {
-        short: _drift([ratio for ms, ratio in torches if (ms < SHORT_MS) is short])
-        or _drift(references)
-        for short in (True, False)
-    }
     scale, note = 1.0, "not normalised"
     if len(references) >= LEAST_UNCHANGED:
         scale, note = statistics.median(references), "relative to the reference kernels"
+    # Short calls, which live in the caches, differ more from run to run than long ones.
+    drift = {
+        short: _drift([ratio / scale for ms, ratio in torches if (ms < SHORT_MS) is short])
+        or _drift([ratio / scale for ratio in references])
+        for short in (True, False)
+    }
     changes = []
     for was, now in pairs:
         change = _without_times(was, now, was.ms, now.ms if now else None)
@@ -241,6 +255,7 @@ def agreement(old: Run, new: Run) -> list[tuple[tuple[str, ...], Interval, Inter
 
 def show_agreement(old: Run, new: Run, console: Console) -> None:
     found = agreement(old, new)
+    rated = sum(e.ratio is not None for run in (old, new) for e in run.models)
     for key, was, now, agrees in found:
         if not agrees:
             spans = (f"{i.value:.3f} [{i.low:.3f}, {i.high:.3f}]" for i in (was, now))
@@ -251,6 +266,8 @@ def show_agreement(old: Run, new: Run, console: Console) -> None:
             f"printed ratios to bert_fast: {share} of {len(found)} agree within their intervals "
             f"({share / len(found):.1%})"
         )
+    if single := rated - 2 * len(found):
+        console.print(f"{single} ratios are in one run only")
 
 
 def differences(old: Run, new: Run) -> list[str]:

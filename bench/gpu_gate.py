@@ -2,10 +2,11 @@
 
     python -m bench.gpu_gate [--out FILE] [--budget SECONDS] [--commit ID] [--device cpu --quick]
 
-The cases, the checks and the schema are those of `bench.run`. A section that fails is recorded as
-such and does not stop the others; the exit code is 1 if any failed. The file is rewritten after
-every step, so that a run that is cut off leaves what it had. `--device cpu --quick` runs all of it
-on small shapes.
+The cases, the checks and the schema are those of `bench.run`. Each section is a process of its own:
+an illegal access ends all that its process does on the GPU. One that fails is recorded as such and
+does not stop the others; the exit code is 1 if any failed. Ops and models write what they have
+after every step to FILE.ops and FILE.models, which FILE takes in when they end. `--device cpu
+--quick` runs all of it on small shapes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import tempfile
 import time
 import traceback
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +39,14 @@ from .run import op_cases
 
 PLAN = Plan(
     models=("bert-base", "bert-large"),
-    workloads=("squad", "full128", "full512", "sentence", "single128"),
     contenders=("bert_fast", "hf_sdpa", "torch_compile"),
     precisions=("bf16", "fp32", "fp8"),
     batches=4,
     flop=math.inf,
-    seconds=20.0,
+    seconds=4.0,
 )
+# What matters most of every model comes first, in case the time is up.
+WORKLOADS = (("squad",), ("full128", "full512", "sentence", "single128"))
 SMALL = Plan(
     models=("minilm-l6",),
     workloads=("single16", "sentence"),
@@ -51,8 +55,9 @@ SMALL = Plan(
     batches=1,
     seconds=2.0,
 )
+GRACE = 60.0  # seconds that a section may take over its share, for the step it is at
 INTERRUPTED = 2  # pytest's exit code
-LAST_WORDS = 20.0  # seconds that an interrupted pytest has for its report
+LAST_WORDS = 20.0  # seconds that an interrupted process has, pytest for its report
 SHARES = {"tests": 0.4, "ops": 0.55, "models": 1.0}  # of the time that is left
 
 
@@ -75,9 +80,10 @@ def run_tests(run: results.Run, arguments: Sequence[str], seconds: float, quick:
 
 
 def ended(command: Sequence[str], seconds: float) -> tuple[int, str]:
-    """Exit code and output of a pytest that is interrupted when its time is up.
+    """Exit code and output of a process that is interrupted when its time is up.
 
-    It then writes its report of what it has run. Workers that outlive it would disturb the timings.
+    pytest then writes its report of what it has run. Workers that outlive it would disturb the
+    timings.
     """
     with subprocess.Popen(
         command, cwd=results.ROOT, text=True, start_new_session=True,
@@ -110,38 +116,81 @@ def read_junit(report: Path) -> dict[str, Any]:
             "skipped": skipped, "failing": bad[:50]}  # fmt: skip
 
 
-def gate(run: results.Run, path: Path, options: argparse.Namespace) -> None:
-    """Fills `run`, section by section."""
+def ops(run: results.Run, options: argparse.Namespace) -> Iterable[None]:
     device, quick = torch.device(options.device), bool(options.quick)
-    clock, deadline = Clock(device, quick), time.monotonic() + options.budget
-    plan = SMALL if quick else PLAN
+    clock = Clock(device, quick)
+    run.ceilings = clock.ceilings([torch.bfloat16, torch.float32])
+    cases = op_cases(device, quick)
+    return bench_ops(run, cases, clock, options.budget, False, partial(print, flush=True))
 
-    def tests(seconds: float) -> Iterable[None]:
-        run_tests(run, options.pytest.split(), seconds, quick)
-        yield
 
-    def ops(seconds: float) -> Iterable[None]:
-        run.ceilings = clock.ceilings([torch.bfloat16, torch.float32])
-        yield from bench_ops(run, op_cases(device, quick), clock, seconds, False, print)
-
-    def models(seconds: float) -> Iterable[None]:
-        end = time.monotonic() + seconds
-        for _ in bench_models(run, plan, device, Probe(device), print):
+def models(run: results.Run, options: argparse.Namespace) -> Iterable[None]:
+    device, end = torch.device(options.device), time.monotonic() + options.budget
+    probe = Probe(device)
+    plans = [SMALL] if options.quick else [replace(PLAN, workloads=some) for some in WORKLOADS]
+    for plan in plans:
+        for _ in bench_models(run, plan, device, probe, partial(print, flush=True)):
+            run.noise = probe.summary()
             yield
             if time.monotonic() > end:
                 run.missing["models"] = "the time was up: the last workloads were left out"
                 return
 
-    sections: dict[str, Callable[[float], Iterable[None]]]
-    sections = {"tests": tests, "ops": ops, "models": models}
-    for name, section in sections.items():
+
+SECTIONS = {"ops": ops, "models": models}
+
+
+def fill(run: results.Run, path: Path, options: argparse.Namespace) -> None:
+    """Runs one section in this process."""
+    try:
+        for _ in SECTIONS[options.section](run, options):
+            run.save(path)
+    except Exception as error:
+        traceback.print_exc()
+        run.failed.append(f"{options.section}: {type(error).__name__}: {error}"[:2_000])
+    run.save(path)
+
+
+def alone(path: Path, options: argparse.Namespace) -> None:
+    """`fill` in a process of its own. Raises: RuntimeError where that ended by no will of its."""
+    command = [sys.executable, "-m", "bench.gpu_gate", "--section", options.section]
+    command += ["--out", str(path.resolve()), "--device", options.device]
+    command += ["--budget", str(options.budget), *(["--quick"] if options.quick else [])]
+    command += ["--commit", options.commit] if options.commit else []
+    code, told = ended(command, options.budget + GRACE)
+    print(told)
+    if code not in (0, 1):
+        raise RuntimeError(f"exited with {code}:\n{told[-1_500:]}")
+
+
+def merge(run: results.Run, part: results.Run) -> None:
+    run.models += part.models
+    run.ops += part.ops
+    run.failed += part.failed
+    run.missing |= part.missing
+    run.ceilings |= part.ceilings
+    run.noise = run.noise or part.noise
+
+
+def gate(run: results.Run, path: Path, options: argparse.Namespace) -> None:
+    """Fills `run`, section by section."""
+    deadline = time.monotonic() + options.budget
+    for name, share in SHARES.items():
         run.save(path)
+        seconds = share * max(deadline - time.monotonic(), 0.0)
+        part = path.with_name(f"{path.name}.{name}")
         try:
-            for _ in section(SHARES[name] * max(deadline - time.monotonic(), 0.0)):
-                run.save(path)
+            if name == "tests":
+                run_tests(run, options.pytest.split(), seconds, bool(options.quick))
+            else:
+                chosen = {**vars(options), "section": name, "budget": seconds}
+                alone(part, argparse.Namespace(**chosen))
         except Exception as error:
             traceback.print_exc()
             run.failed.append(f"{name}: {type(error).__name__}: {error}"[:2_000])
+        if part.exists():
+            merge(run, results.load(part))
+            part.unlink()
     # A peer that fails is its own affair; bert_fast may not.
     run.failed += [
         " ".join((*e.key, e.failed)) for e in run.models if e.failed and e.contender == "bert_fast"
@@ -156,6 +205,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="default: bench/results/cuda-<gpu>-<commit>.json")
     parser.add_argument("--commit", help="what to record where this is no git checkout")
     parser.add_argument("--budget", type=float, default=400.0, help="seconds in all (400)")
+    parser.add_argument("--section", choices=tuple(SECTIONS), help="this one, in this process")
     parser.add_argument("--pytest", default="-m gpu", help="arguments of pytest ('-m gpu')")
     return parser
 
@@ -168,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device(options.device)
     run = results.new_run(" ".join(("python -m bench.gpu_gate", *given)), device, options.commit)
     path = options.out or results.default_path(run, options.device)
-    gate(run, path, options)
+    (fill if options.section else gate)(run, path, options)
     print(f"{path}: " + ("failed: " + "; ".join(run.failed) if run.failed else "all passed"))
     return 1 if run.failed else 0
 

@@ -19,25 +19,27 @@ from torch import Tensor, nn
 from . import assets, workloads
 from .noise import Probe, interleaved, ratio
 from .peers import PEERS, Peer
-from .results import Entry, Run
+from .peers_exported import digest
+from .peers_torch import on_gpu
+from .results import ROOT, Entry, Run
 from .standings import OURS
 
 # Relative L2 to fp64 over the real tokens above which an answer is wrong, not merely rounded.
 WRONG = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2, "int8": 0.6, "fp8": 0.3}
-CHECKED = 4  # texts of a batch that are compared with fp64
+CHECKED = 4  # texts of the first batch that are compared with fp64
 ROUNDS = 25
 # Seconds of a pass over all batches beyond which a contender is named instead of timed: a few
 # rounds of one emulated dtype would take minutes of everybody's time.
-LONGEST_PASS = 4.0
+LONGEST_PASS = 3.0
 TELLING = 128  # tokens of a batch whose time grows with tokens, and foretells larger ones
 # Seconds that a turn takes at least: a shorter pass is repeated, as who uses one library alone
 # finds the weights in the caches, as far as they fit, and not where another has left them.
 TURN = 0.1
-SLOW = 3.0  # times bert_fast's pass: so much is seen in a few rounds
 LARGE = ("single16", "single128", "full128", "full512", "sentence", "squad")
 
 Call = Callable[[Mapping[str, Tensor]], Tensor]
 Batch = dict[str, Tensor]
+Truth = dict[tuple[int, int], Tensor]  # by batch and row: the real tokens of a text [S, H]
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,10 @@ def bench_models(
     for name in plan.models:
         shape = workloads.MODELS[name]
         model = load(shape).to(device)
-        folder = Path(__file__).resolve().parents[1] / ".cache" / "bench" / name
+        # A stale export would be timed: what it depends on is in the folder's name.
+        folder = ROOT / ".cache" / "bench" / f"{name}-{digest(model)}"
         folder.mkdir(parents=True, exist_ok=True)
-        contenders = Contenders(model, folder, plan.peers())
+        contenders = Contenders(model, folder, _present(run, plan.peers()))
         for named in workloads_of(plan, shape):
             count = plan.batches if named.ragged else 1  # others would be the same again
             workload = workloads.fitted(named, shape, count, plan.flop)
@@ -98,15 +101,26 @@ def bench_models(
                     {k: v.to(device) for k, v in workloads.padded(shape.vocab, batch, i).items()}
                     for i, batch in enumerate(texts)
                 ]
-                entries = _cell(run, plan, contenders, batches, probe)
+                entries = _cell(plan, contenders, batches, probe)
                 for entry in entries:
                     entry.model, entry.workload, entry.order = name, workload.name, order
-                    entry.texts = sum(map(len, texts))
+                    entry.texts, entry.batches = sum(map(len, texts)), len(texts)
                     entry.flop = sum(workloads.flop(shape, batch) for batch in texts)
                     _rates(entry)
                 run.models += entries
                 tell(told(entries))
                 yield
+
+
+def _present(run: Run, peers: Iterable[Peer]) -> list[Peer]:
+    """Those that can run here; the others are named in `run.missing`, once."""
+    found = []
+    for peer in peers:
+        if why := peer.missing():
+            run.missing[f"{peer.name} {peer.precision}"] = why
+        else:
+            found.append(peer)
+    return found
 
 
 def load(shape: workloads.Model) -> nn.Module:
@@ -135,7 +149,8 @@ class Contenders:
     """The peers of one model, and what is known of them from the workloads so far.
 
     kept: the built ones that are used again, with the MB of each.
-    pace: seconds for a padded token, of batches large enough to tell.
+    pace: seconds for a padded token, of batches large enough to tell; the least of all workloads,
+        as a hold-up in one should not rule a contender out of the others.
     """
 
     model: nn.Module
@@ -155,22 +170,33 @@ class Contenders:
             self.kept[peer] = made
         return made
 
+    def a_pass(self, peer: Peer, call: Call, batches: Sequence[Batch]) -> float:
+        """Seconds of a pass over all batches, foretold from the largest.
+
+        The pace of a smaller one would tell too much: a static shape runs all as the largest.
+        """
+        largest = max(batches, key=_padded)
+        pace = _best_of_three(_all(call, [largest], 1)) / _padded(largest)
+        if _padded(largest) >= TELLING:
+            self.pace[peer] = min(pace, self.pace.get(peer, math.inf))
+        return pace * sum(map(_padded, batches))
+
+
+def _padded(batch: Batch) -> int:
+    return batch["input_ids"].numel()
+
 
 def _cell(
-    run: Run, plan: Plan, contenders: Contenders, batches: Sequence[Batch], probe: Probe
+    plan: Plan, contenders: Contenders, batches: Sequence[Batch], probe: Probe
 ) -> list[Entry]:
     """Every contender on the same batches."""
-    exact = _truth(contenders.model, batches[0])
+    exact = _truth(contenders.model, batches)
     entries, ready = [], {}
     for peer in contenders.peers:
         entry = Entry("", "", "", peer.name, peer.precision)
         entry.tokens = sum(workloads.real_tokens(b) for b in batches)
-        entry.padded_tokens = sum(b["input_ids"].numel() for b in batches)
+        entry.padded_tokens = sum(map(_padded, batches))
         entries.append(entry)
-        why = peer.missing()
-        if why:
-            run.missing[f"{peer.name} {peer.precision}"] = entry.failed = why
-            continue
         try:
             made = _prepared(entry, peer, contenders, batches, exact)
         except Exception as error:  # a peer's failure is its own
@@ -179,15 +205,11 @@ def _cell(
         if made:
             call, a_pass = made
             repeats = math.ceil(TURN / a_pass)
-            ready[peer.name, peer.precision] = entry, _all(call, batches, repeats), a_pass, repeats
-    slow = [
-        key
-        for key, (_, _, a_pass, _) in ready.items()
-        if (ours := ready.get((OURS, key[1]))) and a_pass > SLOW * ours[2]
-    ]
-    runs = {key: run for key, (_, run, _, _) in ready.items()}
-    turns = interleaved(runs, probe, ROUNDS, plan.seconds, slow)
-    times = {key: [turn / ready[key][3] for turn in found] for key, found in turns.items()}
+            ready[peer.name, peer.precision] = entry, _all(call, batches, repeats), repeats
+    beside = {key: ours for key in ready if (ours := (OURS, key[1])) in ready}
+    runs = {key: run for key, (_, run, _) in ready.items()}
+    turns = interleaved(runs, probe, ROUNDS, plan.seconds, beside)
+    times = {key: [turn / ready[key][2] for turn in found] for key, found in turns.items()}
     for key, (entry, *_) in ready.items():
         entry.seconds, ours_s = times[key], times.get((OURS, key[1]))
         if ours_s and entry.contender != OURS:
@@ -196,7 +218,7 @@ def _cell(
 
 
 def _prepared(
-    entry: Entry, peer: Peer, contenders: Contenders, batches: Sequence[Batch], exact: Tensor
+    entry: Entry, peer: Peer, contenders: Contenders, batches: Sequence[Batch], exact: Truth
 ) -> tuple[Call, float] | None:
     """Builds a contender, measures its first call and memory, and checks its values.
 
@@ -209,27 +231,21 @@ def _prepared(
     call, held = contenders.build(peer, batches)
     before = _reset_peak()
     start = time.perf_counter()
-    found = call(batches[0])
+    hidden = call(batches[0])
+    if on_gpu(batches[0]):
+        torch.cuda.synchronize()
     entry.first_call_s = time.perf_counter() - start
-    numel = batches[0]["input_ids"].numel()
-    pace = _best_of_three(_all(call, batches[:1], 1)) / numel
-    if numel >= TELLING:
-        contenders.pace[peer] = pace
-    a_pass = pace * entry.padded_tokens
-    too_slow = a_pass > LONGEST_PASS
-    for batch in batches[1:] if not too_slow else ():
-        call(batch)
+    found = _texts(exact, 0, hidden)
+    a_pass = contenders.a_pass(peer, call, batches)
+    if a_pass > LONGEST_PASS and entry.contender != OURS:
+        entry.failed = f"too slow to repeat: {a_pass:.0f} s a pass"
+        return None
+    for i, batch in enumerate(batches[1:], 1):
+        found |= _texts(exact, i, call(batch))
     entry.peak_mb = held + _peak() - before
-    kept = batches[0]["attention_mask"][:CHECKED].bool()
-    found = found[:CHECKED].to(exact.device).double()
-    difference = (found - exact)[kept].square().sum().sqrt()
-    entry.relative_l2 = float(difference / exact[kept].square().sum().sqrt())
-    entry.cosine = float(_cosines(found, exact, kept).min())
+    entry.relative_l2, entry.cosine = _errors(found, exact)
     if not entry.relative_l2 <= WRONG[entry.precision]:  # NaN is wrong too
         entry.failed = f"wrong: relative L2 to fp64 is {entry.relative_l2:.1e}"
-        return None
-    if too_slow and entry.contender != OURS:
-        entry.failed = f"too slow to repeat: {a_pass:.0f} s a pass"
         return None
     return call, a_pass
 
@@ -237,10 +253,10 @@ def _prepared(
 def _best_of_three(run: Callable[[], object]) -> float:
     """Seconds: one call may be held up, and what is foretold from it would rule a peer out.
 
-    Of a call that takes long, fewer: it is not a short hold-up that makes it slow.
+    Of a call that takes long, two.
     """
     times: list[float] = []
-    while len(times) < 3 and sum(times) < 2.0:
+    while len(times) < 2 or (len(times) < 3 and sum(times) < 2.0):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
@@ -248,24 +264,42 @@ def _best_of_three(run: Callable[[], object]) -> float:
 
 
 @torch.inference_mode()
-def _truth(model: nn.Module, batch: Batch) -> Tensor:
-    first = {name: value[:CHECKED] for name, value in batch.items()}
-    return copy.deepcopy(model).double()(**first).last_hidden_state
+def _truth(model: nn.Module, batches: Sequence[Batch]) -> Truth:
+    """The first texts, and the longest of the last batch: where texts are sorted, of all."""
+    first, last = batches[0], batches[-1]
+    places = {(0, row): None for row in range(min(CHECKED, len(first["input_ids"])))}
+    places[len(batches) - 1, int(last["attention_mask"].sum(1).argmax())] = None
+    exact, wide = {}, copy.deepcopy(model).double()
+    for i, row in places:
+        ids = batches[i]["input_ids"][row, : int(batches[i]["attention_mask"][row].sum())]
+        exact[i, row] = wide(ids[None]).last_hidden_state[0]
+    return exact
 
 
-def _cosines(found: Tensor, exact: Tensor, kept: Tensor) -> Tensor:
-    mask = kept.unsqueeze(-1)
-    a, b = ((x * mask).sum(1) for x in (found, exact))
-    return torch.nn.functional.cosine_similarity(a, b)
+def _texts(exact: Truth, batch: int, hidden: Tensor) -> Truth:
+    """Those texts of one batch that `exact` has, out of its output, copied."""
+    return {
+        (i, row): hidden[row, : len(truth)].clone()
+        for (i, row), truth in exact.items()
+        if i == batch
+    }
+
+
+def _errors(found: Truth, exact: Truth) -> tuple[float, float]:
+    """Relative L2 over all tokens, and the smallest cosine of a text's mean embedding."""
+    pairs = [(found[place].to(truth), truth) for place, truth in exact.items()]
+    off = sum(float((a - b).square().sum()) for a, b in pairs)
+    cosines = [torch.cosine_similarity(a.mean(0), b.mean(0), 0) for a, b in pairs]
+    return math.sqrt(off / sum(float(b.square().sum()) for _, b in pairs)), float(min(cosines))
 
 
 def _all(call: Call, batches: Sequence[Batch], repeats: int) -> Callable[[], None]:
-    on_gpu = batches[0]["input_ids"].is_cuda
+    wait = on_gpu(batches[0])
 
     def run() -> None:
         for batch in [*batches] * repeats:
             call(batch)
-        if on_gpu:
+        if wait:
             torch.cuda.synchronize()
 
     return run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,7 +23,7 @@ DRAWS = 2_000
 # Rounds at least: from the least to the largest of fewer is no 95 % interval of their median.
 LEAST = 5
 REST = 0.5  # seconds at most that a turn waits for the threads of the one before
-FEW = 3  # rounds of a contender that is so much slower that no more are needed to see it
+SLOW = 3.0  # times as long as the one beside it: so much is seen in the first rounds
 
 
 class Probe:
@@ -125,22 +125,23 @@ def interleaved(
     probe: Probe,
     rounds: int,
     seconds: float,
-    slow: Collection[Name] = (),
+    beside: Mapping[Name, Name] | None = None,
 ) -> dict[Name, list[float]]:
     """Seconds of each contender in each kept round, taking turns; who begins changes.
 
     rounds: at most; after LEAST the time budget `seconds` ends it too. A disturbed round is
         dropped and repeated, up to as many again and for twice the time; then disturbed ones are
         kept and counted, up to LEAST.
-    slow: contenders that leave after FEW rounds; their times belong to the first ones.
+    beside: whom a contender is compared with: it leaves after LEAST rounds where its median is
+        SLOW times as long by then; its times belong to the first rounds.
     """
     times: dict[Name, list[float]] = {name: [] for name in runs}
+    order = list(runs)
     start, kept, tried, others = time.perf_counter(), 0, 0, Others()
     least = min(LEAST, rounds)
     while kept < rounds and tried < 2 * rounds:
         if kept >= least and time.perf_counter() - start > seconds:
             break
-        order = [name for name in runs if kept < FEW or name not in slow]
         quiet, found = probe.quiet(), {}
         others.start()
         for name in order[tried % len(order) :] + order[: tried % len(order)]:
@@ -156,6 +157,10 @@ def interleaved(
             probe.forced += not quiet
             for name, taken in found.items():
                 times[name].append(taken)
+            if kept == LEAST and beside:
+                middle = {name: statistics.median(found) for name, found in times.items()}
+                slow = {name for name, of in beside.items() if middle[name] > SLOW * middle[of]}
+                order = [name for name in runs if name not in slow]
     probe.kept += kept
     probe.dropped += tried - kept
     return times

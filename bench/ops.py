@@ -25,6 +25,7 @@ from .noise import spread_of_median, undisturbed
 from .results import OpEntry, Run
 
 COMPILED = "torch.compile"
+IN_8_BITS = ("_int8", "_fp8")  # how such an op's name ends
 Runner = Callable[..., Tensor]
 
 
@@ -50,7 +51,12 @@ def bench_op(
     flop, moved = op.cost(*args)
     entries = []
     for step in ("forward", "forward_backward")[: 1 + backward]:
-        yardstick = Yardstick(op, args, step != "forward")
+        try:
+            yardstick = Yardstick(op, args, step != "forward")
+        except Exception as error:  # the memory may not suffice for fp64
+            entry = OpEntry(op.name, case.name, short(dtype), "reference", step, flop, moved)
+            entries.append(_failed(run, entry, error))
+            continue
         ready = runners(op, yardstick.leaves(args), clock)
         if compiled and step == "forward" and op.name not in ("attention", "pool"):
             # Those two loop over sequences in the reference: a graph for every batch.
@@ -66,15 +72,18 @@ def bench_op(
             try:
                 _check(entry, yardstick, call)
             except Exception as error:
-                entry.failed = f"{type(error).__name__}: {error}"[:300]
-            if entry.failed:
-                run.failed.append(f"op {op.name} {case.name} {name}: {entry.failed}")
-            else:
+                _failed(run, entry, error)
+            if not entry.failed:
                 timed[name] = yardstick.step(call)
-        with torch.inference_mode(step == "forward"):
-            times = undisturbed(partial(clock.times_ms, timed))
-        for entry in entries:
-            if entry.step == step and entry.kernel in times:
+        here = [e for e in entries if e.step == step and e.kernel in timed]
+        try:
+            with torch.inference_mode(step == "forward"):
+                times = undisturbed(partial(clock.times_ms, timed))
+        except Exception as error:
+            for entry in here:
+                _failed(run, entry, error)
+        else:
+            for entry in here:
                 entry.ms = statistics.median(times[entry.kernel])
                 entry.spread = spread_of_median(times[entry.kernel])
                 if step == "forward":
@@ -82,12 +91,29 @@ def bench_op(
     return entries
 
 
+def _failed(run: Run, entry: OpEntry, error: Exception) -> OpEntry:
+    wrong = isinstance(error, WrongError)
+    entry.failed = f"{'wrong' if wrong else type(error).__name__}: {error}"[:300]
+    run.failed.append(f"op {entry.op} {entry.case} {entry.kernel}: {entry.failed}")
+    return entry
+
+
+class WrongError(Exception):
+    """A result is off by more than is allowed."""
+
+
 def _check(entry: OpEntry, yardstick: Yardstick, call: Runner) -> None:
+    """Raises: WrongError, which names what is off: the output, or the gradient of an argument."""
     errors = yardstick.check(call)
-    entry.error, entry.budget = errors[0].error, errors[0].budget
+    entry.error, entry.budget = errors["output"].error, errors["output"].budget
+    off = [
+        f"{name} has error {e.error:.2e} over budget {e.budget:.2e}"
+        for name, e in errors.items()
+        if not e.holds
+    ]
     # The compiled reference is a peer, not ours: its rounding is its own.
-    if not all(e.holds for e in errors) and entry.kernel != COMPILED:
-        entry.failed = f"wrong: error {entry.error:.2e} over budget {entry.budget:.2e}"
+    if off and entry.kernel != COMPILED:
+        raise WrongError(", ".join(off))
 
 
 def _rates(run: Run, entry: OpEntry) -> None:
@@ -96,7 +122,8 @@ def _rates(run: Run, entry: OpEntry) -> None:
     entry.tflop_per_s = entry.flop / entry.ms / 1e9
     copy = run.ceilings.get("copy_gb_per_s")
     matmul = run.ceilings.get(f"matmul_{entry.dtype}_tflop_per_s")
-    if copy and matmul:
+    # There is no ceiling of 8-bit products.
+    if copy and matmul and not entry.op.endswith(IN_8_BITS):
         least_ms = max(entry.bytes / copy / 1e6, entry.flop / matmul / 1e9)
         entry.share = least_ms / entry.ms
 

@@ -26,10 +26,12 @@ from . import peers_torch as inside
 from .peers_torch import Batch, Forward
 
 ABOUT = {
-    "bert_fast": "this package: Hugging Face's model after bert_fast.accelerate",
+    "bert_fast": "this package: Hugging Face's model after bert_fast.accelerate; on a GPU with "
+    "CUDA graphs",
     "hf_eager": "Hugging Face transformers, attention written out in PyTorch",
     "hf_sdpa": "Hugging Face transformers as it comes, on PyTorch's fused attention",
-    "torch_compile": "hf_sdpa compiled by torch.compile, with its weights frozen",
+    "torch_compile": "hf_sdpa compiled by torch.compile, with its weights frozen and shapes left "
+    "open; on a GPU in mode max-autotune, with CUDA graphs",
     "onnxruntime": "ONNX Runtime on the exported graph, after its own BERT fusions",
     "openvino": "Intel OpenVINO, shapes left open",
     "openvino_static": "Intel OpenVINO, compiled for the largest batch; smaller ones are padded",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from .results import ROOT, Interval, Run
-from .standings import Standing, cell, ordered, standings, summary
+from .results import ROOT, Entry, Interval, Run
+from .standings import Standing, cell, emulated, fill, ordered, standings, summary
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -32,26 +32,57 @@ def table(run: Run, path: Path) -> str:
         f"threads, at commit {(run.commit or 'unknown')[:10]}"
         f"{' (modified)' if run.modified else ''}. "
         "Each is compared with the fastest peer of the same precision; the ratio is the peer's "
-        "time over bert_fast's, with its 95 % interval."
+        "time over bert_fast's, with its 95 % interval. Of a batch that is so many per cent full, "
+        "the rest is padding."
     ]
     said += ["", *(f"- {sentence}" for sentence in summary(run))]
     kinds = ordered(s.ours.precision for s in found)
+    compared = [kind for kind in kinds if not emulated(run, kind)]
     for model in dict.fromkeys(s.ours.model for s in found):
         head = [f"| {model} |"]
-        head += [f" {kind} tokens/s | beside the fastest {kind} peer |" for kind in kinds]
-        said += ["", "".join(head), "| --- |" + " ---: | --- |" * len(kinds)]
+        lines = ["| --- |"]
+        for kind in kinds:
+            head.append(f" {kind} tokens/s |")
+            lines.append(" ---: |")
+            if kind in compared:
+                head.append(f" beside the fastest {kind} peer |")
+                lines.append(" --- |")
+        said += ["", "".join(head), "".join(lines)]
         mine = {(*cell(s.ours), s.ours.precision): s for s in found if s.ours.model == model}
         for place in dict.fromkeys(key[:3] for key in mine):
-            cells = (_cells(mine.get((*place, kind))) for kind in kinds)
-            said.append(f"| {place[1]}, {place[2]} |{''.join(cells)}")
-    return "\n".join(said)
+            here = {kind: mine.get((*place, kind)) for kind in kinds}
+            name = next(_row(s.ours) for s in here.values() if s)
+            cells = (_cells(s, kind in compared) for kind, s in here.items())
+            said.append(f"| {name} |{''.join(cells)}")
+    return "\n".join([*said, "", f"Noise: {noise(run)}."])
 
 
-def _cells(s: Standing | None) -> str:
+def _row(e: Entry) -> str:
+    """The workload, and how much of it a machine of this size got: batches are cut to fit."""
+    texts = f"{e.batches} x {e.texts // e.batches}" if e.batches else f"{e.texts}"
+    return f"{e.workload}, {e.order}: {texts} text{'s' * (e.texts > 1)}, {fill(e):.0%} full"
+
+
+def _cells(s: Standing | None, compared: bool) -> str:
+    rate = f" {number(s.ours.tokens_per_s if s else None, ',.0f')} |"
+    if not compared:
+        return rate
     if s is None:
-        return f" {NONE} |" * 2
+        return f"{rate} {NONE} |"
     beside = f"{interval(s.peer.ratio)} {s.peer.contender}: {s.verdict}" if s.peer else s.verdict
-    return f" {number(s.ours.tokens_per_s, ',.0f')} | {beside} |"
+    return f"{rate} {beside} |"
+
+
+def noise(run: Run) -> str:
+    """How quiet the machine was, in words."""
+    if not run.noise:
+        return "not recorded"
+    n = run.noise
+    forced = f", {n.forced} kept though it was" if n.forced else ""
+    return (
+        f"{n.kept} windows kept, {n.dropped} dropped because the machine was disturbed{forced}; "
+        f"a probe took {n.probe_ms:.3g} ms, give or take {n.probe_spread:.1%}"
+    )
 
 
 def relative(path: Path) -> str:

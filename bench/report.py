@@ -16,7 +16,7 @@ from pathlib import Path
 
 from . import figures
 from .peers import ABOUT
-from .readme import NONE, interval, number, relative, write_readme
+from .readme import NONE, interval, noise, number, relative, write_readme
 from .results import RESULTS, Entry, OpEntry, Run, load
 from .standings import KINDS, OURS, cell, fill, standings, summary
 from .workloads import WORKLOADS
@@ -73,14 +73,6 @@ def _summary(run: Run) -> str:
 
 def _facts(run: Run) -> str:
     modified = ", with changes that are not committed" if run.modified else ""
-    noise = "not recorded"
-    if run.noise:
-        n = run.noise
-        noise = (
-            f"{n.kept} windows kept, {n.dropped} dropped because the machine was disturbed"
-            f"{f', {n.forced} kept though it was' if n.forced else ''}; "
-            f"a probe took {n.probe_ms:.3g} ms, give or take {n.probe_spread:.1%}"
-        )
     facts = {
         "commit": f"{run.commit or 'unknown'}{modified}",
         "command": run.command,
@@ -89,7 +81,7 @@ def _facts(run: Run) -> str:
         "machine": "; ".join(f"{k}: {v}" for k, v in run.machine.items()),
         "versions": ", ".join(f"{k} {v}" for k, v in run.versions.items()),
         "ceilings": ", ".join(starmap(figures.ceiling, run.ceilings.items())),
-        "noise": noise,
+        "noise": noise(run),
         "tests": ", ".join(f"{k}: {v}" for k, v in (run.tests or {}).items()),
     }
     rows = (f"<dt>{k}</dt><dd>{escape(v)}</dd>" for k, v in facts.items() if v)

@@ -47,6 +47,7 @@ class Entry:
 
     contender: "bert_fast", "hf_sdpa", "openvino_static", ...; see `bench.peers`.
     precision: "fp32", "bf16", "fp16", "int8" or "fp8": the class it competes in.
+    batches: that the texts are in, of as many texts each; 0 in files older than the field.
     seconds: of each kept window, all batches of the workload once.
     ratio: this contender's time over that of bert_fast in its precision: above 1, bert_fast is
         faster. None for bert_fast itself.
@@ -75,6 +76,7 @@ class Entry:
     cosine: float | None = None
     ratio: Interval | None = None
     failed: str | None = None
+    batches: int = 0
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -208,11 +210,12 @@ def load(path: Path) -> Run:
     return Run(**found)
 
 
-def default_path(run: Run, kind: str) -> Path:
-    """bench/results/<kind>-<device>-<commit>.json"""
+def default_path(run: Run, kind: str, part: str = "") -> Path:
+    """bench/results/<kind>-<device>-<commit>[-<part>].json"""
     name = re.sub(r"nvidia|\(.*?\)", "", run.device.lower())
     name = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
-    return RESULTS / f"{kind}-{name}-{(run.commit or 'unknown')[:10]}.json"
+    stem = f"{kind}-{name}-{(run.commit or 'unknown')[:10]}"
+    return RESULTS / f"{stem}{'-' * bool(part)}{part}.json"
 
 
 def output_of(*command: str) -> str | None:

@@ -64,6 +64,13 @@ def plan_of(options: argparse.Namespace) -> Plan:
     return replace(plan, **changes, seconds=options.seconds or plan.seconds)
 
 
+def less_than_all(options: argparse.Namespace) -> str:
+    """What of a full run this one leaves out, for its file's name: it may not overwrite one."""
+    names = ("parts", "models", "workloads", "contenders", "precisions")
+    chosen = [getattr(options, n) for n in names if getattr(options, n) != parser().get_default(n)]
+    return "-".join([*(["quick"] if options.quick else []), *chosen]).replace(",", "-")
+
+
 def check(name: str, values: Iterable[str], allowed: Iterable[str]) -> None:
     for value in values:
         if value not in allowed:
@@ -110,10 +117,13 @@ def bench(
     steps: dict[str, Callable[[], Iterable[None]]] = {
         "models": lambda: bench_models(run, plan, device, probe, tell),
         "ops": lambda: bench_ops(
-            run, op_cases(device, quick), clock, 60.0 if quick else 420.0, not quick, tell
+            run, op_cases(device, quick), clock, 60.0 if quick else 300.0, not quick, tell
         ),
         "scaling": lambda: bench_scaling(run, plan.models[0], native, quick, tell),
     }
+    if device.type == "cuda" and "scaling" in parts:
+        run.missing["scaling"] = "measured on CPUs only: it is a matter of their threads"
+        parts = [part for part in parts if part != "scaling"]
     for part in parts:
         for _ in steps[part]():
             run.noise = probe.summary()
@@ -140,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser().error(str(error))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = results.new_run(" ".join(("bert-fast bench", *given)), device)
-    path = options.out or results.default_path(run, device.type)
+    path = options.out or results.default_path(run, device.type, less_than_all(options))
     bench(run, path, plan, parts, device, options.quick, partial(print, flush=True))
     noise = run.noise
     assert noise is not None

@@ -27,7 +27,7 @@ TOKENS = 4_096  # in all on the axis of length
 def bench_scaling(
     run: Run, model: str, dtype: torch.dtype, quick: bool, tell: Callable[[str], None]
 ) -> Iterable[None]:
-    """Fills `run.scaling` for bert_fast and transformers; yields after each axis."""
+    """Fills `run.scaling` for bert_fast and transformers on a CPU; yields after each axis."""
     shape = workloads.MODELS[model]
     plain = load(shape).to(dtype)
     sides = {"hf_sdpa": plain, "bert_fast": bert_fast.accelerate(copy.deepcopy(plain))}

@@ -98,22 +98,27 @@ def summary(run: Run) -> list[str]:
     for precision in ordered(s.ours.precision for s in found):
         mine = [s for s in found if s.ours.precision == precision]
         rated = [s for s in mine if s.peer and s.peer.ratio]
+        unrated = [s for s in mine if s.verdict == "no peer"]
         if emulated(run, precision):
             said.append(
                 f"{precision}: this processor does not multiply in {precision}. bert_fast computes "
-                "such a model in fp32; most peers emulate the products, which is slow: what is "
-                "said here of their ratios does not hold for a processor that can."
+                "such a model in fp32, its peers emulate the products, which is many times as slow "
+                "and tells nothing of a processor that can: no ratio is given."
             )
+            rated, unrated = [], []
         if rated:
             groups = [[s for s in rated if s.kind == kind] for kind in KINDS]
             means = [_mean(KINDS[group[0].kind], group) for group in groups if group]
             said.append(f"{precision}: beside the fastest peer bert_fast is {_join(means)}.")
             said.append(f"{precision}, workload by workload: {_tally(rated)}.")
-        if unrated := [s for s in mine if s.verdict == "no peer"]:
-            named = "; ".join(_name(s) for s in unrated)
+        if unrated:
+            beside = f"bert_fast on {'; '.join(_name(s) for s in unrated)}."
+            peers = any(e.precision == precision and e.contender != OURS for e in run.models)
             said.append(
                 f"{precision}: every peer of this precision was too slow to be timed, or did not "
-                f"run, beside bert_fast on {named}."
+                f"run, beside {beside}"
+                if peers
+                else f"{precision}: no peer of this precision took part beside {beside}"
             )
         if failed := [s for s in mine if s.verdict == "failed"]:
             named = "; ".join(f"{_name(s)} ({s.ours.failed or 'no times'})" for s in failed)

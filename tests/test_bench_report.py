@@ -126,6 +126,14 @@ def test_a_planted_slowdown_is_flagged(machine: float) -> None:
     assert set(verdicts(slow, made_up(0))["models"]) == {IMPROVEMENT}
 
 
+def test_a_change_of_the_yardstick_alone_is_not_blamed_on_us() -> None:
+    old, new = made_up(0), made_up(1)
+    for e in new.models:
+        if e.contender == "hf_sdpa":
+            e.seconds = [s / 1.15 for s in e.seconds]
+    assert set(verdicts(old, new)["models"]) == {NOISE}
+
+
 def test_failures_and_what_cannot_be_compared() -> None:
     old, new = made_up(0), made_up(1)
     before, after = ([e for e in r.models if e.contender == "bert_fast"] for r in (old, new))
@@ -199,6 +207,23 @@ def test_agreement_counts_ratios_whose_intervals_meet(
     told = capsys.readouterr().out
     assert f"disagrees: {' '.join(rated[0].key)}" in told
     assert f"{len(found) - 1} of {len(found)} agree within their intervals" in told
+    assert "in one run only" not in told
+
+
+def test_what_only_one_run_has_is_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = made_up(0), made_up(1)
+    peers = [e for e in new.models if e.ratio]
+    peers[0].ratio, peers[0].seconds, peers[0].failed = None, [], "too slow to repeat"
+    new.models.remove(peers[1])
+    next(e for e in old.models if e.key == peers[2].key).ratio = None
+    for name, run in (("old", old), ("new", new)):
+        run.save(tmp_path / f"{name}.json")
+    compare.main([str(tmp_path / "old.json"), str(tmp_path / "new.json")])
+    told = capsys.readouterr().out
+    assert "3 ratios are in one run only" in told
+    assert re.search(r", 2 vanished$", told, re.M) and "too slow to repeat" in told
 
 
 # -- report -----------------------------------------------------------------------------------
@@ -315,6 +340,36 @@ def test_readme_is_replaced_between_its_markers(tmp_path: Path) -> None:
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 4 and len({line.count("|") for line in table}) == 1
     assert str(file) in text and "`bert-fast bench`" in text and ": slower |" in text
+    # What a workload was cut to, and how quiet it was.
+    assert any(line.startswith("| sentence, arrival: 8 texts, 34% full |") for line in table)
+    assert "Noise: 120 windows kept, 7 dropped because" in text
+    run = load(file)
+    for e in run.models:
+        e.batches = 2
+    assert "| sentence, arrival: 2 x 4 texts, 34% full |" in readme.table(run, file)
+
+
+def test_nothing_is_claimed_of_an_emulated_precision(tmp_path: Path) -> None:
+    run = made_up()
+    run.machine |= {"GPU": "none", "oneDNN natively in": "float32"}
+    told = [line for line in standings.summary(run) if line.startswith("bf16")]
+    assert len(told) == 1 and "no ratio is given" in told[0]
+    table = readme.table(run, tmp_path / "run.json")
+    assert "bf16 tokens/s" in table and "fastest bf16 peer" not in table
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in rows}) == 1
+
+
+def test_a_precision_without_peers_is_not_said_to_have_slow_ones() -> None:
+    run = made_up()
+    told = "\n".join(standings.summary(run))
+    assert "took part" not in told and "too slow" not in told
+    entry = Entry("minilm", "squad", "arrival", "bert_fast", "fp8", 8, 100, 120)
+    run.models.append(timed(entry, [1.0, 1.1, 1.2]))
+    (told,) = [line for line in standings.summary(run) if line.startswith("fp8")]
+    assert told == (
+        "fp8: no peer of this precision took part beside bert_fast on minilm squad arrival."
+    )
 
 
 def test_report_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import peers, peers_exported
+from bench import peers, peers_exported, peers_torch
 from bench.peers import PEERS, Peer
 
 from .models import tiny
@@ -81,6 +81,43 @@ def test_exports_are_used_again(name: str, tmp_path: Path) -> None:
     assert torch.equal(first[real], again[real])
 
 
+def test_a_digest_tells_exports_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = model(), model()
+    found = [peers_exported.digest(first), peers_exported.digest(second)]
+    assert found[0] == found[1]  # the same weights
+    with torch.no_grad():
+        second.embeddings.word_embeddings.weight[-1, -1] += 1
+    found[1] = peers_exported.digest(second)
+    second.config.layer_norm_eps = 0.1
+    found.append(peers_exported.digest(second))
+    for name, value in (("versions_of", {"onnx": "0"}), ("products_saturate", "as never before")):
+        monkeypatch.setattr(peers_exported, name, lambda *names, value=value: value)
+        found.append(peers_exported.digest(first))
+    assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize("saturates", [True, False])
+def test_weights_have_a_bit_to_spare_where_products_saturate(
+    saturates: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers_exported, "products_saturate", lambda: saturates)
+    peer("onnxruntime", "int8").build(model(), tmp_path, BATCHES)
+    peer("openvino", "int8").build(model(), tmp_path, BATCHES)
+    import onnx
+    import openvino
+    from onnx import numpy_helper
+
+    graph = onnx.load(tmp_path / "onnxruntime_int8.onnx").graph
+    weights = [numpy_helper.to_array(w) for w in graph.initializer if w.data_type == 3]
+    most = 64 if saturates else 127
+    assert weights and max(abs(w.astype(int)).max() for w in weights) == most
+    xml = openvino.Core().read_model(tmp_path / "openvino_int8_rerank" / "model.xml")
+    packed = [op.data for op in xml.get_ops() if op.get_type_name() == "Constant"]
+    shapes = (64, 128), (128, 64)  # of the products up and down, and of no embedding
+    narrow = [w for w in packed if w.dtype == "int8" and w.shape in shapes]
+    assert narrow and max(abs(w.astype(int)).max() for w in narrow) == most
+
+
 def test_onnxruntime_gets_its_fused_attention(tmp_path: Path) -> None:
     peer("onnxruntime", "int8").build(model(), tmp_path, BATCHES)
     import onnx
@@ -112,6 +149,20 @@ def test_compiled_is_frozen_for_one_text_too(
     with torch.inference_mode():
         truth = copy.deepcopy(theirs).double()(**one).last_hidden_state
     assert relative_l2(hidden, truth, one) < MOST["fp32"]
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_compiled_has_cuda_graphs_on_a_gpu(on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+
+    def compiled(encoder: Any, *, mode: str | None, **names: Any) -> Any:
+        modes.append(mode)
+        return encoder
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(peers_torch, "on_gpu", lambda batch: on_gpu)
+    peers_torch.build_compiled(model(), BATCHES, torch.float32)
+    assert modes == ["max-autotune" if on_gpu else None]
 
 
 def test_another_precision_is_refused(tmp_path: Path) -> None:
