@@ -22,7 +22,7 @@ from .peers import PEERS, Peer
 from .peers_exported import digest
 from .peers_torch import on_gpu
 from .results import ROOT, Entry, Run
-from .standings import OURS
+from .standings import OURS, emulated
 
 # Relative L2 to fp64 over the real tokens above which an answer is wrong, not merely rounded.
 WRONG = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2, "int8": 0.6, "fp8": 0.3}
@@ -113,10 +113,13 @@ def bench_models(
 
 
 def _present(run: Run, peers: Iterable[Peer]) -> list[Peer]:
-    """Those that can run here; the others are named in `run.missing`, once."""
+    """Those that can run here and tell something; the others are named in `run.missing`, once."""
     found = []
     for peer in peers:
-        if why := peer.missing():
+        why = peer.missing()
+        if peer.name != OURS and emulated(run, peer.precision):
+            why = why or f"emulates {peer.precision} on this processor, many times as slowly"
+        if why:
             run.missing[f"{peer.name} {peer.precision}"] = why
         else:
             found.append(peer)

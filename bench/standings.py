@@ -102,8 +102,8 @@ def summary(run: Run) -> list[str]:
         if emulated(run, precision):
             said.append(
                 f"{precision}: this processor does not multiply in {precision}. bert_fast computes "
-                "such a model in fp32, its peers emulate the products, which is many times as slow "
-                "and tells nothing of a processor that can: no ratio is given."
+                "such a model in fp32; its peers emulate the products, many times as slowly, which "
+                "tells nothing of a processor that can: they are not set beside it."
             )
             rated, unrated = [], []
         if rated:
@@ -135,25 +135,20 @@ def _mean(where: str, group: Sequence[Standing]) -> str:
 
 
 def _tally(rated: Sequence[Standing]) -> str:
-    """How many wins; losses and ties by name."""
+    """How many wins and ties; losses by name."""
     wins, losses, ties = (
         [s for s in rated if s.verdict == verdict]
         for verdict in ("faster", "slower", "within noise")
     )
     told = [f"it is faster than every peer on {len(wins)} of {len(rated)}"]
-    told.append(f"it loses on {_named(losses)}" if losses else "it loses on none")
-    if ties:
-        told.append(f"within noise of the fastest peer on {_named(ties)}")
-    return "; ".join(told)
-
-
-def _named(group: Sequence[Standing]) -> str:
+    told.append(f"within noise of the fastest on {len(ties)}")
     names = [
         f"{_name(s)} ({s.peer.ratio.value:.2f} times as fast as {s.peer.contender})"
-        for s in group
+        for s in losses
         if s.peer and s.peer.ratio
     ]
-    return f"{len(group)}: {_join(names)}"
+    told.append(f"slower on {len(losses)}: {_join(names)}" if losses else "slower on none")
+    return ", ".join(told)
 
 
 def _name(standing: Standing) -> str:

@@ -136,7 +136,9 @@ def plan_with(monkeypatch: pytest.MonkeyPatch, peers: Sequence[Peer]) -> models.
     monkeypatch.setattr(models, "PEERS", tuple(peers))
     tiny = workloads.Model("tiny", 2, 64, 2, 128, vocab=2_000)
     monkeypatch.setitem(workloads.MODELS, "tiny", tiny)
-    return models.Plan(("tiny",), ("sentence",), precisions=("fp32",), batches=1, seconds=1.0)
+    return models.Plan(
+        ("tiny",), ("sentence",), precisions=("fp32", "bf16"), batches=1, seconds=1.0
+    )
 
 
 def peer(name: str, change: Callable[[Tensor], Tensor]) -> Peer:
@@ -159,11 +161,14 @@ def test_a_wrong_result_and_a_missing_peer_get_no_time(monkeypatch: pytest.Monke
         raise RuntimeError("a peer's own fault")
 
     absent = Peer("absent", "fp32", lambda: "not installed", lambda *a: None)  # type: ignore
+    emulating = Peer("emulating", "bf16", lambda: None, lambda *a: None)  # type: ignore
     plan = plan_with(monkeypatch, [
         peer("bert_fast", lambda x: x), peer("slow", slow), peer("wrong", lambda x: x * 1.01),
         peer("nan", lambda x: x * float("nan")), peer("broken", broken), absent,
+        emulating,
     ])  # fmt: skip
     found = results.new_run("test", DEVICE)
+    found.machine |= {"GPU": "none", "oneDNN natively in": "float32"}
     told: list[str] = []
     for _ in models.bench_models(found, plan, DEVICE, noise.Probe(DEVICE), told.append):
         pass
@@ -174,8 +179,8 @@ def test_a_wrong_result_and_a_missing_peer_get_no_time(monkeypatch: pytest.Monke
         assert entry.failed and not entry.seconds and entry.ratio is None
     assert "relative L2" in str(entries["wrong", "arrival"].failed)
     # What cannot run here is said once; it is no failure of a workload.
-    assert found.missing == {"absent fp32": "not installed"}
-    assert "absent" not in {e.contender for e in found.models}
+    assert found.missing.keys() == {"absent fp32", "emulating bf16"}
+    assert not {"absent", "emulating"} & {e.contender for e in found.models}
     assert "slow" in told[0]
 
 
