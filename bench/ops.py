@@ -49,7 +49,9 @@ def bench_op(
     """Checks, then times every kernel of one op at one shape, forward and with its backward."""
     op, args = OPS[case.op], case.make()
     flop, moved = op.cost(*args)
-    entries = []
+    entries: list[OpEntry] = []
+    if clock.device.type == "cuda" and all(kernel.why_not(*args) for kernel in op.kernels[:-1]):
+        return entries  # an op of CPUs
     for step in ("forward", "forward_backward")[: 1 + backward]:
         try:
             yardstick = Yardstick(op, args, step != "forward")
@@ -150,8 +152,9 @@ def bench_ops(
 
 def told(entries: list[OpEntry]) -> str:
     """One line for one op at one shape."""
-    first = entries[0]
-    cells = []
+    if not entries:
+        return "no kernel of ours"
+    first, cells = entries[0], []
     for e in entries:
         step = "" if e.step == "forward" else "+bwd"
         if e.ms is not None:

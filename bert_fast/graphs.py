@@ -35,6 +35,22 @@ Run = Callable[[Batch, Tensor | None], Tensor]
 # Records `run` and returns how to run it again on the same memory, and where its result then is.
 Capture = Callable[[Callable[[], Tensor], Any], tuple[Callable[[], None], Tensor]]
 
+
+class Place(NamedTuple):
+    """Where a model's graphs are recorded: the memory they share, and a stream of their own.
+
+    On torch's one stream for recordings, a GEMM's workspace would lie in the memory of whichever
+    model was recorded first, and go with it.
+    """
+
+    pool: Any
+    stream: torch.cuda.Stream
+
+
+# torch records one graph at a time in a process: starting one waits for the device, which a
+# recording in another thread would not survive.
+_recording = threading.Lock()
+
 _version, _eps = attrgetter("_version"), attrgetter("eps")
 
 
@@ -107,7 +123,9 @@ def reasons_against_inputs(structure: Structure, batch: Batch) -> list[str]:
 class _Graph:
     """One recorded forward: its inputs, how to replay it, its output."""
 
-    def __init__(self, bucket: Bucket, run: Run, device: torch.device, capture: Capture, pool: Any):
+    def __init__(
+        self, bucket: Bucket, run: Run, device: torch.device, capture: Capture, place: Place | None
+    ) -> None:
         def new(count: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(count, dtype=dtype, device=device)
 
@@ -129,7 +147,7 @@ class _Graph:
             None if self.types is None else self.types.unsqueeze(0),
             self.positions.unsqueeze(0),
         )
-        self.replay, self.output = capture(lambda: run(self.batch, self.rows), pool)
+        self.replay, self.output = capture(lambda: run(self.batch, self.rows), place)
 
     def __call__(self, batch: Batch, rows: Tensor | None) -> Tensor:
         packing, tokens = batch.packing, batch.tokens
@@ -152,8 +170,8 @@ class _Graph:
         return self.output[: tokens if rows is None else rows.shape[0]].clone()
 
 
-def capture_cuda(run: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], None], Tensor]:
-    """Records on a stream of its own, after two runs that compile kernels and copy weights."""
+def capture_cuda(run: Callable[[], Tensor], place: Place) -> tuple[Callable[[], None], Tensor]:
+    """Records after two runs, on yet another stream, that compile kernels and copy weights."""
     here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
     aside.wait_stream(here)
     with torch.cuda.stream(aside):
@@ -162,8 +180,11 @@ def capture_cuda(run: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], Non
     here.wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     try:
-        # Other threads may go on using the GPU meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        # Other threads may go on using the GPU meanwhile, but not wait for all of it.
+        with (
+            _recording,
+            torch.cuda.graph(graph, place.pool, place.stream, capture_error_mode="thread_local"),
+        ):
             output = run()
     finally:  # a recording that fails leaves its own stream as the current one
         torch.cuda.set_stream(here)
@@ -181,11 +202,18 @@ class Graphs:
         self.capture, self.lock = capture, threading.Lock()
         self.kept: OrderedDict[Bucket, _Graph] = OrderedDict()
         self.stamp: Any = None
-        # Recording failed, as an op waits for values; or nothing would tell of a changed weight.
+        # Recording failed twice, as an op waits for values (once, it may be another thread that
+        # did); or nothing would tell of a changed weight.
         self.broken = any(map(Tensor.is_inference, self.parameters))
+        self.failed = False
         on_gpu = capture is capture_cuda
-        self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        self.stream = torch.cuda.Stream(self.parameters[0].device) if on_gpu else None
+        self.place = self._place()
         self.done = torch.cuda.Event() if on_gpu else None
+
+    def _place(self) -> Place | None:
+        """A new one whenever no graph is left: torch does not take a pool that was given up."""
+        return Place(torch.cuda.graph_pool_handle(), self.stream) if self.stream else None
 
     def __call__(self, bucket: Bucket, batch: Batch, rows: Tensor | None, run: Run) -> Tensor:
         if self.broken:
@@ -196,17 +224,19 @@ class Graphs:
                 torch.cuda.current_stream().wait_event(self.done)
             if (stamp := self._stamp()) != self.stamp:
                 self.kept.clear()
-                self.stamp = stamp
+                self.stamp, self.place = stamp, self._place()
             graph = self.kept.pop(bucket, None)
             if graph is None:
                 while len(self.kept) >= KEPT:
                     self.kept.popitem(last=False)
                 try:
-                    graph = _Graph(bucket, run, device, self.capture, self.pool)
+                    graph = _Graph(bucket, run, device, self.capture, self.place)
                 except RuntimeError as error:
-                    self.broken = True
                     self.kept.clear()
-                    warn_once(f"bert_fast: no CUDA graph can be recorded of this model: {error}")
+                    self.place = self._place()
+                    self.broken, self.failed = self.failed, True
+                    if self.broken:
+                        warn_once(f"bert_fast: no CUDA graph can be recorded here: {error}")
                     return run(batch, rows)
             self.kept[bucket] = graph
             found = graph(batch, rows)

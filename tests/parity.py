@@ -56,11 +56,14 @@ def smallest_sample(op: str) -> str:
 @functools.cache
 def truth(name: str, sample: str, dtype: torch.dtype) -> Truth:
     op = OPS[name]
-    args = next(s.args for s in op.samples(DEVICE, dtype) if s.name == sample)
+    return truth_of(op, next(s.args for s in op.samples(DEVICE, dtype) if s.name == sample))
+
+
+def truth_of(op: Op, args: tuple[Any, ...]) -> Truth:
     wide = tuple(map(widened, args))
-    y = op.reference(*wide)
+    y = op.reference(*args)
     generator = torch.Generator().manual_seed(1)
-    dy = torch.randn(y.shape, generator=generator).to(DEVICE, dtype)
+    dy = torch.randn(y.shape, generator=generator).to(y)
     return Truth(
         ["y", *(f"d{n}" for n in op.differentiable)],
         args,

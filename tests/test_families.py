@@ -94,7 +94,8 @@ def test_int8(name: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ROWS)
 def test_outputs_and_gradients(name: str, dtype: torch.dtype) -> None:
-    for kind in ("none", "right", "left", "holes", "first_hidden"):
+    on_cpu = ("none", "right", "left", "holes", "first_hidden")
+    for kind in on_cpu if DEVICE.type == "cpu" else ("right", "first_hidden"):
         mask = masks(BATCH, LENGTH)[kind]
         rows = read_rows(mask, BATCH, LENGTH)
         if kind == "first_hidden":

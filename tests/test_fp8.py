@@ -88,6 +88,9 @@ def test_gradient_is_that_of_the_rounded_weight() -> None:
 def test_triton_rounds_as_torch(dtype: torch.dtype) -> None:
     from bert_fast._triton.linear_fp8 import quantize
 
+    ada = DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (9, 0)
+    if ada and dtype == torch.float32:
+        pytest.skip("before Hopper, Triton rounds fp32 to e4m3 by way of fp16")
     x = normal(50, 200) * torch.logspace(-6, 3, 50, device=DEVICE).unsqueeze(1)
     x[:, 3] *= 40.0
     x[7], x[8] = 0.0, 1e-40

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -25,7 +26,7 @@ from .parity import DEVICE
 GPU = pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs need a GPU")
 
 
-def run_again(run: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], Any], Tensor]:
+def run_again(run: Callable[[], Tensor], place: Any) -> tuple[Callable[[], Any], Tensor]:
     """Stands for recording: the same memory for inputs and output, nothing else kept."""
     output = run()
     return lambda: output.copy_(run()), output
@@ -120,6 +121,7 @@ def test_where_nothing_can_be_recorded() -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     model.graphs.capture = refuse
+    assert torch.equal(*model(padded(2, 9)))  # once, another thread may have been in the way
     with pytest.warns(UserWarning, match="no CUDA graph .*: operation not permitted"):
         found, expected = model(padded(2, 9))
     assert torch.equal(found, expected)
@@ -195,6 +197,29 @@ def test_accelerated_with_graphs() -> None:
         model.train()
         assert kept_of(inner) == 0
         model(**padded(2, 20))[0].sum().backward()
+
+
+@GPU
+@pytest.mark.gpu
+def test_graphs_are_recorded_anew_for_changed_weights() -> None:
+    """Of two models: what one gives back, the other may not stand on."""
+    models = [bert_fast.accelerate(tiny(seed=seed), graphs=True) for seed in (0, 1)]
+    for factor in (1.0, 1.5, 0.5):
+        for model in models:
+            with torch.no_grad():
+                model.encoder.layer[0].attention.self.query.weight.mul_(factor)
+            plain = bert_fast.restore(copy.deepcopy(model))
+            with torch.inference_mode():
+                for _ in range(2):
+                    found, expected = (m(**padded(2, 9))[0] for m in (model, plain))
+                    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            assert kept_of(model) == 1
+    models.pop().train()
+    torch.cuda.empty_cache()
+    with torch.inference_mode():
+        plain = bert_fast.restore(copy.deepcopy(models[0]))
+        found, expected = (m(**padded(2, 9))[0] for m in (models[0], plain))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @GPU

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bert_fast.ops import OPS
-from bert_fast.ops.backends import has_isa
+from bert_fast.ops.backends import ISAS, has_isa
 
 from .guard import guarded_allocations
 from .parity import (
@@ -25,14 +25,21 @@ from .parity import (
     violations,
 )
 
+OF_CPUS = (*ISAS, "onednn")
 CASES = [
     pytest.param(op, kernel.backend, sample, id=f"{op}-{kernel.backend}-{sample}")
     for op in OPS
     for kernel in OPS[op].kernels
     if kernel.backend != "reference"  # the yardstick itself
+    if DEVICE.type == "cpu" or kernel.backend not in OF_CPUS
     for sample in sample_names(op)
 ]
-BACKENDS = sorted({(op, kernel.backend) for op in OPS for kernel in OPS[op].kernels})
+BACKENDS = [
+    (op, kernel.backend)
+    for op in OPS
+    for kernel in OPS[op].kernels
+    if DEVICE.type == "cpu" or kernel.backend not in OF_CPUS
+]
 
 
 def interpreted(backend: str) -> bool:
@@ -111,13 +118,14 @@ def test_lesser_avx512(name: str, isa: int) -> None:
 def test_compiled(name: str, backend: str, dtype: torch.dtype) -> None:
     """The same through torch.compile: dynamo, fakes, the registered autograd.
 
-    Without a GPU, of one sample where Triton is interpreted, and in 16 bits: eager runs them all,
+    Of one sample where Triton is interpreted, and in all dtypes but one: eager runs them all,
     through the same kernels, and what compiling adds depends on neither.
     """
     if interpreted(backend) and dtype != torch.float32:
         pytest.skip("in the interpreter eager runs every dtype: compiling does not depend on it")
     op = OPS[name]
-    few = interpreted(backend) or (DEVICE.type == "cpu" and dtype != torch.float32)
+    full = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
+    few = interpreted(backend) or dtype != full
     chosen = [smallest_sample(name)] if few else sample_names(name)
     samples = [(sample, truth(name, sample, dtype)) for sample in chosen]
     willing = [item for item in samples if not dict(op.reasons(item[1].args))[backend]]

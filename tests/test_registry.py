@@ -21,6 +21,8 @@ def test_opcheck(name: str, backend: str, dtype: torch.dtype) -> None:
     """torch.library's own checks: schema, no aliasing, autograd and fakes registered, AOT."""
     if backend == "triton" and DEVICE.type == "cpu" and dtype != torch.float32:
         pytest.skip("in the interpreter test_parity runs every dtype: the contract is the same")
+    if DEVICE.type == "cuda" and dtype != torch.bfloat16:
+        pytest.skip("a GPU's time is short, and the contract is the same in every dtype")
     op = OPS[name]
     expected = truth(name, smallest_sample(name), dtype)
     why = dict(op.reasons(expected.args))[backend]

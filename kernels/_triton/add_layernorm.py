@@ -60,7 +60,10 @@ def _row(
     return z, keep
 
 
-@triton.jit(do_not_specialize=["n_rows", "threshold"])
+@triton.jit(
+    do_not_specialize=["n_rows", "threshold"],
+    do_not_specialize_on_alignment=["seed"],  # one element of many
+)
 def _forward_kernel(
     x,  # [n_rows, n_cols]
     linear_bias,  # [n_cols] or None
@@ -113,7 +116,10 @@ def _add_part(
     tl.store(p_part, total, mask=o_col < n_cols)
 
 
-@triton.jit(do_not_specialize=["n_rows", "threshold"])
+@triton.jit(
+    do_not_specialize=["n_rows", "threshold"],
+    do_not_specialize_on_alignment=["seed"],  # one element of many
+)
 def _backward_kernel(
     dy,  # [n_rows, n_cols]
     x,  # [n_rows, n_cols]

@@ -68,7 +68,10 @@ def _attend(
     return acc, total, top
 
 
-@triton.jit(do_not_specialize=["n_tokens", "n_blocks", "threshold"])
+@triton.jit(
+    do_not_specialize=["n_tokens", "n_blocks", "threshold"],
+    do_not_specialize_on_alignment=["seed"],  # one element of many
+)
 def _forward_kernel(
     qkv,  # [T, 3, N, D]
     cu_seqlens,  # [B + 1] int32

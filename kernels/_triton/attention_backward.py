@@ -64,7 +64,10 @@ def _attend_dq(
     return acc
 
 
-@triton.jit(do_not_specialize=["n_tokens", "n_blocks", "threshold"])
+@triton.jit(
+    do_not_specialize=["n_tokens", "n_blocks", "threshold"],
+    do_not_specialize_on_alignment=["seed"],  # one element of many
+)
 def _dq_kernel(
     dout,  # [T, N, D]
     qkv,  # [T, 3, N, D]
@@ -140,7 +143,10 @@ def _dq_kernel(
     tiles.store(p_dq, acc * (scale * tiles.LN2), m_dq)
 
 
-@triton.jit(do_not_specialize=["n_tokens", "n_blocks", "threshold"])
+@triton.jit(
+    do_not_specialize=["n_tokens", "n_blocks", "threshold"],
+    do_not_specialize_on_alignment=["seed"],  # one element of many
+)
 def _dkv_kernel(
     dout,  # [T, N, D]
     qkv,  # [T, 3, N, D]

@@ -73,7 +73,10 @@ def _row(
     return z + _gathered(position_ids, position, n_positions, o_row, o_col, m_row, mask, n_cols)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_words", "n_positions", "n_types", "threshold"])
+@triton.jit(
+    do_not_specialize=["n_rows", "n_words", "n_positions", "n_types", "threshold"],
+    do_not_specialize_on_alignment=["seed"],  # one element of many
+)
 def _forward_kernel(
     input_ids,  # [n_rows] int32 or int64
     token_type_ids,  # [n_rows] or None (row 0)
@@ -120,7 +123,10 @@ def _forward_kernel(
     tl.store(rstd + o_row, z_rstd, mask=m_row)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_words", "n_positions", "n_types", "threshold"])
+@triton.jit(
+    do_not_specialize=["n_rows", "n_words", "n_positions", "n_types", "threshold"],
+    do_not_specialize_on_alignment=["seed"],  # one element of many
+)
 def _backward_kernel(
     dy,  # [n_rows, n_cols]
     input_ids,  # [n_rows] int32 or int64
