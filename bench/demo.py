@@ -286,7 +286,8 @@ def show_speeds(speeds: list[Speed], whole: dict[str, float]) -> None:
 def write_readme(speeds: list[Speed], whole: dict[str, float], here: dict[str, str]) -> None:
     rows = [
         f"Made by `make demo` on {here['CPU']}; torch {here['torch']}, "
-        f"transformers {here['transformers']}; {here['C++ extension'].partition(' (')[0]}.",
+        f"transformers {here['transformers']}; "
+        f"C++ extension {here['C++ extension'].partition(' (')[0]}.",
         "",
         "| texts/s, batches of 64 | transformers (SDPA) | bert_fast | ratio |",
         "| --- | ---: | ---: | ---: |",

@@ -1,8 +1,8 @@
 """The contenders of the model benchmark: bert_fast, and what else runs a BERT on a CPU.
 
 Every one takes a Hugging Face BertModel and the same padded batches, uses torch's number of threads
-within an op and one between ops, and gives back last_hidden_state. `pip install '.[peers]'` brings
-those that are not PyTorch.
+within an op and one between ops, and gives back last_hidden_state. `pip install
+--no-build-isolation -e '.[peers]'` brings those that are not PyTorch.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class Peer:
 
 def packages_missing(*names: str) -> str | None:
     absent = [name for name in names if importlib.util.find_spec(name) is None]
-    return f"no {', '.join(absent)} (pip install '.[peers]')" if absent else None
+    how = "pip install --no-build-isolation -e '.[peers]'"
+    return f"no {', '.join(absent)} ({how})" if absent else None
 
 
 def compiler_missing() -> str | None:

@@ -35,7 +35,7 @@ PRECISIONS = ("fp32", "bf16", "int8", "fp8")
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bert-fast bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one small model, without peers")
+    parser.add_argument("--quick", action="store_true", help="one small model, fewer peers")
     parser.add_argument("--parts", default=",".join(PARTS), help="of models,ops,scaling")
     parser.add_argument("--models", help=f"of {','.join(MODELS)}")
     parser.add_argument("--workloads", help=f"of {','.join(WORKLOADS)}")

@@ -255,7 +255,9 @@ def bench(context: typer.Context) -> None:
     with one_line_errors():
         root = Path(__file__).resolve().parents[1]
         if not (root / "bench" / "run.py").is_file():
-            raise ValueError("the bench is not installed with the package: run it from a checkout")
+            raise ValueError(
+                "the bench is not installed with the package: install its checkout with pip's -e"
+            )
     # In a process of its own: the bench imports this package, never the other way round.
     where = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
     line = [sys.executable, "-m", "bench.run", *context.args]

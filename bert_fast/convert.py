@@ -63,23 +63,26 @@ def accelerate(
             has them; without labels, and by default, all of them, [B, S, V].
         checkpoint: what training recomputes to save memory. "none": only what costs nothing
             (GELU, dropout masks, norms). "selective": also the inner states of the feed-forward
-            network, a third less memory for about a tenth more time. "full": every layer from
-            its input. Hugging Face's `gradient_checkpointing_enable()` works as well.
+            network, a third less memory for about a tenth more time (`python -m bench.training`).
+            "full": every layer from its input. Hugging Face's `gradient_checkpointing_enable()`
+            works as well.
         dtype: None: the model's own everywhere. "int8": in inference on a CPU, products with the
             layers' weights in 8 bits (`ops.linear_int8`), all else in the model's dtype. "fp8":
-            the same on a GPU that has e4m3 (`ops.linear_fp8`, `ops.feed_forward_fp8`). The weights
-            stay as they are. Where that cannot be, the model's dtype is used, with the reason said
-            once (but not inside torch.compile and torch.export). Cosine similarities to fp32 are
-            about 0.999 in int8, 0.997 in fp8; `verify` tells yours.
+            the same on a GPU that has e4m3, of a model in bf16 or fp16 (`ops.linear_fp8`,
+            `ops.feed_forward_fp8`). The weights stay as they are. Where that cannot be, the model's
+            dtype is used, with the reason said once (but not inside torch.compile and
+            torch.export). Cosine similarities to fp32 are about 0.999 in int8, 0.997 in fp8;
+            `verify` tells yours.
         graphs: in inference on a GPU, batches of up to 4,096 tokens replay CUDA graphs, recorded at
             their first use for buckets of like sizes (at most 32, the last used). Elsewhere it
             changes nothing.
         keep_padding: padded positions are computed too, as queries, as transformers computes them;
             for a head of yours that reads them. Those known to read them (question answering,
-            ColBERT's query expansion) get them without asking.
+            ColBERT's query expansion) get them without being told. It does nothing where a family
+            takes the attention alone.
 
-    Returns: the same object. Parameters, state_dict, dtype and device are not touched;
-        `restore` undoes the change.
+    Returns: the same object. Parameters, state_dict, dtype and device are not touched; `restore`
+        undoes the change. Another call replaces what was asked for, but for `keep_padding`.
     Raises: ValueError if there is nothing to accelerate, with the reasons; for an unknown op,
         backend, checkpoint or dtype. TypeError for what is no module and holds none.
     Warns: UserWarning, once, if the transformers installed computes something else in a class

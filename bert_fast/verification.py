@@ -115,8 +115,9 @@ def verify(
     """Compares `model` through bert_fast with the same model through transformers.
 
     Args:
-        model: a transformers encoder or head, accelerated or not; it is copied (three times, once
-            in fp64) and left as it is.
+        model: a transformers encoder, or a head on one: the encoder is compared, as `backend` and
+            `dtype` here say, whatever it was accelerated with. It is copied (three times, once in
+            fp64) and left as it is.
         texts: 1 to 64 texts, run as one padded batch.
         tokenizer: its tokenizer.
         backend: as in `bert_fast.accelerate`.
@@ -125,8 +126,9 @@ def verify(
             frozen model; nor where training it is left to Hugging Face's own forward.
         dtype: as in `bert_fast.accelerate`.
 
-    Returns: errors by hidden state (the embeddings, then each layer), of the gradient, the
-        smallest cosine, the Spearman correlation of all pairwise similarities, and what ran.
+    Returns: errors by hidden state (the embeddings, then each layer), of the gradient, the smallest
+        cosines of a text and of a token, the Spearman correlation of all pairwise similarities, and
+        what ran.
     Raises: ValueError for no or too many texts, and for a model that cannot be accelerated.
     """
     if not 1 <= len(texts) <= MAX_TEXTS:

@@ -183,10 +183,12 @@ def feed_forward_fp8(
     activation: str = "gelu",
     backend: str | Chooser = "auto",
 ) -> Tensor:
-    """activation(x up^T + up_bias) down^T, every factor in e4m3; see this module's formula.
+    """activation(x up^T + up_bias) down^T, every factor in e4m3.
+
+    The formula: bert_fast/ops/feed_forward_fp8.py.
 
     Args:
-        x: [T, H], fp32, bf16 or fp16 (fp64 through the reference).
+        x: [T, H], bf16 or fp16 (fp32 and fp64 through the reference).
         up: [F, H]; down: [H, F], of x's dtype; their 8-bit forms are kept beside them.
         up_bias: [F] or None.
         activation: "gelu" (erf), "gelu_tanh", "relu" or "silu".

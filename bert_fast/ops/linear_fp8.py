@@ -188,10 +188,10 @@ OP = Op(
 def linear_fp8(
     x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | Chooser = "auto"
 ) -> Tensor:
-    """x W^T + b, both factors in e4m3 (about 4 % off); see this module's formula.
+    """x W^T + b, both factors in e4m3 (about 4 % off); the formula: bert_fast/ops/linear_fp8.py.
 
     Args:
-        x: [T, K], fp32, bf16 or fp16 (fp64 through the reference).
+        x: [T, K], bf16 or fp16 (fp32 and fp64 through the reference).
         weight: [N, K], of x's dtype; its 8-bit form is kept beside it. bias: [N] or None.
         backend: "auto" or the name of one kernel; a forced one that cannot run raises.
 

@@ -138,7 +138,9 @@ def linear_int8(
     activation: str = "none",
     backend: str | Chooser = "auto",
 ) -> Tensor:
-    """activation(x W^T + b), both factors in 8 bits (about 1 % off); see this module's formula.
+    """activation(x W^T + b), both factors in 8 bits (about 1 % off).
+
+    The formula: bert_fast/ops/linear_int8.py.
 
     Args:
         x: [T, K], fp32, bf16 or fp16 (fp64 through the reference).

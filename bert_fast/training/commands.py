@@ -63,7 +63,9 @@ def pretrain(
     whole_word: Annotated[bool, typer.Option(help="Mask all pieces of a word or none.")] = False,
     mlm_probability: Annotated[float, typer.Option(help="Share of the tokens to predict.")] = 0.15,
     validation_fraction: Annotated[float, typer.Option(help="Documents held back.")] = 0.05,
-    save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    save_steps: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints; else none is kept.")
+    ] = None,
     eval_steps: Annotated[
         int | None, typer.Option(help="Steps between evaluations; always after an epoch.")
     ] = None,
@@ -76,7 +78,8 @@ def pretrain(
     """Masked LM and next-sentence prediction from text, by BERT's own recipe.
 
     Writes a checkpoint that transformers loads as BertForPreTraining, its tokenizer, metrics.csv
-    and metrics.json. A run that was killed goes on with --resume, with the very same losses.
+    and metrics.json. With --save-steps, a run that was killed goes on by --resume,
+    with the very same losses.
     """
     with one_line_errors():
         need_accelerate()

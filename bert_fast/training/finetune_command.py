@@ -8,6 +8,7 @@ from typing import Annotated
 from typer import Option
 
 from ..console import check_choice, check_model, log, one_line_errors
+from .commands import need_accelerate
 
 TASKS = ("classification", "pairs", "spans", "tokens", "embedding")
 
@@ -38,7 +39,8 @@ def finetune(
     ] = None,
     accumulation: Annotated[int, Option(help="Batches per optimizer step.")] = 1,
     max_length: Annotated[
-        int | None, Option(help="Tokens kept of a text, pair or window; else the model's, or 384.")
+        int | None,
+        Option(help="Tokens kept of a text or window; else the model's (spans: 384)."),
     ] = None,
     doc_stride: Annotated[
         int | None, Option(help="Tokens that windows share (spans); else a third of a window.")
@@ -55,7 +57,7 @@ def finetune(
     seed: Annotated[int, Option(help="Of new weights, dropout and the order of the data.")] = 0,
     dtype: Annotated[str, Option(help="fp32, or bf16 (autocast; weights stay fp32).")] = "fp32",
     device: Annotated[str, Option(help="auto, cpu or cuda.")] = "auto",
-    save_steps: Annotated[int | None, Option(help="Steps between checkpoints.")] = None,
+    save_steps: Annotated[int | None, Option(help="Steps between checkpoints; else none.")] = None,
     resume: Annotated[bool, Option(help="Go on from the last checkpoint in --output.")] = False,
     accelerate: Annotated[
         bool, Option(help="Without: transformers' own forward, to compare with.")
@@ -67,6 +69,7 @@ def finetune(
     and f1 in percent for spans; the history of the loss) and metrics.csv, one row per step.
     """
     with one_line_errors():
+        need_accelerate()
         check_choice("task", task, TASKS)
         check_model(model)
         if output.exists() and not output.is_dir():
