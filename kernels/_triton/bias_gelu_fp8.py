@@ -14,6 +14,8 @@ def samples(dtype: torch.dtype, device: torch.device, full: bool):
     if tiles.family(device) not in linear.FP8 or dtype == torch.float32:
         return
     for label, (x, bias, activation) in bias_gelu.samples(dtype, device, full):
+        if not full and label != "3072 gelu":
+            continue  # what the others compile, bias_gelu's own samples show
         yield label, (x, bias, activation, x.new_empty((x.shape[0], 1), dtype=torch.float32))
 
 

@@ -18,9 +18,9 @@ def samples(dtype: torch.dtype, device: torch.device, full: bool):
         e4m3 = torch.empty((rows, cols), dtype=torch.float8_e4m3fn, device=device)
         return e4m3, torch.empty((rows, 1), dtype=torch.float32, device=device)
 
-    shapes = [(16, 768, 3072), (16384, 768, 3072)]
+    shapes = [(16384, 768, 3072)]
     if full:
-        shapes += [(256, 768, 3072), (100, 37, 41), (16384, 1024, 4096)]
+        shapes += [(16, 768, 3072), (256, 768, 3072), (100, 37, 41), (16384, 1024, 4096)]
     for n_rows, hidden, inner in shapes:
         x = torch.empty((n_rows, hidden), dtype=dtype, device=device)
         bias, reach = x.new_empty(inner), x.new_empty(2, dtype=torch.float32)
