@@ -1,6 +1,5 @@
 """Triton's interpreter stands in for a GPU; it must be chosen before triton is imported."""
 
-import ctypes
 import os
 
 import pytest
@@ -16,13 +15,6 @@ if not torch.cuda.is_available():
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores between them
     torch.set_num_threads(1)
-
-
-# The C++ kernels allocate below what the fixture fills: glibc then hands out memory that holds
-# large numbers (-1.7e38 as fp32 and as bf16).
-M_PERTURB = -6
-if hasattr(ctypes.CDLL(None), "mallopt"):
-    ctypes.CDLL(None).mallopt(M_PERTURB, 1)
 
 
 @pytest.fixture(autouse=True)

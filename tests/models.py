@@ -46,6 +46,9 @@ def small(module: str, name: str) -> Any:
     model = cls(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
+    for part, parameter in model.named_parameters():
+        if "relative_attention_bias" in part:  # to train it is left to transformers' own forward
+            parameter.requires_grad_(False)
     return model.to(DEVICE).eval()
 
 

@@ -191,10 +191,10 @@ def test_missing_packages_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     told = {o.name: o.missing() for o in PEERS if o.precision == "int8" and o.name != "bert_fast"}
     assert told == {
-        "onnxruntime": "no onnx, onnxruntime (pip install '.[peers]')",
-        "openvino": "no openvino, nncf (pip install '.[peers]')",
-        "openvino_static": "no openvino, nncf (pip install '.[peers]')",
-        "ctranslate2": "no ctranslate2 (pip install '.[peers]')",
+        "onnxruntime": "no onnx, onnxruntime (pip install --no-build-isolation -e '.[peers]')",
+        "openvino": "no openvino, nncf (pip install --no-build-isolation -e '.[peers]')",
+        "openvino_static": "no openvino, nncf (pip install --no-build-isolation -e '.[peers]')",
+        "ctranslate2": "no ctranslate2 (pip install --no-build-isolation -e '.[peers]')",
     }
     inside = [o for o in PEERS if o.name in ("bert_fast", "hf_sdpa") and o.precision != "fp8"]
     assert all(of.missing() is None for of in inside)
