@@ -56,7 +56,7 @@ class Plan:
     contenders: tuple[str, ...] = ()  # empty: all that are here
     precisions: tuple[str, ...] = ("fp32", "bf16", "int8")
     batches: int = 2
-    flop: float = 0.1e12
+    flop: float = 0.09e12
     seconds: float = 10.0
 
     def peers(self) -> list[Peer]:

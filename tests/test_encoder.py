@@ -90,16 +90,18 @@ def test_a_batch_of_many_chunks(layers: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_any_number_of_threads(dtype: torch.dtype) -> None:
-    """The same bits by one thread, a team, more threads than processors, and teams at once."""
+@pytest.mark.parametrize("lengths", [(200, 1, 89, 310), (60, 7) * 9, (600,)], ids=len)
+def test_any_number_of_threads(lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The same bits by one thread, by a team that shares every step, by threads that take chunks
+    each, by more of them than processors, and by several calls at once."""
     weights, heads = next(s.args for s in OPS["encoder"].samples(torch.device("cpu"), dtype))[5:7]
-    bounds = torch.tensor([0, 200, 201, 290, 600], dtype=torch.int32)
+    bounds = torch.tensor((0, *lengths)).cumsum(0).int()
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(600, weights[0].shape[1], generator=generator).to(dtype)
-    rows = torch.tensor([0, 599, 200, 3])
+    x = torch.randn(sum(lengths), weights[0].shape[1], generator=generator).to(dtype)
+    rows = torch.tensor([0, sum(lengths) - 1, 200, 3])
 
     def run(_: int = 0) -> Tensor:
-        rest = (bounds, 310, weights * 3, heads, 1e-12)
+        rest = (bounds, max(lengths), weights * 3, heads, 1e-12)
         return torch.cat([ops.encoder(x, *rest, rows=some, backend=ISA) for some in (None, rows)])
 
     before, found = torch.get_num_threads(), []

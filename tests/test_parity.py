@@ -86,6 +86,23 @@ def test_eager(name: str, backend: str, sample: str, dtype: torch.dtype) -> None
     assert not violations(expected, [inferred, *found[1:]], dtype, wanted)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", [b for op, b in BACKENDS if op == "attention"])
+def test_attention_to_one_key(backend: str, dtype: torch.dtype) -> None:
+    """A softmax over one key is constant: its query and key have exactly no gradient."""
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(5, 3, 2, 32, generator=generator).to(DEVICE, dtype).requires_grad_()
+    cu_seqlens = torch.tensor([0, 1, 3, 5], dtype=torch.int32, device=DEVICE)
+    key_start = torch.tensor([0, 2, 3], dtype=torch.int32, device=DEVICE)
+    args = (qkv, cu_seqlens, key_start, None, 2, 0.3, 0.0, None)
+    skip_unless_willing("attention", backend, args)
+    OPS["attention"](*args, backend=backend).square().sum().backward()
+    assert not qkv.grad[:3, :2].any()
+    assert qkv.grad[3:, :2].any()
+    assert qkv.grad[:, 2].count_nonzero() == 4 * 64
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_gradcheck(name: str) -> None:
     """The references, which are the truth, and every kernel that takes fp64: finite differences."""

@@ -3,7 +3,7 @@
 For the rows of one sequence and one head, with P the softmax and M the dropout mask / (1 - p):
 
     out = (P * M) V                         lse = logsumexp_k(scale q k + bias)
-    dV = (P * M)^T dout,  dP = M * (dout V^T),  delta = rowsum(dout * out)
+    dV = (P * M)^T dout,  dP = M * (dout V^T),  delta = rowsum(P * dP) = rowsum(dout * out)
     dS = P * (dP - delta),  dQ = scale dS K,  dK = scale dS^T Q
 
 Computed block by block without the S x S matrix (FlashAttention-2: Dao, arXiv 2307.08691).
@@ -125,9 +125,12 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
     generator = torch.Generator().manual_seed(0)
     infinity = torch.inf
 
-    def case(name, lengths, heads, width, *, skip=(), bias=None, p=0.0) -> Sample:
+    def case(name, lengths, heads, width, *, skip=(), bias=None, p=0.0, alike=False) -> Sample:
         tokens, longest = sum(lengths), max((0, *lengths))
         qkv = torch.randn(tokens, 3, heads, width, generator=generator)
+        if alike:
+            qkv[:, 0] *= 0.1
+            qkv[:, 1:] += 8.0
         bounds = torch.tensor((0, *lengths)).cumsum(0)
         key_start = bounds[:-1] + torch.tensor(skip) if skip else None
         if bias is not None:
@@ -152,6 +155,8 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
     yield case("bias", (7, 12), 2, 16, bias=(2, 2))
     yield case("bias_broadcast", (7, 12), 2, 32, bias=(1, 1))
     yield case("dropout", (9, 21), 2, 32, p=0.25)
+    # Tokens alike, as after many layers: dQ and dK are right only if the rows of dS sum to 0.
+    yield case("alike", (50, 1, 9), 2, 32, alike=True)
     yield case("empty_sequences", (0, 6, 0), 2, 32)
     yield case("no_sequences", (), 2, 32)
 

@@ -1,10 +1,14 @@
-"""dV = (P M)^T dout; dS = P (M (dout V^T) - delta); dQ = scale dS K; dK = scale dS^T Q.
+"""dV = (P M)^T dout; dS = P (dP - delta), dP = M (dout V^T); dQ = scale dS K; dK = scale dS^T Q.
 
-P is recomputed from lse block by block, M is the dropout mask over 1 - p, and delta is
-rowsum(dout * out). Two kernels without atomics, so results repeat bit for bit: one per block of
-queries gives dQ and leaves delta behind, one per block of keys gives dK and dV. The latter forms
-K Q^T, keys as rows: the other way round it would multiply by a transposed register tile, which
-some Triton releases miscompile on Hopper.
+P is recomputed from lse block by block, M is the dropout mask over 1 - p. Two kernels without
+atomics, so results repeat bit for bit: one per block of queries gives dQ and leaves delta behind,
+one per block of keys gives dK and dV. The latter forms K Q^T, keys as rows: the other way round it
+would multiply by a transposed register tile, which some Triton releases miscompile on Hopper.
+
+A row of dS sums to 0, and what a gradient near 0 (that of the bias of the keys, say) is worth
+hangs on it. rowsum(dout * out) is delta only as far as out and lse are exact, and out is rounded
+to its dtype. So the mean of dP that is left over, with the P at hand as weights, is summed beside
+dS K, and both delta and dQ are corrected by it. One key alone has dS = 0, and is given it.
 """
 
 import torch
@@ -18,6 +22,9 @@ from . import tiles
 @triton.jit
 def _attend_dq(
     acc,
+    weighted,
+    excess,
+    total,
     q,
     do,
     b_lse,
@@ -44,7 +51,7 @@ def _attend_dq(
     BLOCK_D: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """acc += dS K over the keys n_from..n_to."""
+    """Over the keys n_from..n_to: acc += dS K, weighted += P K, excess += dS 1, total += P 1."""
     p_k = blocks.rows(k_base, n_from + tl.arange(0, BN), stride, BLOCK_D)
     p_v = blocks.rows(v_base, n_from + tl.arange(0, BN), stride, BLOCK_D)
     for i_n in range(n_from, n_to, BN):
@@ -59,9 +66,12 @@ def _attend_dq(
             dp = tl.where(keep, dp * keep_scale, 0.0)
         ds = p * (dp - delta[:, None])
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+        weighted = tl.dot(p.to(k.dtype), k, weighted, input_precision=PRECISION)
+        excess += tl.sum(ds, 1)
+        total += tl.sum(p, 1)
         p_k += BN * stride
         p_v += BN * stride
-    return acc
+    return acc, weighted, excess, total
 
 
 @triton.jit(
@@ -76,7 +86,7 @@ def _dq_kernel(
     bias,  # [B or 1, N or 1, S, S] or None
     out,  # [T, N, D]
     lse,  # [N, T] float32
-    delta,  # [N, T] float32 output: rowsum(dout * out)
+    delta,  # [N, T] float32 output: rowsum(P dP) / rowsum(P)
     dqkv,  # [T, 3, N, D] output, its queries
     seed,  # [1] int64 or None
     n_tokens,
@@ -119,25 +129,30 @@ def _dq_kernel(
         blocks.rows(out + out_base, o_m, n_heads * D, BLOCK_D), m_m, True, D, BLOCK_D
     )
     b_delta = tl.sum(do.to(tl.float32) * b_out.to(tl.float32), 1)
-    tl.store(delta + o_stat, b_delta, mask=m_m)
     b_lse = tl.load(lse + o_stat, mask=m_m, other=float("-inf"))
     # rows without keys: probabilities exp2(s - inf) = 0
     b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse * tiles.LOG2E)
     acc = tl.zeros((BM, BLOCK_D), tl.float32)
+    weighted = tl.zeros((BM, BLOCK_D), tl.float32)
+    excess = tl.zeros((BM,), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
     if key_start is None:
         masked_from = length // BN * BN
-        acc = _attend_dq(
-            acc, q, do, b_lse, b_delta, k_base, v_base, stride, bias, bias_row, o_m, o_dropout,
-            length, first, scale, seed, threshold, keep_scale, 0, masked_from, False, DROPOUT,
-            PRECISION, D, BLOCK_D, BN,
+        acc, weighted, excess, total = _attend_dq(
+            acc, weighted, excess, total, q, do, b_lse, b_delta, k_base, v_base, stride, bias,
+            bias_row, o_m, o_dropout, length, first, scale, seed, threshold, keep_scale,
+            0, masked_from, False, DROPOUT, PRECISION, D, BLOCK_D, BN,
         )  # fmt: skip
     else:
         masked_from = first // BN * BN
-    acc = _attend_dq(
-        acc, q, do, b_lse, b_delta, k_base, v_base, stride, bias, bias_row, o_m, o_dropout,
-        length, first, scale, seed, threshold, keep_scale, masked_from, length, True, DROPOUT,
-        PRECISION, D, BLOCK_D, BN,
+    acc, weighted, excess, total = _attend_dq(
+        acc, weighted, excess, total, q, do, b_lse, b_delta, k_base, v_base, stride, bias,
+        bias_row, o_m, o_dropout, length, first, scale, seed, threshold, keep_scale,
+        masked_from, length, True, DROPOUT, PRECISION, D, BLOCK_D, BN,
     )  # fmt: skip
+    excess = tl.where(total > 0.0, excess / tl.where(total > 0.0, total, 1.0), 0.0)
+    tl.store(delta + o_stat, b_delta + excess, mask=m_m)
+    acc = tl.where(length - first > 1, acc - excess[:, None] * weighted, 0.0)
     p_dq = blocks.rows(dqkv + start.to(tl.int64) * stride + i_head * D, o_m, stride, BLOCK_D)
     m_dq = m_m[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
     tiles.store(p_dq, acc * (scale * tiles.LN2), m_dq)
@@ -222,6 +237,7 @@ def _dkv_kernel(
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
         p_q += BM * stride
         p_do += BM * n_heads * D
+    dk = tl.where(length - first > 1, dk, 0.0)
     m_dk = m_n[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
     dk_base = dqkv + start.to(tl.int64) * stride + (n_heads + i_head) * D
     tiles.store(blocks.rows(dk_base, o_n, stride, BLOCK_D), dk * (scale * tiles.LN2), m_dk)

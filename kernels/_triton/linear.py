@@ -209,6 +209,10 @@ def gemm_kernel(
         if a_scale is not None:
             # Hopper's sums of e4m3 products have 14 bits: none is longer than one step
             acc = tl.dot(b_a, b_b, acc, max_num_imprecise_acc=BK)
+        elif PRECISION == "ieee" and a.dtype.element_ty == tl.float32:
+            # One chain of rounded sums over all of k would err more than cuBLAS, which splits k.
+            # The last argument keeps the compiler from folding the sum into the product.
+            acc += tl.dot(b_a, b_b, input_precision=PRECISION, max_num_imprecise_acc=BK)
         else:
             acc = tl.dot(b_a, b_b, acc, input_precision=PRECISION)
         p_a += BK * a_k

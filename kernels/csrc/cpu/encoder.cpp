@@ -1,13 +1,17 @@
 // encoder: what the ops of its layers compute, in one call and with no round trip between two.
 //
 // Within a layer a few sequences at a time go from its first step to its last: what is between two
-// steps stays in the caches, and needs memory for those few only, however large the batch. All steps
-// are one parallel region, where torch's threads allow it (threads.h).
+// steps stays in the caches, and needs memory for those few only, however large the batch.
+//
+// Where there are enough of them, each thread takes such a chunk through a layer by itself, and no
+// thread waits for another before the end. Else all threads share every step of one chunk, as a team
+// where torch's threads allow it (threads.h).
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
 
+#include "cpu/chunks.h"
 #include "cpu/dispatch.h"
 #include "cpu/threads.h"
 
@@ -83,54 +87,11 @@ static Tensor encoder_table(
   return table;
 }
 
-// Sequences that go through a layer together.
-struct Chunk {
-  int64_t row = 0;                         // of the first token
-  std::vector<int32_t> bounds, key_start;  // counted from that row
-  std::vector<int64_t> wanted, at;         // rows of this chunk that are asked for, and of y
-  Attention attention{};
-};
-
-constexpr int64_t kChunkTokens = 256;  // for each thread
-
-static Chunk chunk_of(const Attention& all, int64_t first, int64_t end) {
-  Chunk chunk{all.cu_seqlens[first]};
-  for (int64_t b = first; b <= end; ++b)
-    chunk.bounds.push_back(int32_t(all.cu_seqlens[b] - chunk.row));
-  for (int64_t b = first; all.key_start && b < end; ++b)
-    chunk.key_start.push_back(int32_t(all.key_start[b] - chunk.row));
-  Attention& a = chunk.attention = all;
-  a.tokens = chunk.bounds.back();
-  a.batch = end - first;
-  a.cu_seqlens = chunk.bounds.data();
-  a.key_start = all.key_start ? chunk.key_start.data() : nullptr;
-  if (a.bias)
-    a.bias = static_cast<const char*>(a.bias) + first * a.bias_batch * size_of(a.bias_dtype);
-  return chunk;
-}
-
-static std::vector<Chunk> chunks_of(const Attention& all) {
-  const int64_t limit = kChunkTokens * thread_count();
-  const int64_t count = (all.tokens + limit - 1) / limit;
-  std::vector<Chunk> chunks;
-  for (int64_t first = 0, b = 0; b < all.batch; first = b) {
-    const int64_t begin = all.cu_seqlens[first];
-    do ++b;
-    while (b < all.batch && (all.cu_seqlens[b] - begin) * count < all.tokens);
-    chunks.push_back(chunk_of(all, first, b));
-  }
-  return chunks;
-}
-
-static void deal_rows(std::vector<Chunk>& chunks, const int64_t* rows, int64_t count) {
-  auto before = [](int64_t row, const Chunk& chunk) { return row < chunk.row; };
-  for (int64_t i = 0; i < count; ++i) {
-    auto after = std::upper_bound(chunks.begin(), chunks.end(), rows[i], before);
-    Chunk& chunk = *(after - 1);
-    chunk.wanted.push_back(rows[i] - chunk.row);
-    chunk.at.push_back(i);
-  }
-}
+// Tokens that one thread takes through a layer at a time: fewer, and each weight is read more often;
+// more, and there are too few chunks for all threads to end together, or they leave the caches.
+constexpr int64_t kLeastChunk = 128, kMostChunk = 256;
+// Tokens a thread, below which it takes longer to read all weights than to share every step.
+constexpr int64_t kFewTokens = 48;
 
 // Memory for what is between the steps of a layer, for the largest chunk.
 struct Workspace {
@@ -263,8 +224,14 @@ static Tensor encoder_forward(
     inside = std::max(inside, m.inside);
     inner = std::max(inner, m.inner);
   }
-  std::vector<Chunk> chunks = chunks_of(attention_arguments(
-      op, encoder.dtype, tokens, heads, inside / heads, cu_seqlens, key_start, bias, 1.0));
+  const Attention attention = attention_arguments(
+      op, encoder.dtype, tokens, heads, inside / heads, cu_seqlens, key_start, bias, 1.0);
+  const int64_t threads = thread_count();
+  const int64_t share = std::clamp(tokens / (4 * threads), kLeastChunk, kMostChunk);
+  std::vector<Chunk> chunks = chunks_of(attention, share);
+  Schedule schedule(chunks, count, 2 * hidden * (2 * inside + inner), inside);
+  const bool apart = threads > 1 && tokens >= threads * kFewTokens && schedule.occupies(threads);
+  if (!apart && threads > 1) chunks = chunks_of(attention, kMostChunk * threads);
   int64_t most = 0;
   for (const Chunk& chunk : chunks) most = std::max(most, chunk.attention.tokens);
 
@@ -278,20 +245,28 @@ static Tensor encoder_forward(
   }
   auto* between = static_cast<char*>(states.data_ptr());
   auto* last = static_cast<char*>(y.data_ptr());
-  const Workspace w(most, hidden, inside, inner, size_of(encoder.dtype));
   const bool chosen = rows.has_value();
+  auto step = [&](const Chunk& chunk, size_t layer, const Workspace& w) {
+    const bool some = chosen && layer == count - 1;
+    char* to = some ? w.residual : between + chunk.row * bytes;
+    encoder.run(layers[layer], chunk, (layer ? between : input) + chunk.row * bytes, some, w, to);
+    if (!some) return;
+    for_rows(chunk.at.size(), [&](size_t j) {
+      std::memcpy(last + chunk.at[j] * bytes, to + j * bytes, bytes);
+    });
+  };
+  if (apart) {
+    each_alone(threads, [&] {
+      const Workspace w(most, hidden, inside, inner, size_of(encoder.dtype));
+      for (Schedule::Step s; schedule.take(s); schedule.put_back(s))
+        step(chunks[s.chunk], s.layer, w);
+    });
+    return y;
+  }
+  const Workspace w(most, hidden, inside, inner, size_of(encoder.dtype));
   auto run = [&] {
-    for (size_t i = 0; i < count; ++i) {
-      const bool some = chosen && i == count - 1;
-      for (const Chunk& chunk : chunks) {
-        char* to = some ? w.residual : between + chunk.row * bytes;
-        encoder.run(layers[i], chunk, (i ? between : input) + chunk.row * bytes, some, w, to);
-        if (!some) continue;
-        for_rows(chunk.at.size(), [&](size_t j) {
-          std::memcpy(last + chunk.at[j] * bytes, to + j * bytes, bytes);
-        });
-      }
-    }
+    for (size_t layer = 0; layer < count; ++layer)
+      for (const Chunk& chunk : chunks) step(chunk, layer, w);
   };
   team ? as_team(run) : run();
   return y;

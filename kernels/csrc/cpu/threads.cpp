@@ -134,4 +134,27 @@ void run_as_team(void (*call)(void*), void* context) {
       &job);
 }
 
+void run_each_alone(int64_t threads, void (*call)(void*), void* context) {
+  struct Job {
+    void (*call)(void*);
+    void* context;
+  } job{call, context};
+  run_parallel(
+      threads, 1,
+      [](int64_t begin, int64_t end, void* p) {
+        const Job& job = *static_cast<Job*>(p);
+        const Member before = member;
+        Team alone(1);
+        member = {&alone, alone.enter(1)};
+        try {
+          for (int64_t i = begin; i < end; ++i) job.call(job.context);
+        } catch (...) {
+          member = before;
+          throw;
+        }
+        member = before;
+      },
+      &job);
+}
+
 }  // namespace bert_fast::cpu

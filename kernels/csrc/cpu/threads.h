@@ -1,6 +1,8 @@
 // Teams: threads that go through many parallel sections together.
 #pragma once
 
+#include <cstdint>
+
 namespace bert_fast::cpu {
 
 void run_as_team(void (*call)(void*), void* context);
@@ -13,6 +15,15 @@ void run_as_team(void (*call)(void*), void* context);
 template <class F>
 void as_team(const F& f) {
   run_as_team([](void* p) { (*static_cast<const F*>(p))(); }, const_cast<F*>(&f));
+}
+
+void run_each_alone(int64_t threads, void (*call)(void*), void* context);
+
+// So many threads call f(), and every parallel section in it is the caller's own.
+template <class F>
+void each_alone(int64_t threads, const F& f) {
+  run_each_alone(
+      threads, [](void* p) { (*static_cast<const F*>(p))(); }, const_cast<F*>(&f));
 }
 
 }  // namespace bert_fast::cpu
