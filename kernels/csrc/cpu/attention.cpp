@@ -47,6 +47,9 @@ static Attention attention_on(
   Attention a = attention_arguments(
       op, float_dtype(op, "qkv", qkv), qkv.size(0), qkv.size(2), qkv.size(3), cu_seqlens, key_start,
       bias, scale);
+  a.head_step = a.width;
+  a.part_step = a.heads * a.width;
+  a.token_step = 3 * a.part_step;
   a.qkv = checked(op, "qkv", qkv, qkv.scalar_type(), {a.tokens, 3, a.heads, a.width});
   return a;
 }

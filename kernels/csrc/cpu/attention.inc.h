@@ -131,6 +131,7 @@ struct ForwardBuffers {
   int64_t part;  // of K or V, whole tiles of keys
   Scratch memory;
   float *keys, *values, *queries_t, *scores, *factors, *sums, *maximum, *total, *rescale;
+  const float *k = nullptr, *v = nullptr;  // of the head at hand, packed or where they were
 
   explicit ForwardBuffers(const Attention& a)
       : strides(a), part(round_up(a.longest, 2 * kTilePairs) * strides.padded),
@@ -156,7 +157,7 @@ void attention_block(const Attention& a, const Head& head, int64_t query, Forwar
   for (int64_t key = 0; key < head.keys; key += kKeys) {
     const int64_t keys = smaller(kKeys, head.keys - key);
     const float scale = block_scores<OPERANDS>(
-        a, head, query, queries, key, keys, m.keys, m.queries_t, m.scores);
+        a, head, query, queries, key, keys, m.k, m.queries_t, m.scores);
     for (int64_t i = 0; i < queries; i += W)
       store(
           m.rescale + i,
@@ -169,7 +170,7 @@ void attention_block(const Attention& a, const Head& head, int64_t query, Forwar
     for (int64_t i = 0; i < queries; i += W) OPERANDS::pack_probabilities(m.scores + i, keys);
     auto add_values = [&]<bool ADD>() {
       OPERANDS::template multiply_values<ADD>(
-          a, head, queries, key, keys, m.scores, m.values, m.sums);
+          a, head, queries, key, keys, m.scores, m.v, m.sums);
     };
     if (key == 0) {
       add_values.template operator()<false>();
@@ -202,8 +203,8 @@ void attention_forward_with(const Attention& a) {
       int64_t packed_b = -1, packed_h = -1;
       for_each_block(a, kQueries, lane, lanes, [&](const Head& head, int64_t block) {
         if (head.b != packed_b || head.h != packed_h) {
-          OPERANDS::pack_keys(a, head, m.keys);
-          OPERANDS::pack_values(a, head, m.values);
+          m.k = OPERANDS::pack_keys(a, head, m.keys);
+          m.v = OPERANDS::pack_values(a, head, m.values);
           packed_b = head.b, packed_h = head.h;
         }
         attention_block<T, OPERANDS>(a, head, block * kQueries, m);

@@ -86,8 +86,8 @@ void attention_gradient_block(
   const int64_t queries = smaller(kQueries, head.queries - query), token = head.first + query;
   const T* q = part_of<T>(a, a.qkv, 0, token, head.h);
   const T* dout = static_cast<const T*>(a.dout) + (token * a.heads + head.h) * a.width;
-  pack_transposed(q, s.qkv, queries, a.width, m.queries_t, kQueries);
-  pack_rows(q, s.qkv, queries, a.width, m.queries, s.padded);
+  pack_transposed(q, a.token_step, queries, a.width, m.queries_t, kQueries);
+  pack_rows(q, a.token_step, queries, a.width, m.queries, s.padded);
   pack_transposed(dout, s.out, queries, a.width, m.dout_t, kQueries);
   pack_rows(dout, s.out, queries, a.width, m.dout, s.padded);
 
@@ -117,7 +117,7 @@ void attention_gradient_block(
   T* dq = const_cast<T*>(part_of<T>(a, a.dqkv, 0, token, head.h));
   for (int64_t i = 0; i < queries; ++i)
     sweep(a.width, [&](int64_t d, auto lanes) {
-      store(dq + i * s.qkv + d, load(m.dqueries + i * s.padded + d), lanes);
+      store(dq + i * a.token_step + d, load(m.dqueries + i * s.padded + d), lanes);
     });
 }
 

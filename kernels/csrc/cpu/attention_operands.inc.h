@@ -20,37 +20,37 @@ inline Head head_of(const Attention& a, int64_t b, int64_t h) {
   return {b, h, first, end - first, first_key, end - first_key};
 }
 
-// Row lengths in elements: of qkv, of `out`, and D padded to whole vectors.
+// Row lengths in elements: of `out`, and D padded to whole vectors.
 struct Strides {
-  int64_t qkv, out, padded;
+  int64_t out, padded;
   explicit Strides(const Attention& a)
-      : qkv(3 * a.heads * a.width), out(a.heads * a.width), padded(round_up(a.width, W)) {}
+      : out(a.heads * a.width), padded(round_up(a.width, W)) {}
 };
 
 // The rows of one head of Q (part 0), K (1) or V (2).
 template <class T>
 const T* part_of(const Attention& a, const void* qkv, int64_t part, int64_t token, int64_t h) {
-  return static_cast<const T*>(qkv) + ((token * 3 + part) * a.heads + h) * a.width;
+  return static_cast<const T*>(qkv) + token * a.token_step + part * a.part_step + h * a.head_step;
 }
 
-// Asks for the rows of the next head: they are too short and too far apart for the hardware to see
-// a stream.
+// Asks for the rows of the next head, where they are too short and too far apart for the hardware to
+// see a stream.
 template <class T>
 void prefetch_next(const Attention& a, const Head& head, int64_t part) {
-  if (head.h + 1 == a.heads) return;
+  if (head.h + 1 == a.heads || a.token_step == a.width) return;
   const T* next = part_of<T>(a, a.qkv, part, head.first_key, head.h + 1);
   for (int64_t i = 0; i < head.keys; ++i)
     for (int64_t d = 0; d < a.width; d += 64 / int64_t(sizeof(T)))
-      __builtin_prefetch(next + i * 3 * a.heads * a.width + d);
+      __builtin_prefetch(next + i * a.token_step + d);
 }
 
 // K (part 1) or V (part 2) of a head as fp32 rows.
 template <class T>
 void pack_part(const Attention& a, const Head& head, int64_t part, float* to) {
-  const Strides s(a);
   prefetch_next<T>(a, head, part);
   pack_rows(
-      part_of<T>(a, a.qkv, part, head.first_key, head.h), s.qkv, head.keys, a.width, to, s.padded);
+      part_of<T>(a, a.qkv, part, head.first_key, head.h), a.token_step, head.keys, a.width, to,
+      Strides(a).padded);
 }
 
 // The forward's two products by vectors. PACKED steps along k are in one 32-bit element.
@@ -95,14 +95,22 @@ struct VectorProducts {
 template <class T>
 struct Fp32Operands : VectorProducts<Fp32Product, 1> {
   static int64_t key_row(const Attention& a) { return round_up(a.width, W); }
-  static void pack_keys(const Attention& a, const Head& head, float* to) {
-    pack_part<T>(a, head, 1, to);
+  // Packed to `to`, or where they are if they lie as if packed.
+  static const float* pack(const Attention& a, const Head& head, int64_t part, float* to) {
+    if constexpr (sizeof(T) == sizeof(float))
+      if (a.token_step == a.width && a.width % W == 0)
+        return part_of<T>(a, a.qkv, part, head.first_key, head.h);
+    pack_part<T>(a, head, part, to);
+    return to;
   }
-  static void pack_values(const Attention& a, const Head& head, float* to) {
-    pack_part<T>(a, head, 2, to);
+  static const float* pack_keys(const Attention& a, const Head& head, float* to) {
+    return pack(a, head, 1, to);
+  }
+  static const float* pack_values(const Attention& a, const Head& head, float* to) {
+    return pack(a, head, 2, to);
   }
   static void pack_queries(const Attention& a, const T* q, int64_t queries, float* to) {
-    pack_transposed(q, 3 * a.heads * a.width, queries, a.width, to, kQueries);
+    pack_transposed(q, a.token_step, queries, a.width, to, kQueries);
   }
   static void pack_probabilities(float*, int64_t) {}
 };
@@ -113,19 +121,21 @@ struct Fp32Operands : VectorProducts<Fp32Product, 1> {
 // accuracy, and less than rounding the output does.
 struct Bf16PairOperands : VectorProducts<Bf16PairProduct, 2> {
   static int64_t key_row(const Attention& a) { return a.width / 2; }
-  static void pack_keys(const Attention& a, const Head& head, float* to) {
+  static const float* pack_keys(const Attention& a, const Head& head, float* to) {
     prefetch_next<bf16>(a, head, 1);
     const bf16* from = part_of<bf16>(a, a.qkv, 1, head.first_key, head.h);
     for (int64_t i = 0; i < head.keys; ++i)
-      memcpy(to + i * (a.width / 2), from + i * 3 * a.heads * a.width, a.width * sizeof(bf16));
+      memcpy(to + i * (a.width / 2), from + i * a.token_step, a.width * sizeof(bf16));
+    return to;
   }
-  static void pack_values(const Attention& a, const Head& head, float* to) {
+  static const float* pack_values(const Attention& a, const Head& head, float* to) {
     prefetch_next<bf16>(a, head, 2);
     const int64_t padded = round_up(a.width, W);
-    for (int64_t i = 0; i < head.keys; i += 2, to += padded)
+    for (int64_t i = 0; i < head.keys; i += 2)
       sweep(a.width, [&](int64_t d, auto lanes) {
-        store(to + d, pairs_of_keys(a, head, i, d, lanes));
+        store(to + i / 2 * padded + d, pairs_of_keys(a, head, i, d, lanes));
       });
+    return to;
   }
   // V of keys i and i + 1.
   template <class LANES>
@@ -133,13 +143,12 @@ struct Bf16PairOperands : VectorProducts<Bf16PairProduct, 2> {
   pairs_of_keys(const Attention& a, const Head& head, int64_t i, int64_t d, LANES lanes) {
     const bf16* from = part_of<bf16>(a, a.qkv, 2, head.first_key + i, head.h) + d;
     vu even = bits_as<vu>(load(from, lanes)), odd{};
-    if (i + 1 < head.keys) odd = bits_as<vu>(load(from + 3 * a.heads * a.width, lanes));
+    if (i + 1 < head.keys) odd = bits_as<vu>(load(from + a.token_step, lanes));
     return bits_as<vf>(even >> 16 | odd);
   }
   static void pack_queries(const Attention& a, const bf16* q, int64_t queries, float* to) {
     pack_transposed(
-        reinterpret_cast<const float*>(q), 3 * a.heads * a.width / 2, queries, a.width / 2, to,
-        kQueries);
+        reinterpret_cast<const float*>(q), a.token_step / 2, queries, a.width / 2, to, kQueries);
   }
   // In place: row j of pairs replaces rows 2 j and 2 j + 1, which are read first.
   static void pack_probabilities(float* columns, int64_t keys) {
@@ -168,7 +177,7 @@ struct TileOperands : Bf16PairOperands {
   static int64_t value_row(const Head& head) {
     return round_up(ceil_div(head.keys, 2), kTilePairs);
   }
-  static void pack_values(const Attention& a, const Head& head, float* to) {
+  static const float* pack_values(const Attention& a, const Head& head, float* to) {
     prefetch_next<bf16>(a, head, 2);
     const int64_t row = value_row(head);
     for (int64_t i = 0; i < row; i += W)
@@ -179,6 +188,7 @@ struct TileOperands : Bf16PairOperands {
         transpose(block);
         for (int64_t j = 0; j < W; ++j) store(to + (d + j) * row + i, block[j]);
       }
+    return to;
   }
   static void pack_probabilities(float* columns, int64_t keys) {
     Bf16PairOperands::pack_probabilities(columns, keys);

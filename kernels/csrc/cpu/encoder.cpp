@@ -141,9 +141,9 @@ struct Encoder {
 
   void project(
       int64_t rows, int64_t depth, int64_t cols, const void* x, const void* packed,
-      const void* bias, void* y) const {
+      const void* bias, void* y, int64_t group = 0) const {
     kernels.linear_forward(
-        {dtype, int8, Activation::none, rows, depth, cols, x, packed, bias, y});
+        {dtype, int8, Activation::none, rows, depth, cols, x, packed, bias, y, group});
   }
 
   void add_norm(
@@ -169,9 +169,13 @@ struct Encoder {
       void* y) const {
     Attention a = chunk.attention;
     int64_t rows = a.tokens;
-    project(rows, hidden, 3 * m.inside, x, m.qkv, m.qkv_bias, w.qkv);
     a.width = m.inside / heads;
     a.scale = float(1.0 / std::sqrt(double(a.width)));
+    // [3, heads, tokens, width]: what attention reads together lies together
+    a.token_step = a.width;
+    a.head_step = rows * a.width;
+    a.part_step = heads * a.head_step;
+    project(rows, hidden, 3 * m.inside, x, m.qkv, m.qkv_bias, w.qkv, a.width);
     a.qkv = w.qkv;
     a.out = w.context;
     kernels.attention_forward(a);

@@ -94,7 +94,8 @@ struct Linear {
   const void* x;       // [rows, depth]
   const void* packed;  // of PackWeight
   const void* bias;    // [cols] or null
-  void* y;             // [rows, cols]
+  void* y;             // [cols / group, rows, group]
+  int64_t group = 0;   // 0: all columns
 };
 
 struct FeedForward {
@@ -130,11 +131,13 @@ struct Attention {
   int64_t bias_row;                 // S
   float scale;
   Dropout dropout;
-  const void* qkv;   // [tokens, 3, heads, width]
+  // Elements of qkv, and of dqkv, from one token, head and part (Q, K, V) to the next.
+  int64_t token_step, head_step, part_step;
+  const void* qkv;   // [tokens, 3, heads, width] in any order
   void* out;         // [tokens, heads, width]
   float* lse;        // [heads, tokens], or null in a forward that saves nothing
   const void* dout;  // [tokens, heads, width]
-  void* dqkv;        // [tokens, 3, heads, width]
+  void* dqkv;        // as qkv
 };
 
 struct Kernels {

@@ -60,6 +60,20 @@ void copy_panel(int64_t rows, int64_t cols, const float* sums, T* y, int64_t ldy
     });
 }
 
+// Rows from `row` on of columns from `col` on, to where `group` columns of all rows lie together.
+template <class T>
+void copy_groups(
+    const Linear& a, int64_t row, int64_t rows, int64_t col, int64_t cols, const float* sums) {
+  const int64_t group = a.group ? a.group : a.cols;
+  for (int64_t j = 0; j < cols;) {
+    const int64_t index = (col + j) / group, within = (col + j) % group;
+    const int64_t wide = smaller(group - within, cols - j);
+    T* y = static_cast<T*>(a.y) + (index * a.rows + row) * group + within;
+    copy_panel(rows, wide, sums + j, y, group);
+    j += wide;
+  }
+}
+
 // How rows and columns are dealt to threads: `across` shares of the rows, `along` of the columns.
 struct Lanes {
   int64_t across, along;
@@ -106,7 +120,7 @@ void linear_forward(const Linear& a) {
           product.multiply(a.packed, p, sums.data);
           const T* bias = a.bias ? static_cast<const T*>(a.bias) + col : nullptr;
           finish_sums<T, A>(rows, cols, bias, sums.data);
-          copy_panel(rows, cols, sums.data, static_cast<T*>(a.y) + row * a.cols + col, a.cols);
+          copy_groups<T>(a, row, rows, col, cols, sums.data);
         }
       });
     }
