@@ -117,7 +117,7 @@ def bench(
     steps: dict[str, Callable[[], Iterable[None]]] = {
         "models": lambda: bench_models(run, plan, device, probe, tell),
         "ops": lambda: bench_ops(
-            run, op_cases(device, quick), clock, 60.0 if quick else 240.0, not quick, tell
+            run, op_cases(device, quick), clock, 60.0 if quick else 150.0, not quick, tell
         ),
         "scaling": lambda: bench_scaling(run, plan.models[0], native, quick, tell),
     }

@@ -3,7 +3,7 @@
 One program computes a block of query rows of one head of one sequence, keys streaming past with a
 running maximum and sum (FlashAttention-2, arXiv 2307.08691), so S x S scores never reach memory.
 Blocks beyond the end of a sequence return at once. Exponentials are base 2 with log2(e) folded
-into the scale. Only the last block of keys is masked when every key of the sequence is allowed.
+into the scale. Only the last block of keys is masked where every key of the sequence is allowed.
 """
 
 import torch
@@ -114,15 +114,11 @@ def _forward_kernel(
     acc = tl.zeros((BM, BLOCK_D), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     top = tl.full((BM,), float("-inf"), tl.float32)
-    if key_start is None:
-        masked_from = length // BN * BN
-        acc, total, top = _attend(
-            acc, total, top, q, k_base, v_base, stride, bias, bias_row, o_m, o_dropout, length,
-            first, scale, seed, threshold, 0, masked_from, False, DROPOUT, PRECISION, D, BLOCK_D,
-            BN,
-        )  # fmt: skip
-    else:
-        masked_from = first // BN * BN
+    plain_to, masked_from = blocks.parts(length, first, BN)
+    acc, total, top = _attend(
+        acc, total, top, q, k_base, v_base, stride, bias, bias_row, o_m, o_dropout, length,
+        first, scale, seed, threshold, 0, plain_to, False, DROPOUT, PRECISION, D, BLOCK_D, BN,
+    )  # fmt: skip
     acc, total, top = _attend(
         acc, total, top, q, k_base, v_base, stride, bias, bias_row, o_m, o_dropout, length,
         first, scale, seed, threshold, masked_from, length, True, DROPOUT, PRECISION, D, BLOCK_D,

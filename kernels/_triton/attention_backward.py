@@ -136,15 +136,12 @@ def _dq_kernel(
     weighted = tl.zeros((BM, BLOCK_D), tl.float32)
     excess = tl.zeros((BM,), tl.float32)
     total = tl.zeros((BM,), tl.float32)
-    if key_start is None:
-        masked_from = length // BN * BN
-        acc, weighted, excess, total = _attend_dq(
-            acc, weighted, excess, total, q, do, b_lse, b_delta, k_base, v_base, stride, bias,
-            bias_row, o_m, o_dropout, length, first, scale, seed, threshold, keep_scale,
-            0, masked_from, False, DROPOUT, PRECISION, D, BLOCK_D, BN,
-        )  # fmt: skip
-    else:
-        masked_from = first // BN * BN
+    plain_to, masked_from = blocks.parts(length, first, BN)
+    acc, weighted, excess, total = _attend_dq(
+        acc, weighted, excess, total, q, do, b_lse, b_delta, k_base, v_base, stride, bias,
+        bias_row, o_m, o_dropout, length, first, scale, seed, threshold, keep_scale,
+        0, plain_to, False, DROPOUT, PRECISION, D, BLOCK_D, BN,
+    )  # fmt: skip
     acc, weighted, excess, total = _attend_dq(
         acc, weighted, excess, total, q, do, b_lse, b_delta, k_base, v_base, stride, bias,
         bias_row, o_m, o_dropout, length, first, scale, seed, threshold, keep_scale,

@@ -178,6 +178,22 @@ def locate(
 
 
 @triton.jit
+def parts(
+    length,
+    first,  # first key
+    BN: tl.constexpr,
+):
+    """(p, m): keys 0..p come in whole blocks and are all allowed, keys m..length need masks.
+
+    Where the first key is not 0, which is rare (see `ops.attention`), every block is masked.
+    """
+    whole = length // BN * BN
+    plain_to = tl.where(first > 0, 0, whole)
+    masked_from = tl.where(first > 0, first // BN * BN, whole)
+    return plain_to, masked_from
+
+
+@triton.jit
 def rows(
     base,  # pointer to row 0, column 0
     o_row,  # [ROWS] rows

@@ -25,8 +25,9 @@ def config(n_cols: int, normalize: bool) -> dict[str, int]:
         raise ValueError(f"hidden size must be <= {tiles.MAX_HIDDEN}, got {n_cols}")
     if not normalize:
         cols = min(cols, 256)
-    rows = max(1, min(16, 8192 // cols))
-    return {"ROWS": rows, "COLS": cols, "num_warps": 8, "enable_fp_fusion": True}
+    rows = max(1, min(16, 16384 // cols))
+    warps = 16 if normalize else 8
+    return {"ROWS": rows, "COLS": cols, "num_warps": warps, "enable_fp_fusion": True}
 
 
 def samples(dtype: torch.dtype, device: torch.device, full: bool):
@@ -55,7 +56,8 @@ def _pooled(
     """v [COLS] of the sequence in rows start..end, 0 if it has none."""
     if MEAN:
         acc = tl.zeros((ROWS, COLS), tl.float32)
-        for i_row in range(start, end, ROWS):
+        # a long sequence is read by one program: what it waits for are loads one after the other
+        for i_row in tl.range(start, end, ROWS, loop_unroll_factor=4):
             o_row = (i_row + tl.arange(0, ROWS)).to(tl.int64)
             mask = (o_row < end)[:, None] & m_col[None, :]
             acc += tiles.load(x + o_row[:, None] * n_cols + o_col[None, :], mask)
