@@ -147,11 +147,12 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
 
     yield case("ragged", (3, 29, 1, 17), 2, 32)
     # More keys than any kernel takes at once (the C++ one: 256), so that blocks are rescaled.
-    yield case("longer_than_a_block", (270, 20), 1, 32)
+    yield case("longer_than_a_block", (270, 20, 150), 1, 32, skip=(1, 0, 0))
     yield case("head_dim_8", (5, 9), 3, 8)
     yield case("head_dim_40", (20, 33), 2, 40)
     yield case("head_dim_128", (18,), 1, 128)
-    yield case("masked_first_column", (4, 19, 1), 2, 32, skip=(1, 0, 1))
+    # More keys than the interpreter's blocks of 32 have, with and without a first one to skip.
+    yield case("masked_first_column", (4, 37, 1, 35), 2, 32, skip=(1, 0, 1, 1))
     yield case("bias", (7, 12), 2, 16, bias=(2, 2))
     yield case("bias_broadcast", (7, 12), 2, 32, bias=(1, 1))
     yield case("dropout", (9, 21), 2, 32, p=0.25)

@@ -64,12 +64,13 @@ def _forward(x, weight, bias, cu_seqlens, *, save) -> tuple[Tensor, ...]:
     shape, wide = (cu_seqlens.shape[0] - 1, weight.shape[0]), sums_dtype(x)
     top = x.new_zeros(shape, dtype=wide)
     won = x.new_zeros(shape if save else 0, dtype=torch.int64)
-    bounds = cu_seqlens.tolist()
+    lengths = cu_seqlens.diff()
+    in_one = x.is_cuda and not save  # one kernel: two for each sequence would fill the queue
+    bounds = [] if in_one else cu_seqlens.tolist()
     sequences = [(b, *ends) for b, ends in enumerate(itertools.pairwise(bounds))]
     for words in _chunks(x, weight.shape[0]):
         logits = product_fp32(x, weight[words].t())
-        if x.is_cuda and not save:  # one kernel: two for each sequence would fill the queue
-            lengths = cu_seqlens.diff()
+        if in_one:
             top[:, words] = torch.segment_reduce(logits, "max", lengths=lengths, unsafe=True)
             continue
         for b, first, end in sequences:
@@ -83,7 +84,7 @@ def _forward(x, weight, bias, cu_seqlens, *, save) -> tuple[Tensor, ...]:
     # The bias is the same for every token of a word, so it may follow the max.
     if bias is not None:
         top += bias
-    top = top.masked_fill_((cu_seqlens.diff() == 0).unsqueeze(1), 0.0).relu_()
+    top = top.masked_fill_((lengths == 0).unsqueeze(1), 0.0).relu_()
     slope = torch.where(top > 0, 1 / (1 + top), 0.0) if save else top
     return top.log1p().to(x.dtype), won, slope
 

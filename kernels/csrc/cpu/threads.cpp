@@ -87,6 +87,14 @@ struct Member {
 
 thread_local Member member;
 
+// The caller is a member of a team while this lives.
+struct Membership {
+  const Member before = member;
+  Membership(Team& team, int64_t shares) { member = {&team, team.enter(shares)}; }
+  ~Membership() { member = before; }
+  Membership(const Membership&) = delete;
+};
+
 }  // namespace
 
 int64_t thread_count() {
@@ -121,15 +129,13 @@ void run_as_team(void (*call)(void*), void* context) {
       shares, 1,
       [](int64_t begin, int64_t end, void* p) {
         Job& job = *static_cast<Job*>(p);
-        member = {&job.team, job.team.enter(end - begin)};
+        const Membership membership(job.team, end - begin);
         try {
           job.call(job.context);
         } catch (...) {
           job.team.fail();
-          member = {};
           throw;
         }
-        member = {};
       },
       &job);
 }
@@ -143,16 +149,9 @@ void run_each_alone(int64_t threads, void (*call)(void*), void* context) {
       threads, 1,
       [](int64_t begin, int64_t end, void* p) {
         const Job& job = *static_cast<Job*>(p);
-        const Member before = member;
         Team alone(1);
-        member = {&alone, alone.enter(1)};
-        try {
-          for (int64_t i = begin; i < end; ++i) job.call(job.context);
-        } catch (...) {
-          member = before;
-          throw;
-        }
-        member = before;
+        const Membership membership(alone, 1);
+        for (int64_t i = begin; i < end; ++i) job.call(job.context);
       },
       &job);
 }
