@@ -313,14 +313,16 @@ ALWAYS_INLINE void each(const F& f) {
 
 // 2^x for x <= 127, and 0 below 2^-126: arithmetic on subnormal numbers is slow. The polynomial is
 // the minimax fit of 2^r on [-1/2, 1/2] with a constant term of exactly 1: relative error 2e-9
-// before rounding, so below 1 ulp after it.
+// before rounding, so below 1 ulp after it. Adding 2^23 and more rounds x to an integer n; 127 more,
+// and the last eight bits of the sum are the exponent field of 2^n: 0, of n = -127, makes it 0.
 template <int N>
 ALWAYS_INLINE void exp2(vf (&x)[N]) {
+  const vf magic = set1(0x1.8p23f + 127.0f);
   vf r[N], p[N];
   each<N>([&](int i) ALWAYS_INLINE_LAMBDA {
     x[i] = at_least(x[i], -127.0f);
-    vf n = nearest(x[i]);
-    r[i] = x[i] - n;
+    vf n = x[i] + magic;
+    r[i] = x[i] - (n - magic);
     x[i] = n;
     p[i] = fma(set1(1.5353360504e-4f), r[i], 1.3398875017e-3f);
   });
@@ -329,9 +331,8 @@ ALWAYS_INLINE void exp2(vf (&x)[N]) {
 #pragma GCC unroll 8
   for (float c : kRest)
     each<N>([&](int i) ALWAYS_INLINE_LAMBDA { p[i] = fma(p[i], r[i], c); });
-  // An exponent field of 0, of n = -127, makes the factor 0.
   each<N>([&](int i) ALWAYS_INLINE_LAMBDA {
-    x[i] = p[i] * bits_as<vf>((__builtin_convertvector(x[i], vi) + 127) << 23);
+    x[i] = p[i] * bits_as<vf>(bits_as<vu>(x[i]) << 23);
   });
 }
 

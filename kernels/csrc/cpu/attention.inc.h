@@ -105,25 +105,33 @@ float block_scores(
   return 1.0f;
 }
 
-// Turns scores into exp(scale score - running maximum); updates maximum and sum of W queries.
-// Returns the factor that rescales what earlier blocks summed.
+// Turns scores into 2^(factor score - running maximum); updates maximum and sum of W queries.
+// Returns what rescales the sums of earlier blocks.
 ALWAYS_INLINE vf softmax_columns(
-    float* scores, int64_t keys, float scale, float* maximum, float* sum) {
+    float* scores, int64_t keys, float factor, float* maximum, float* sum) {
   const vf none = set1(-__builtin_inff()), before = load(maximum);
   vf top = before;
-  for (int64_t j = 0; j < keys; ++j) top = vmax(top, load(scores + j * kQueries) * scale);
-  // A query that saw no key yet: any finite base gives exp(-inf) = 0 instead of NaN.
+  for (int64_t j = 0; j < keys; ++j) top = vmax(top, load(scores + j * kQueries) * factor);
+  // A query that saw no key yet: any finite base gives 2^-inf = 0 instead of NaN.
   const vf base = top > none ? top : vf{};
   vf total{};
-  for (int64_t j = 0; j < keys; ++j) {
-    vf p = exp_below_89(fma(load(scores + j * kQueries), set1(scale), -base));
-    store(scores + j * kQueries, p);
-    total += p;
-  }
-  const vf rescale = exp_below_89(before - base);
+  by_fours(keys, [&]<int N>(int64_t j) ALWAYS_INLINE_LAMBDA {
+    float* at = scores + j * kQueries;
+    vf p[N];
+    each<N>([&](int i) ALWAYS_INLINE_LAMBDA {
+      p[i] = fma(load(at + i * kQueries), set1(factor), -base);
+    });
+    exp2(p);
+    each<N>([&](int i) ALWAYS_INLINE_LAMBDA {
+      store(at + i * kQueries, p[i]);
+      total += p[i];
+    });
+  });
+  vf rescale[] = {before - base};
+  exp2(rescale);
   store(maximum, top);
-  store(sum, fma(load(sum), rescale, total));
-  return rescale;
+  store(sum, fma(load(sum), rescale[0], total));
+  return rescale[0];
 }
 
 struct ForwardBuffers {
@@ -156,12 +164,12 @@ void attention_block(const Attention& a, const Head& head, int64_t query, Forwar
   }
   for (int64_t key = 0; key < head.keys; key += kKeys) {
     const int64_t keys = smaller(kKeys, head.keys - key);
-    const float scale = block_scores<OPERANDS>(
+    const float factor = kLog2E * block_scores<OPERANDS>(
         a, head, query, queries, key, keys, m.k, m.queries_t, m.scores);
     for (int64_t i = 0; i < queries; i += W)
       store(
           m.rescale + i,
-          softmax_columns(m.scores + i, keys, scale, m.maximum + i, m.total + i));
+          softmax_columns(m.scores + i, keys, factor, m.maximum + i, m.total + i));
     if (a.dropout.on) {
       fill_factors(a, head, query, queries, key, keys, m.factors);
       for (int64_t i = 0; i < keys * kQueries; i += W)
@@ -189,7 +197,7 @@ void attention_block(const Attention& a, const Head& head, int64_t query, Forwar
     });
     if (a.lse)
       a.lse[head.h * a.tokens + token + i] =
-          total == 0.0f ? -__builtin_inff() : m.maximum[i] + __builtin_logf(total);
+          total == 0.0f ? -__builtin_inff() : m.maximum[i] * kLn2 + __builtin_logf(total);
   }
 }
 

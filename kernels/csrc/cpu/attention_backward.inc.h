@@ -47,22 +47,31 @@ struct BackwardBuffers {
   }
 };
 
-// For W queries: scores -> P M, dscores (dout V^T on entry) -> dS.
+// For W queries: scores -> P M, dscores (dout V^T on entry) -> dS; lse in units of ln 2.
 template <bool DROPOUT>
 ALWAYS_INLINE void gradient_columns(
     float* scores, float* dscores, const float* factors, int64_t keys, float scale, float dscale,
     vf lse) {
   vf delta{}, sum{};
-  for (int64_t j = 0; j < keys * kQueries; j += kQueries) {
-    vf p = exp_below_89(fma(load(scores + j), set1(scale), -lse)), dp = load(dscores + j);
-    if constexpr (DROPOUT) {
-      dp *= load(factors + j);
-      store(dscores + j, dp);
-    }
-    store(scores + j, p);
-    sum += p;
-    delta = fma(p, dp, delta);
-  }
+  by_fours(keys, [&]<int N>(int64_t first) ALWAYS_INLINE_LAMBDA {
+    const int64_t at = first * kQueries;
+    vf p[N];
+    each<N>([&](int i) ALWAYS_INLINE_LAMBDA {
+      p[i] = fma(load(scores + at + i * kQueries), set1(kLog2E * scale), -lse);
+    });
+    exp2(p);
+    each<N>([&](int i) ALWAYS_INLINE_LAMBDA {
+      const int64_t j = at + i * kQueries;
+      vf dp = load(dscores + j);
+      if constexpr (DROPOUT) {
+        dp *= load(factors + j);
+        store(dscores + j, dp);
+      }
+      store(scores + j, p[i]);
+      sum += p[i];
+      delta = fma(p[i], dp, delta);
+    });
+  });
   const vf norm = sum > 0.f ? 1.f / sum : vf{};
   delta *= norm;
   vf rest{};
@@ -101,7 +110,7 @@ void attention_gradient_block(
     // Rows without keys (lse = -inf) and padding lanes: exp(score - inf) = 0, no gradient.
     vf lse = load_up_to(a.lse + head.h * a.tokens + token + i, queries - i);
     vi alive = (lane_index() < int32_t(queries - i)) & (lse > -__builtin_inff());
-    lse = alive ? lse : set1(__builtin_inff());
+    lse = alive ? lse * kLog2E : set1(__builtin_inff());
     float *scores = m.scores + i, *dscores = m.dscores + i;
     if (a.dropout.on)
       gradient_columns<true>(scores, dscores, m.factors + i, head.keys, scale, a.scale, lse);

@@ -9,6 +9,16 @@ namespace bert_fast::cpu::BERT_FAST_ISA {
 constexpr int64_t kQueries = 48;  // 3 vectors of AVX-512; all tile heights divide it
 constexpr int64_t kKeys = 256;    // a block of scores is 48 KiB: half of it in L1, all of it in L2
 
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+
+// Calls f.operator()<N>(j) over [0, n), four at a time, then one.
+template <class F>
+ALWAYS_INLINE void by_fours(int64_t n, const F& f) {
+  int64_t j = 0;
+  for (; j + 4 <= n; j += 4) f.template operator()<4>(j);
+  for (; j < n; ++j) f.template operator()<1>(j);
+}
+
 // One head of one sequence.
 struct Head {
   int64_t b, h, first, queries, first_key, keys;
