@@ -76,6 +76,15 @@ def in_place(model: nn.Module) -> None:
             p.mul_(1.1)
 
 
+def one_element_in_place(model: nn.Module) -> None:
+    """One that is off the diagonal, of which nothing but the tensor's version tells."""
+    with torch.no_grad():
+        for layer in model.encoder.layer:
+            for p in layer.parameters():
+                if p.dim() == 2:
+                    p[0, -1] += 1.0
+
+
 def through_data(model: nn.Module) -> None:
     for p in model.parameters():
         p.data.mul_(1.1)
@@ -112,7 +121,9 @@ def new_parameters(model: nn.Module) -> None:
             module.weight = nn.Parameter(module.weight.detach() * 1.1)
 
 
-CHANGES = [in_place, through_data, new_storage, state_dict, new_parameters]
+CHANGES = [
+    in_place, one_element_in_place, through_data, new_storage, state_dict, new_parameters
+]  # fmt: skip
 if DEVICE.type == "cpu":  # nothing tells of a part's change on a GPU
     CHANGES += [through_data_of_a_head, through_data_of_a_heads_columns, through_data_of_biases]
 else:

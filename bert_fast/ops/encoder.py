@@ -13,6 +13,7 @@ more time between ops than in them. The weights take no gradient.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 
 import torch
 import torch.nn.functional as F
@@ -130,7 +131,8 @@ def _kernel(name: str, isa: int) -> Kernel:
             return torch.ops.bert_fast_cpu.encoder_table(ready, x, heads, isa), ready
 
         # By their number too: layer by layer, the first one's weights are the first of both.
-        table, _ = copy_of(weights, f"encoder {isa} {int8} {len(weights)} {heads}", make)
+        kind = f"encoder {isa} {int8} {len(weights)} {heads}"
+        table, _ = copy_of(weights, kind, make, itemgetter(1))
         run = torch.ops.bert_fast_cpu.encoder_forward
         return (run(x, cu_seqlens, key_start, bias, rows, table, eps, activation, openmp(), isa),)
 

@@ -2,12 +2,14 @@
 
 A copy lives beside the user's weight, which is never changed, for as long as that tensor lives and
 nothing writes to it: address and version tell, and on the CPU sixteen elements of each tensor,
-because a write through `.data` (as EMA code does) leaves the version as it was.
+because a write through `.data` (as EMA code does) leaves the version as it was. These are read in
+every forward, from memory that other weights have pushed out of the caches, so not of a tensor that
+a copy only refers to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -23,28 +25,44 @@ _version, _trained = attrgetter("_version"), attrgetter("requires_grad")
 
 class _Copy(NamedTuple):
     stamp: tuple[Any, ...]
+    copied: list[int]  # which of the weights; kept here themselves, they would live for ever
+    elements: Any
     value: Any
 
 
 _copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def copy_of(weights: Sequence[Tensor | None], kind: str, make: Callable[[], Any]) -> Any:
-    """`make()`, or what it gave before for these weights and this kind of copy."""
+def copy_of(
+    weights: Sequence[Tensor | None],
+    kind: str,
+    make: Callable[[], Any],
+    referred: Callable[[Any], Iterable[Tensor]] = lambda value: (),
+) -> Any:
+    """`make()`, or what it gave before for these weights and this kind of copy.
+
+    referred: the tensors in a copy that may be weights themselves; there, a write is seen anyway.
+    """
     given = [w for w in weights if w is not None]
     try:
         stamp = (*map(id, given), *map(Tensor.data_ptr, given), *map(_version, given))
-        stamp += (_fingerprint(given),)
     except RuntimeError:  # an inference tensor has no version to tell when a copy is stale
         return make()
     kinds = _copies.get(given[0])
     if kinds is None:
         kinds = _copies[given[0]] = {}
     found = kinds.get(kind)
-    if found is None or found.stamp != stamp:
+    if (
+        found is None
+        or found.stamp != stamp
+        or found.elements != _fingerprint([given[i] for i in found.copied])
+    ):
         # Not as inference tensors: a copy may be the source of another copy.
         with torch.inference_mode(False), torch.no_grad():
-            found = _Copy(stamp, make())
+            value = make()
+        themselves = set(map(id, referred(value)))
+        copied = [i for i, w in enumerate(given) if id(w) not in themselves]
+        found = _Copy(stamp, copied, _fingerprint([given[i] for i in copied]), value)
         if given[0].is_cuda and not torch.cuda.is_current_stream_capturing():
             torch.cuda.current_stream(given[0].device).synchronize()  # others may read it now
         kinds[kind] = found
@@ -53,7 +71,7 @@ def copy_of(weights: Sequence[Tensor | None], kind: str, make: Callable[[], Any]
 
 def _fingerprint(weights: list[Tensor]) -> Any:
     """Of elements along a diagonal: one at least of every head's rows, and of its columns."""
-    if weights[0].device.type != "cpu":
+    if not weights or weights[0].device.type != "cpu":
         return None  # reading a GPU's tensor would stall its queue
     if not extension_missing():
         return torch.ops.bert_fast_cpu.fingerprint(weights)

@@ -8,21 +8,33 @@ namespace bert_fast::cpu {
 // Elements along a diagonal: one at least of every head's rows, and of its columns.
 constexpr int64_t kSamples = 16;
 
+struct Element {
+  const char* at;
+  size_t bytes;
+};
+
 static int64_t fingerprint(const Tensors& weights) {
-  uint64_t hash = 0xcbf29ce484222325;  // FNV-1a, on words
+  std::vector<Element> elements;
+  elements.reserve(weights.size() * kSamples);
   for (const Tensor& weight : weights) {
     const auto* data = static_cast<const char*>(weight.data_ptr());
-    const int64_t bytes = static_cast<int64_t>(weight.element_size());
+    const size_t bytes = weight.element_size();
     require(bytes <= 8, "fingerprint: elements have ", bytes, " bytes, expected 8 at most");
     if (weight.numel() == 0) continue;
+    const auto sizes = weight.sizes(), strides = weight.strides();
     for (int64_t i = 0; i < kSamples; ++i) {
       int64_t at = 0;
-      for (int64_t d = 0; d < weight.dim(); ++d)
-        at += (2 * i + 1) * weight.size(d) / (2 * kSamples) * weight.stride(d);
-      uint64_t word = 0;
-      std::memcpy(&word, data + at * bytes, static_cast<size_t>(bytes));
-      hash = (hash ^ word) * 0x100000001b3;
+      for (size_t d = 0; d < sizes.size(); ++d)
+        at += (2 * i + 1) * sizes[d] / (2 * kSamples) * strides[d];
+      elements.push_back({data + at * int64_t(bytes), bytes});
+      __builtin_prefetch(elements.back().at);  // each on a page of its own: many at a time
     }
+  }
+  uint64_t hash = 0xcbf29ce484222325;  // FNV-1a, on words
+  for (const Element& element : elements) {
+    uint64_t word = 0;
+    std::memcpy(&word, element.at, element.bytes);
+    hash = (hash ^ word) * 0x100000001b3;
   }
   return static_cast<int64_t>(hash);
 }

@@ -1,6 +1,11 @@
 // Checking wrappers and registration of linear and feed_forward with packed weights.
 #include "cpu/dispatch.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 namespace bert_fast::cpu {
 
 // Elements of a packed weight: bytes where its values have 8 bits, else of the weight's dtype.
@@ -18,6 +23,17 @@ const void* checked_panels(
   return checked(op, name, packed, type, {packed_elements(kernels, a)});
 }
 
+// Asks for huge pages: a weight is read from end to end in every call, and of few tokens' time the
+// lookup of small pages' addresses is a part. A hint, which a system without them does not take.
+static void hint_huge_pages(void* data, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const auto begin = reinterpret_cast<uintptr_t>(data) / page * page;
+  const auto end = reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes);
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 static Tensor pack_weight(const Tensor& weight, bool int8, int64_t isa) {
   const char* op = "pack_weight";
   PackWeight a{};
@@ -31,6 +47,7 @@ static Tensor pack_weight(const Tensor& weight, bool int8, int64_t isa) {
   Tensor packed = uninitialised(
       {packed_elements(kernels, a)}, int8 ? ScalarType::Byte : weight.scalar_type());
   a.packed = packed.data_ptr();
+  hint_huge_pages(a.packed, kernels.packed_bytes(a));
   kernels.pack_weight(a);
   return packed;
 }
