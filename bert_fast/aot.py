@@ -6,7 +6,7 @@ Each op's own launch code is run on meta tensors (the `samples` of its kernels r
 config) under a stand-in driver that names the target, so what is compiled here is what a launch
 there would compile. The table tells registers, spilled bytes (registers on AMD) and shared memory;
 the exit status is 1 if a kernel spills more than SLACK or wants more shared memory than the target
-has. `--quick` is for CI: every kernel in bf16 for every target but sm100, for which compilation takes
+has. `--quick` is for CI: every kernel in bf16 for every target but sm100, whose compilation takes
 twice as long, and in fp32 for sm90; at all of the main shapes for sm90 in bf16, at one each for the
 rest.
 """
