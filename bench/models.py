@@ -95,7 +95,7 @@ def bench_models(
         for named in workloads_of(plan, shape):
             count = plan.batches if named.ragged else 1  # others would be the same again
             workload = workloads.fitted(named, shape, count, plan.flop)
-            for order in workload.orders:
+            for order in workloads.orders(workload, count):
                 texts = workloads.lengths(workload, count, order)
                 batches = [
                     {k: v.to(device) for k, v in workloads.padded(shape.vocab, batch, i).items()}

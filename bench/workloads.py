@@ -68,11 +68,6 @@ class Workload:
     def ragged(self) -> bool:
         return len(set(self.quantiles)) > 1
 
-    @property
-    def orders(self) -> tuple[str, ...]:
-        """As the texts arrive, and (where that differs) sorted by length."""
-        return ("arrival", "sorted") if self.ragged else ("arrival",)
-
 
 WORKLOADS = {
     w.name: w
@@ -127,6 +122,16 @@ def lengths(workload: Workload, batches: int, order: str) -> list[list[int]]:
     if order == "sorted":
         found.sort()
     return [found[i : i + workload.batch] for i in range(0, len(found), workload.batch)]
+
+
+def orders(workload: Workload, batches: int) -> tuple[str, ...]:
+    """As the texts arrive, and sorted by length where that spares 2 % of what is computed."""
+
+    def computed(order: str) -> int:
+        return sum(len(batch) * max(batch) for batch in lengths(workload, batches, order))
+
+    differ = computed("sorted") < 0.98 * computed("arrival")
+    return ("arrival", "sorted") if differ else ("arrival",)
 
 
 def padded(vocab: int, texts: list[int], seed: int = 0) -> dict[str, Tensor]:

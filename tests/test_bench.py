@@ -129,7 +129,10 @@ def test_batches_shrink_until_a_pass_fits() -> None:
     assert small.batch == 2 and small.quantiles == squad.quantiles
     assert workloads.fitted(squad, workloads.MODELS["minilm-l6"], 2, 0.15e12) == squad
     full = workloads.fitted(workloads.WORKLOADS["full512"], base, 2, 0.0)
-    assert full.batch == 1 and workloads.fitted(squad, base, 2, 0.0).batch == 2
+    pairs = workloads.fitted(squad, base, 2, 0.0)
+    assert full.batch == 1 and pairs.batch == 2
+    assert workloads.orders(squad, 2) == ("arrival", "sorted")
+    assert workloads.orders(full, 2) == workloads.orders(pairs, 2) == ("arrival",)  # as padded
 
 
 def plan_with(monkeypatch: pytest.MonkeyPatch, peers: Sequence[Peer]) -> models.Plan:

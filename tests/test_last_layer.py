@@ -28,6 +28,9 @@ from .parity import DEVICE
 FIRST = sorted(head for head, reads in READING_HEADS.items() if reads == "first tokens")
 SPANS = sorted(READING_HEADS.keys() - set(FIRST))
 BATCH, LENGTH = 24, 19  # errors of a few logits alone are luck
+# Softmax over choices does not see a bias they share, and next to nothing of the pooler's: what is
+# left is rounding, of 60 models 0.99 of HF's in the median and 4.5 times it in one.
+SHARED_BY_CHOICES = ("classifier.bias", "pooler.dense.bias")
 
 
 def inputs_of(name: str, mask: str = "right") -> dict[str, Tensor]:
@@ -42,8 +45,8 @@ def results(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     output = model(**inputs)
     output.loss.backward()
     grads = {f"d{n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
-    if output.logits.shape[0] != BATCH:  # softmax over choices does not see a bias they share
-        del grads["dclassifier.bias"]
+    if output.logits.shape[0] != BATCH:
+        grads = {n: g for n, g in grads.items() if not n.endswith(SHARED_BY_CHOICES)}
     return {"loss": output.loss.detach(), "logits": output.logits.detach(), **grads}
 
 

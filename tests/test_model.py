@@ -35,7 +35,7 @@ def test_masks(kind: str, dtype: torch.dtype) -> None:
     if kind == "4d_additive":
         mask = mask.to(dtype)
     inputs = {"input_ids": ids(BATCH, LENGTH), "attention_mask": mask}
-    compare(tiny(), dtype, inputs, read_rows(mask, BATCH, LENGTH))
+    compare(tiny(), dtype, (inputs, read_rows(mask, BATCH, LENGTH)))
 
 
 @pytest.mark.gpu
@@ -45,7 +45,7 @@ def test_shapes(shape: str, dtype: torch.dtype) -> None:
     mask = masks(BATCH, LENGTH)["right"]
     types = ids(BATCH, LENGTH, SHAPES[shape].get("type_vocab_size", 2))
     inputs = {"input_ids": ids(BATCH, LENGTH), "attention_mask": mask, "token_type_ids": types}
-    compare(tiny(**SHAPES[shape]), dtype, inputs, read_rows(mask, BATCH, LENGTH))
+    compare(tiny(**SHAPES[shape]), dtype, (inputs, read_rows(mask, BATCH, LENGTH)))
 
 
 @pytest.mark.parametrize("given", ["position_ids", "int32", "inputs_embeds", "no_pooler"])
@@ -60,7 +60,7 @@ def test_other_inputs(given: str) -> None:
     elif given == "inputs_embeds":
         inputs["inputs_embeds"] = torch.randn(BATCH, LENGTH, 64, device=DEVICE)
         del inputs["input_ids"]
-    compare(model, torch.float32, inputs, read_rows(mask, BATCH, LENGTH))
+    compare(model, torch.float32, (inputs, read_rows(mask, BATCH, LENGTH)))
 
 
 def test_padded_equals_unpadded_and_batch_equals_single() -> None:

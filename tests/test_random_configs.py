@@ -96,6 +96,6 @@ def test_random_configurations(chunk: int) -> None:
             # In half precision, which units of a ReLU flip at zero is luck on both sides: of 100
             # such cases our error is 0.8 of HF's in the mean, and 0.006 to 38 times it in one.
             steady = act != "relu" or dtype == torch.float32
-            compare(model.to(DEVICE), dtype, inputs, rows.to(DEVICE), gradients=steady)
+            compare(model.to(DEVICE), dtype, (inputs, rows.to(DEVICE)), gradients=steady)
         except AssertionError as error:
             raise AssertionError(f"case {told}: {error}") from None

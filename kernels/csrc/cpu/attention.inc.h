@@ -1,10 +1,10 @@
 // attention, forward: out = (softmax(scale Q K^T + bias) * dropout) V per sequence and head.
 //
 // Flash style (Dao, arXiv 2307.08691): blocks of kQueries queries against blocks of kKeys keys with
-// a running maximum and sum, in fp32 throughout. The scores are kept transposed, [keys, queries],
-// so that a vector holds one key for W queries: maximum and sum over keys are plain vertical
-// operations, and four keys of one Philox call are four vectors. K and V of a head are packed to
-// fp32 rows once and serve all its query blocks; only Q has to be transposed.
+// a running maximum and sum, in fp32 and in powers of 2 throughout. The scores are kept transposed,
+// [keys, queries], so that a vector holds one key for W queries: maximum and sum over keys are plain
+// vertical operations, and four keys of one Philox call are four vectors. K and V of a head are
+// packed to fp32 rows once and serve all its query blocks; only Q has to be transposed.
 //
 // Work is dealt to threads by cost (queries x keys), in query blocks: sequences of very different
 // lengths balance, and a block's result does not depend on who computes it.
