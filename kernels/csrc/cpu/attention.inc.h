@@ -1,10 +1,10 @@
 // attention, forward: out = (softmax(scale Q K^T + bias) * dropout) V per sequence and head.
 //
 // Flash style (Dao, arXiv 2307.08691): blocks of kQueries queries against blocks of kKeys keys with
-// a running maximum and sum, in fp32 and in powers of 2 throughout. The scores are kept transposed,
-// [keys, queries], so that a vector holds one key for W queries: maximum and sum over keys are plain
-// vertical operations, and four keys of one Philox call are four vectors. K and V of a head are
-// packed to fp32 rows once and serve all its query blocks; only Q has to be transposed.
+// a running maximum and sum, in fp32 throughout. The scores are kept transposed, [keys, queries],
+// so that a vector holds one key for W queries: maximum and sum over keys are plain vertical
+// operations, and four keys of one Philox call are four vectors. K and V of a head are packed to
+// fp32 rows once and serve all its query blocks; only Q has to be transposed.
 //
 // Work is dealt to threads by cost (queries x keys), in query blocks: sequences of very different
 // lengths balance, and a block's result does not depend on who computes it.
@@ -105,21 +105,22 @@ float block_scores(
   return 1.0f;
 }
 
-// Turns scores into 2^(factor score - running maximum); updates maximum and sum of W queries.
-// Returns what rescales the sums of earlier blocks.
+// Turns scores into exp(scale score - running maximum); updates maximum and sum of W queries.
+// Returns the factor that rescales what earlier blocks summed. The base is changed after the
+// subtraction: a finite mask over all keys of a query, times log2 e, would be infinite.
 ALWAYS_INLINE vf softmax_columns(
-    float* scores, int64_t keys, float factor, float* maximum, float* sum) {
+    float* scores, int64_t keys, float scale, float* maximum, float* sum) {
   const vf none = set1(-__builtin_inff()), before = load(maximum);
   vf top = before;
-  for (int64_t j = 0; j < keys; ++j) top = vmax(top, load(scores + j * kQueries) * factor);
-  // A query that saw no key yet: any finite base gives 2^-inf = 0 instead of NaN.
+  for (int64_t j = 0; j < keys; ++j) top = vmax(top, load(scores + j * kQueries) * scale);
+  // A query that saw no key yet: any finite base gives exp(-inf) = 0 instead of NaN.
   const vf base = top > none ? top : vf{};
   vf total{};
   by_fours(keys, [&]<int N>(int64_t j) ALWAYS_INLINE_LAMBDA {
     float* at = scores + j * kQueries;
     vf p[N];
     each<N>([&](int i) ALWAYS_INLINE_LAMBDA {
-      p[i] = fma(load(at + i * kQueries), set1(factor), -base);
+      p[i] = fma(load(at + i * kQueries), set1(scale), -base) * kLog2E;
     });
     exp2(p);
     each<N>([&](int i) ALWAYS_INLINE_LAMBDA {
@@ -127,7 +128,7 @@ ALWAYS_INLINE vf softmax_columns(
       total += p[i];
     });
   });
-  vf rescale[] = {before - base};
+  vf rescale[] = {(before - base) * kLog2E};
   exp2(rescale);
   store(maximum, top);
   store(sum, fma(load(sum), rescale[0], total));
@@ -164,12 +165,12 @@ void attention_block(const Attention& a, const Head& head, int64_t query, Forwar
   }
   for (int64_t key = 0; key < head.keys; key += kKeys) {
     const int64_t keys = smaller(kKeys, head.keys - key);
-    const float factor = kLog2E * block_scores<OPERANDS>(
+    const float scale = block_scores<OPERANDS>(
         a, head, query, queries, key, keys, m.k, m.queries_t, m.scores);
     for (int64_t i = 0; i < queries; i += W)
       store(
           m.rescale + i,
-          softmax_columns(m.scores + i, keys, factor, m.maximum + i, m.total + i));
+          softmax_columns(m.scores + i, keys, scale, m.maximum + i, m.total + i));
     if (a.dropout.on) {
       fill_factors(a, head, query, queries, key, keys, m.factors);
       for (int64_t i = 0; i < keys * kQueries; i += W)
@@ -197,7 +198,7 @@ void attention_block(const Attention& a, const Head& head, int64_t query, Forwar
     });
     if (a.lse)
       a.lse[head.h * a.tokens + token + i] =
-          total == 0.0f ? -__builtin_inff() : m.maximum[i] * kLn2 + __builtin_logf(total);
+          total == 0.0f ? -__builtin_inff() : m.maximum[i] + __builtin_logf(total);
   }
 }
 

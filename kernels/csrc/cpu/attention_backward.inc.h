@@ -47,7 +47,7 @@ struct BackwardBuffers {
   }
 };
 
-// For W queries: scores -> P M, dscores (dout V^T on entry) -> dS; lse in units of ln 2.
+// For W queries: scores -> P M, dscores (dout V^T on entry) -> dS.
 template <bool DROPOUT>
 ALWAYS_INLINE void gradient_columns(
     float* scores, float* dscores, const float* factors, int64_t keys, float scale, float dscale,
@@ -57,7 +57,7 @@ ALWAYS_INLINE void gradient_columns(
     const int64_t at = first * kQueries;
     vf p[N];
     each<N>([&](int i) ALWAYS_INLINE_LAMBDA {
-      p[i] = fma(load(scores + at + i * kQueries), set1(kLog2E * scale), -lse);
+      p[i] = fma(load(scores + at + i * kQueries), set1(scale), -lse) * kLog2E;
     });
     exp2(p);
     each<N>([&](int i) ALWAYS_INLINE_LAMBDA {
@@ -110,7 +110,7 @@ void attention_gradient_block(
     // Rows without keys (lse = -inf) and padding lanes: exp(score - inf) = 0, no gradient.
     vf lse = load_up_to(a.lse + head.h * a.tokens + token + i, queries - i);
     vi alive = (lane_index() < int32_t(queries - i)) & (lse > -__builtin_inff());
-    lse = alive ? lse * kLog2E : set1(__builtin_inff());
+    lse = alive ? lse : set1(__builtin_inff());
     float *scores = m.scores + i, *dscores = m.dscores + i;
     if (a.dropout.on)
       gradient_columns<true>(scores, dscores, m.factors + i, head.keys, scale, a.scale, lse);

@@ -9,7 +9,7 @@ namespace bert_fast::cpu::BERT_FAST_ISA {
 constexpr int64_t kQueries = 48;  // 3 vectors of AVX-512; all tile heights divide it
 constexpr int64_t kKeys = 256;    // a block of scores is 48 KiB: half of it in L1, all of it in L2
 
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+constexpr float kLog2E = 1.44269504f;
 
 // Calls f.operator()<N>(j) over [0, n), four at a time, then one.
 template <class F>
