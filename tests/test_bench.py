@@ -140,7 +140,7 @@ def plan_with(monkeypatch: pytest.MonkeyPatch, peers: Sequence[Peer]) -> models.
     tiny = workloads.Model("tiny", 2, 64, 2, 128, vocab=2_000)
     monkeypatch.setitem(workloads.MODELS, "tiny", tiny)
     return models.Plan(
-        ("tiny",), ("sentence",), precisions=("fp32", "bf16"), batches=1, seconds=1.0
+        ("tiny",), ("sentence",), precisions=("fp32", "bf16"), batches=2, seconds=1.0
     )
 
 
