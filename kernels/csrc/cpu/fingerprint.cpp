@@ -1,4 +1,4 @@
-// What tells, in a few microseconds, that somebody has written to a weight.
+// What tells, by some of its elements, that somebody has written to a weight.
 #include <cstring>
 
 #include "cpu/tensors.h"

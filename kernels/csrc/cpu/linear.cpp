@@ -24,9 +24,12 @@ const void* checked_panels(
 }
 
 // Asks for huge pages: a weight is read from end to end in every call, and of few tokens' time the
-// lookup of small pages' addresses is a part. A hint, which a system without them does not take.
+// lookup of small pages' addresses is a part. A hint, which a system without them does not take; not
+// for weights smaller than such a page, as each hint may split the heap's mapping.
 static void hint_huge_pages(void* data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
+  constexpr int64_t kHugePage = 1 << 21;
+  if (bytes < kHugePage) return;
   const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   const auto begin = reinterpret_cast<uintptr_t>(data) / page * page;
   const auto end = reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes);
