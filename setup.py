@@ -39,7 +39,7 @@ X86_FLAGS = {
 # for AVX2. The numbers are those of cpu/dispatch.h.
 STAND_INS = ["-include", str(Path("tests/emulation/isa.h").resolve()), "-Wno-psabi", "-O1"]
 EMULATED = {"dispatch": STAND_INS}
-for suffix, isa in {"_avx512": 3, "_avx512_bf16": 4, "_amx": 5}.items():
+for suffix, isa in {"_avx512": 3, "_avx512_bf16": 5, "_amx": 6}.items():
     EMULATED[suffix] = [*STAND_INS, *AVX2, f"-DEMULATED_ISA={isa}"]
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 # The compiler must be there, not a device: a wheel is the same wherever it was built.
@@ -96,7 +96,7 @@ def extension():
         "bert_fast._C",
         sources,
         include_dirs=[str(CSRC.resolve())],
-        depends=sorted(str(path) for path in CSRC.rglob("*.h")),
+        depends=sorted(str(path) for path in CSRC.rglob("*.*h")),
         py_limited_api=True,
         extra_compile_args={
             "cxx": ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fvisibility=hidden", target],

@@ -5,7 +5,7 @@
 The cases, the checks and the schema are those of `bench.run`. Each section is a process of its own:
 an illegal access ends all that its process does on the GPU. One that fails is recorded as such and
 does not stop the others; the exit code is 1 if any failed. Ops and models write what they have
-after every step to FILE.ops and FILE.models, which FILE takes in when they end. `--device cpu
+after every step to FILE.ops and the like, which FILE takes in when they end. `--device cpu
 --quick` runs all of it on small shapes.
 """
 
@@ -48,7 +48,7 @@ PLAN = Plan(
     flop=math.inf,
     seconds=4.0,
 )
-# Afterwards, as torch.compile may take all the time that is left.
+# Afterwards, as torch.compile may take all the time that is left, and by itself: a fault ends all.
 COMPILED = replace(
     PLAN, workloads=("squad",), contenders=("bert_fast", "torch_compile"), precisions=("bf16",)
 )
@@ -63,7 +63,7 @@ SMALL = Plan(
 GRACE = 60.0  # seconds that a section may take over its share, for the step it is at
 INTERRUPTED = 2  # pytest's exit code
 LAST_WORDS = 20.0  # seconds that an interrupted process has, pytest for its report
-SHARES = {"tests": 0.4, "ops": 0.55, "models": 1.0}  # of the time that is left
+SHARES = {"tests": 0.4, "ops": 0.55, "models": 0.7, "compiled": 1.0}  # of the time that is left
 
 
 def run_tests(run: results.Run, arguments: Sequence[str], seconds: float, quick: bool) -> None:
@@ -131,19 +131,17 @@ def ops(run: results.Run, options: argparse.Namespace) -> Iterable[None]:
 
 def models(run: results.Run, options: argparse.Namespace) -> Iterable[None]:
     device, end = torch.device(options.device), time.monotonic() + options.budget
+    plan = COMPILED if options.section == "compiled" else SMALL if options.quick else PLAN
     probe = Probe(device)
-    for plan in (SMALL,) if options.quick else (PLAN, COMPILED):
-        for _ in bench_models(run, plan, device, probe, partial(print, flush=True)):
-            run.noise = probe.summary()
-            once = {entry.key: entry for entry in reversed(run.models)}  # bert_fast is in both
-            run.models = [*once.values()][::-1]
-            yield
-            if time.monotonic() > end:
-                run.missing["models"] = "the time was up: the last workloads were left out"
-                return
+    for _ in bench_models(run, plan, device, probe, partial(print, flush=True)):
+        run.noise = probe.summary()
+        yield
+        if time.monotonic() > end:
+            run.missing[options.section] = "the time was up: the last workloads were left out"
+            return
 
 
-SECTIONS = {"ops": ops, "models": models}
+SECTIONS = {"ops": ops, "models": models, "compiled": models}
 
 
 def fill(run: results.Run, path: Path, options: argparse.Namespace) -> None:
@@ -171,7 +169,8 @@ def alone(path: Path, options: argparse.Namespace) -> None:
 
 
 def merge(run: results.Run, part: results.Run) -> None:
-    run.models += part.models
+    known = {entry.key for entry in run.models}  # bert_fast is in two sections
+    run.models += [entry for entry in part.models if entry.key not in known]
     run.ops += part.ops
     run.failed += part.failed
     run.missing |= part.missing
@@ -185,6 +184,8 @@ def gate(run: results.Run, path: Path, options: argparse.Namespace) -> None:
     if options.device == "cuda":  # tests of what is not there are skipped
         run.failed += cuda_missing() + triton_missing()
     for name, share in SHARES.items():
+        if name == "compiled" and options.quick:
+            continue
         run.save(path)
         seconds = share * max(deadline - time.monotonic(), 0.0)
         part = path.with_name(f"{path.name}.{name}")

@@ -22,6 +22,7 @@ from .console import (
     check_model,
     check_output,
     console,
+    load_weights,
     log,
     one_line_errors,
 )
@@ -41,6 +42,8 @@ ModelDtype = Annotated[
 DEVICES = ("auto", "cpu", "cuda")
 POOLINGS = ("mean", "cls")
 BATCH_TOKENS = 16_384
+# Names of files whose lines are no texts.
+NOT_TEXT = (".csv", ".tsv", ".json", ".ndjson", ".parquet", ".arrow", ".gz")
 SAMPLE_TEXTS = (
     "A short text.",
     "A text that is a little longer than the first.",
@@ -101,13 +104,16 @@ def embed(
         check_choice("pooling", pooling or "mean", POOLINGS)
         check_output(output)
         check_model(model)
-        json_lines = source.endswith(".jsonl") or text_field is not None
-        texts = read_texts(source, (text_field or "text") if json_lines else None)
+        texts = read_texts(source, field_of(source, text_field))
 
         from .convert import accelerate
         from .encode import embed_tokens, sentence_settings, token_limit, tokenize, truncation_note
 
         own = sentence_settings(model)
+        if own.lower:
+            texts = [text.lower() for text in texts]
+        if own.prompt:
+            log.print(f"bert-fast: warning: its prompt {own.prompt!r} is not put before the texts")
         bert, tokenizer = load(model, dtype, device)
         if dtype in NARROW:
             accelerate(bert, dtype=dtype)
@@ -168,8 +174,8 @@ def verify(
             check_output(json_file)
         chosen = list(SAMPLE_TEXTS)
         if texts:
-            field = "text" if texts.suffix == ".jsonl" else None
-            chosen = [text for text in read_texts(str(texts), field) if text.strip()][:32]
+            given = read_texts(str(texts), field_of(str(texts)))
+            chosen = [text for text in given if text.strip()][:32]
         bert, tokenizer = load(model, dtype, device)
         from .verification import verify as compare
 
@@ -264,6 +270,14 @@ def bench(context: typer.Context) -> None:
     raise typer.Exit(subprocess.run(line, env={**os.environ, "PYTHONPATH": where}).returncode)
 
 
+def field_of(source: str, asked: str | None = None) -> str | None:
+    """The field of JSON lines, None for text, by the file's name unless a field is asked for."""
+    suffix = Path(source).suffix.lower()
+    if asked is None and suffix in NOT_TEXT:
+        raise ValueError(f"{source}: {suffix} is not read: expected text or JSON lines (.jsonl)")
+    return asked or ("text" if suffix == ".jsonl" else None)
+
+
 def read_texts(source: str, field: str | None) -> list[str]:
     """One text per line of a file, or of stdin for "-"; of JSON lines, the value of `field`.
 
@@ -306,8 +320,9 @@ def load(folder: Path, dtype: str, device: str) -> tuple[nn.Module, Any]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    dtypes = {"dtype": getattr(torch, MODES[dtype])}
+    model = load_weights(transformers.AutoModel, folder, **dtypes)
     with cannot_load(folder):
-        model = transformers.AutoModel.from_pretrained(folder, dtype=getattr(torch, MODES[dtype]))
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     return model.eval().to(device), tokenizer
 

@@ -6,12 +6,13 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
 
 console = Console()
-log = Console(stderr=True, highlight=False)
+log = Console(stderr=True, highlight=False, markup=False)  # paths may hold brackets
 
 
 @contextmanager
@@ -25,7 +26,7 @@ def one_line_errors() -> Iterator[None]:
         message = str(error)
     else:
         return
-    log.print(f"bert-fast: {' '.join(message.split())}", soft_wrap=True, markup=False)
+    log.print(f"bert-fast: {' '.join(message.split())}", soft_wrap=True)
     raise typer.Exit(2)
 
 
@@ -37,6 +38,34 @@ def cannot_load(folder: Path) -> Iterator[None]:
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"cannot load {folder}: {reason[0]}") from None
+
+
+def load_weights(kind: Any, folder: Path, **settings: Any) -> Any:
+    """kind.from_pretrained(folder); new may be a head, or a pooler, and nothing else.
+
+    Raises: ValueError for a folder that cannot be loaded, and where weights of the encoder are not
+        in it, or of another size: transformers warns, and leaves random ones.
+    """
+    with cannot_load(folder):
+        model, told = kind.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+        )
+    sizes = {
+        name: f"{list(there)} in its weights, {list(wanted)} by its config.json"
+        for name, there, wanted in told["mismatched_keys"]
+    }
+    inside = hasattr(model, model.base_model_prefix)
+    prefix = f"{model.base_model_prefix}." if inside else ""
+    lacking = sorted(
+        name
+        for name in {*told["missing_keys"], *sizes}
+        if name.startswith(prefix) and not name.startswith(f"{prefix}pooler.")
+    )
+    if lacking:
+        what = sizes.get(lacking[0], "not in its weights")
+        more = f"; so for {len(lacking) - 1} more" if lacking[1:] else ""
+        raise ValueError(f"cannot load {folder}: {lacking[0]} is {what}{more}")
+    return model
 
 
 def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:

@@ -31,7 +31,13 @@ from .packed import (
 )
 from .paths import Backend
 from .probe import strange, strange_head, strange_reading_head
-from .reading import ReadingHead, is_reading_head, restore_reading_head, swap_reading_head
+from .reading import (
+    ReadingHead,
+    is_reading_head,
+    reasons_against_reading,
+    restore_reading_head,
+    swap_reading_head,
+)
 from .structure import reasons_against_layers, structure_of
 from .swap import put_back
 
@@ -78,8 +84,9 @@ def accelerate(
             changes nothing.
         keep_padding: padded positions are computed too, as queries, as transformers computes them;
             for a head of yours that reads them. Those known to read them (question answering,
-            ColBERT's query expansion) get them without being told. It does nothing where a family
-            takes the attention alone.
+            ColBERT's query expansion) get them without being told; in evaluation without labels
+            question answering gives the least logit there is at padding, asked or not. It does
+            nothing where a family takes the attention alone.
 
     Returns: the same object. Parameters, state_dict, dtype and device are not touched; `restore`
         undoes the change. Another call replaces what was asked for, but for `keep_padding`.
@@ -195,10 +202,10 @@ def report(model: Any) -> Report:
                 result.swapped[name] = "loss on scored tokens only"
             continue
         if isinstance(module, ReadingHead):
-            if replaced:
-                result.skipped[name] = replaced
+            if why := reasons_against_reading(module) + replaced:
+                result.skipped[name] = why
             else:
-                result.swapped[name] = f"its encoder computes {module.bert_fast_reads}"
+                result.swapped[name] = f"its encoder computes {module.bert_fast_reads.what}"
             continue
         if row is None:
             if _other(module):

@@ -30,7 +30,7 @@ from .ops.pool import MODES
 from .packed import options_of, reasons_against
 from .paths import Backend, chosen
 from .probe import strange
-from .structure import structure_of
+from .structure import hooked, structure_of
 
 TEXTS_AT_ONCE = 8_192  # bounds what the tokenizer's Python lists take, not what is kept
 Progress = Callable[[int, int], None]
@@ -92,8 +92,9 @@ def embed(
         progress: called after each batch with how many (texts, tokens) it has answered.
 
     Returns: float32 [n, H]. Pooling and norms are computed in fp32, whatever the model's dtype.
-    Raises: ValueError for a model without an encoder that can run packed (with the reasons), a
-        tokenizer that is not fast, an unknown pooling, a max_length over the model's positions.
+    Raises: ValueError for a model without an encoder that can run packed (with the reasons), or
+        whose vectors are more than the encoder's, a tokenizer that is not fast, an unknown
+        pooling, a max_length over the model's positions.
     Warns: UserWarning with the number of texts cut to `max_length`, if there are any.
     """
     limit = token_limit(model, tokenizer, max_length)
@@ -226,26 +227,39 @@ def truncation_note(tokens: Tokens, max_length: int) -> str:
     return f"{tokens.truncated} of {len(tokens)} texts were cut to {max_length} tokens"
 
 
+# Of a SentenceTransformer's modules, what is served: the encoder, and what comes after it.
+SERVED = {"Transformer", "Pooling", "Normalize"}
+
+
 @dataclass(frozen=True)
 class SentenceSettings:
-    """What a sentence-transformers folder asks for; None where it says nothing."""
+    """What a sentence-transformers folder asks for; None where it says nothing.
+
+    lower: whether the texts are put into small letters first.
+    prompt: the name of what it puts before each text unless told otherwise.
+    """
 
     pooling: str | None = None
     normalize: bool | None = None
     max_length: int | None = None
+    lower: bool = False
+    prompt: str | None = None
+
+
+def sentence_modules(folder: Path) -> dict[str, str]:
+    """The classes in modules.json of a sentence-transformers folder, and their folders in it."""
+    modules = _json(folder / "modules.json", [])
+    return {module["type"].rsplit(".", 1)[-1]: module["path"] for module in modules}
 
 
 def sentence_settings(folder: Path) -> SentenceSettings:
-    """Reads modules.json, the pooling's config and sentence_bert_config.json of a model folder.
-
-    Prompts are not read: prefix the texts with what the model wants.
+    """Reads modules.json, the pooling's config and two more files of a model folder.
 
     Raises: ValueError for a pooling other than mean and cls, and for modules after the encoder
         other than Pooling and Normalize.
     """
-    modules = _json(folder / "modules.json", [])
-    kinds = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in modules}
-    if unknown := sorted(set(kinds) - {"Transformer", "Pooling", "Normalize"}):
+    kinds = sentence_modules(folder)
+    if unknown := sorted(kinds.keys() - SERVED):
         raise ValueError(f"{folder / 'modules.json'} has {', '.join(unknown)}, which is not served")
     pooling = _json(folder / kinds.get("Pooling", "1_Pooling") / "config.json", {})
     named = pooling.get("pooling_mode") or []
@@ -257,10 +271,13 @@ def sentence_settings(folder: Path) -> SentenceSettings:
     ]
     if modes and (len(modes) > 1 or modes[0] not in MODES):
         raise ValueError(f"the model pools by {' + '.join(modes)}, expected one of {MODES}")
+    settings = _json(folder / "sentence_bert_config.json", {})
     return SentenceSettings(
         modes[0] if modes else None,
-        "Normalize" in kinds if modules else None,
-        _json(folder / "sentence_bert_config.json", {}).get("max_seq_length"),
+        "Normalize" in kinds if kinds else None,
+        settings.get("max_seq_length"),
+        bool(settings.get("do_lower_case")),
+        _json(folder / "config_sentence_transformers.json", {}).get("default_prompt_name"),
     )
 
 
@@ -277,12 +294,26 @@ def _packable(model: nn.Module) -> nn.Module:
         )
     encoder, family = found[0], family_of(found[0])
     assert family is not None
+    if told := _around(model, encoder):
+        raise ValueError(f"{type(model).__name__} is more than its encoder: {told}")
     why = _refusal(encoder, family)
     if not why and (told := strange(encoder, family)):
         why = [told]
     if why := why or reasons_against(encoder, structure_of(encoder, family)):
         raise ValueError(f"{type(model).__name__} cannot run packed: {'; '.join(why)}")
     return encoder
+
+
+def _around(model: nn.Module, encoder: nn.Module) -> str | None:
+    """What else makes the vectors of `model`, and would be left out here."""
+    if hooked(encoder):
+        return f"a hook or a replaced forward sits on its {type(encoder).__name__}"
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return "it puts learned tokens before each text"
+    if type(model).__name__ == "SentenceTransformer":
+        others = {type(module).__name__ for module in model.children()} - SERVED
+        return f"it has {', '.join(sorted(others))}" if others else None
+    return None
 
 
 def _packed(tokens: Tokens, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:

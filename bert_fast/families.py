@@ -280,26 +280,41 @@ HEADS = (
     _masked_lm("layoutlm", "LayoutLM"),
 )
 
-# What a head reads of its encoder's states, by its class, where it hands keywords on to the encoder
-# (MPNet's do not): each sequence's first token, by itself or through the pooler, or real tokens
-# (so far as there is no loss; see `reading`). Of spans, where the words alone are the input.
+
+class Reading(NamedTuple):
+    """What a head reads of its encoder's states: "first tokens", by itself or through the pooler,
+    or "real tokens" (so far as there is no loss; see `reading`).
+
+    by: the child that is handed all states and, as transformers made it, reads no more.
+    """
+
+    what: str
+    by: str | None = None
+
+
+# By its class, where it hands keywords on to the encoder (MPNet's do not). Of spans, where the
+# words alone are the input.
 _FIRST = ("SequenceClassification",)
 _CHOICE = (*_FIRST, "MultipleChoice")
 _PAIR = (*_CHOICE, "NextSentencePrediction")
 READING_HEADS = {
     (f"transformers.models.{folder}.modeling_{file or folder}", f"{stem}For{task}"): reads
-    for folder, file, stem, first in (
-        ("bert", None, "Bert", _PAIR),
-        ("roberta", None, "Roberta", _CHOICE),
-        ("xlm_roberta", None, "XLMRoberta", _CHOICE),
-        ("camembert", None, "Camembert", _CHOICE),
-        ("data2vec", "data2vec_text", "Data2VecText", _CHOICE),
-        ("ernie", None, "Ernie", _PAIR),
-        ("electra", None, "Electra", _FIRST),
-        ("distilbert", None, "DistilBert", _CHOICE),
-        ("albert", None, "Albert", _CHOICE),
+    for folder, file, stem, first, classifier in (
+        ("bert", None, "Bert", _PAIR, None),
+        ("roberta", None, "Roberta", _CHOICE, "classifier"),
+        ("xlm_roberta", None, "XLMRoberta", _CHOICE, "classifier"),
+        ("camembert", None, "Camembert", _CHOICE, "classifier"),
+        ("data2vec", "data2vec_text", "Data2VecText", _CHOICE, "classifier"),
+        ("ernie", None, "Ernie", _PAIR, None),
+        ("electra", None, "Electra", _FIRST, "classifier"),
+        ("distilbert", None, "DistilBert", _CHOICE, None),
+        ("albert", None, "Albert", _CHOICE, None),
     )
-    for reads, tasks in (("first tokens", first), ("real tokens", ("QuestionAnswering",)))
+    for reads, tasks in (
+        (Reading("first tokens", classifier), _FIRST),
+        (Reading("first tokens"), first[1:]),
+        (Reading("real tokens", "qa_outputs"), ("QuestionAnswering",)),
+    )
     for task in tasks
 }
 

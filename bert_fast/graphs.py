@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .inputs import Batch
 from .notice import warn_once
 from .ops.registry import tracing
+from .ops.weight_copies import holding_copies
 from .padding import Packing
 from .structure import Structure
 
@@ -147,7 +148,8 @@ class _Graph:
             None if self.types is None else self.types.unsqueeze(0),
             self.positions.unsqueeze(0),
         )
-        self.replay, self.output = capture(lambda: run(self.batch, self.rows), place)
+        with holding_copies() as self.copies:  # they are read for as long as this lives
+            self.replay, self.output = capture(lambda: run(self.batch, self.rows), place)
 
     def __call__(self, batch: Batch, rows: Tensor | None) -> Tensor:
         packing, tokens = batch.packing, batch.tokens
@@ -178,6 +180,9 @@ def capture_cuda(run: Callable[[], Tensor], place: Place) -> tuple[Callable[[], 
         for _ in range(2):
             run()
     here.wait_stream(aside)
+    # cuBLAS keeps a workspace for each stream, and torch hands streams out in turns: one that lies
+    # outside the pool, left by whoever had this stream before, may be freed while the graph lives.
+    torch._C._cuda_clearCublasWorkspaces()
     graph = torch.cuda.CUDAGraph()
     try:
         # Other threads may go on using the GPU meanwhile, but not wait for all of it.
@@ -188,6 +193,7 @@ def capture_cuda(run: Callable[[], Tensor], place: Place) -> tuple[Callable[[], 
             output = run()
     finally:  # a recording that fails leaves its own stream as the current one
         torch.cuda.set_stream(here)
+        torch._C._cuda_clearCublasWorkspaces()  # the graph's own is nobody else's
     return graph.replay, output
 
 

@@ -21,6 +21,7 @@ from .modeling import activated_linear, cast, linear, normalized
 from .ops.masked_lm_loss import IGNORED
 from .packed import (
     AS_PACKED,
+    NO_WORD,
     OPTIONS,
     KeepsCopies,
     Options,
@@ -91,7 +92,7 @@ def reasons_against_head(model: Any) -> list[str]:
     """Why Hugging Face's own head has to run on this model as it is now (empty: ours runs)."""
     encoder: Any = encoder_of(model)
     if not takes_word(encoder):
-        return ["its encoder is not accelerated, or something reads its output"]
+        return [NO_WORD]
     parts = model.bert_fast_head.parts(model)
     like = encoder.embeddings.word_embeddings.weight
     for name, part, expected in (

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import modeling_outputs
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from .families import BY_CLASS, FAMILIES, Family
+from .families import BY_CLASS, FAMILIES, Family, bert_pooled
 from .graphs import bucket_of, forget_graphs, graphs_of
 from .graphs import reasons_against as reasons_against_graph
 from .inputs import Batch, read_batch
@@ -84,10 +84,21 @@ class KeepsCopies(Swapped):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before = _places(self)
+        _let_be_swapped(self)
         super()._apply(fn, recurse)  # type: ignore[misc]
         if _places(self) != before:  # many a caller moves a model to where it is, before every use
             forget_copies(self)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # before its children's
+        _let_be_swapped(self)
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
+
+
+def _let_be_swapped(model: Any) -> None:
+    """torch can be asked to swap parameters, not write to them; it cannot where copies are kept."""
+    if torch.__future__.get_swap_module_params_on_conversion():
+        forget_copies(model)
 
 
 class Packed(KeepsCopies):
@@ -227,13 +238,25 @@ def _places(model: Any) -> list[tuple[torch.device, torch.dtype]]:
     return [(p.device, p.dtype) for p in model.parameters()]
 
 
+NO_WORD = "its encoder is not accelerated, or its pooler or a hook reads all that it returns"
+
+
 def takes_word(encoder: Any) -> bool:
-    """Whether a head may say what it reads: nobody else is there to read the encoder's output."""
+    """Whether a head may say what it reads: nobody else is there to read the encoder's output, and
+    the pooler is transformers' own, which of each sequence reads the first token."""
     return (
         isinstance(encoder, Packed)
         and "forward" not in encoder.__dict__
         and not sees_output(encoder)
+        and _pools_first(encoder)
     )
+
+
+def _pools_first(encoder: Packed) -> bool:
+    family, pooler = encoder.bert_fast_family, getattr(encoder, "pooler", None)
+    if pooler is None or family.pooled is not bert_pooled:  # none, or it is handed first tokens
+        return True
+    return type(pooler).__module__ == family.module
 
 
 def forget_copies(model: Any) -> None:

@@ -139,7 +139,7 @@ def _reading_difference(original: Any) -> float:
             inputs = {name: value.unsqueeze(0) for name, value in inputs.items()}
         ours = _packed_copy(model, reading_head(original))
         expected, found = model(**inputs), ours(**inputs)
-        if ours.bert_fast_reads == "first tokens":
+        if ours.bert_fast_reads.what == "first tokens":
             return (found.logits - expected.logits).abs().max().item()
     rows = inputs["attention_mask"].bool()
     return max(

@@ -17,17 +17,18 @@ from inspect import Parameter, signature
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .families import READING_HEADS
-from .packed import FIRST_ONLY, REAL_ONLY, Packed, takes_word
+from .families import READING_HEADS, Reading
+from .packed import FIRST_ONLY, NO_WORD, REAL_ONLY, Packed, takes_word
+from .structure import hooked
 from .swap import Swapped, arguments, encoder_of, put_back, swapped_class
 
 
 class ReadingHead(Swapped):
     """What these heads share."""
 
-    bert_fast_reads: ClassVar[str]
+    bert_fast_reads: ClassVar[Reading]
 
 
 @functools.cache
@@ -44,10 +45,27 @@ def reading_head(original: type) -> type:
 
 def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     own = functools.partial(model.bert_fast_original.forward, model)
-    if not takes_word(encoder_of(model)):
+    if reasons_against_reading(model):
         return own(*args, **kwargs)
-    run = {"first tokens": _first_tokens, "real tokens": _real_tokens}[model.bert_fast_reads]
+    run = {"first tokens": _first_tokens, "real tokens": _real_tokens}[model.bert_fast_reads.what]
     return run(model, own, args, kwargs)
+
+
+def reasons_against_reading(model: Any) -> list[str]:
+    """Why the encoder has to compute all tokens for this head as it is now (empty: it need not)."""
+    if not takes_word(encoder_of(model)):
+        return [NO_WORD]
+    what, by = model.bert_fast_reads
+    if by is None:
+        return []
+    child = getattr(model, by, None)
+    if what == "real tokens":
+        known = type(child) is nn.Linear
+    else:
+        known = type(child).__module__ == model.bert_fast_original.__module__
+    if not known:
+        return [f"its {by} is {type(child).__qualname__}, which is not transformers'"]
+    return [f"a hook or a replaced forward sits on its {by}"] if hooked(child) else []
 
 
 def _first_tokens(model: Any, own: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:

@@ -121,8 +121,19 @@ def new_parameters(model: nn.Module) -> None:
             module.weight = nn.Parameter(module.weight.detach() * 1.1)
 
 
+def swapped(model: nn.Module) -> None:
+    """torch's other way to load: it refuses a parameter that anything else refers to."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        state_dict(model)
+        model.double().float()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
 CHANGES = [
-    in_place, one_element_in_place, through_data, new_storage, state_dict, new_parameters
+    in_place, one_element_in_place, through_data, new_storage, state_dict, new_parameters,
+    swapped,
 ]  # fmt: skip
 if DEVICE.type == "cpu":  # nothing tells of a part's change on a GPU
     CHANGES += [through_data_of_a_head, through_data_of_a_heads_columns, through_data_of_biases]

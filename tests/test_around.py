@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel, pipeline
@@ -224,6 +225,55 @@ def test_copies_of_a_head_are_dropped_with_the_encoders() -> None:
     bert_fast.accelerate(ours, dtype="int8")
     bert_fast.restore(ours)
     assert not any(id(w()) in kept for w in weight_copies._copies.data)
+
+
+# -- heads that read more than transformers' ----------------------------------------------------
+
+
+class Mixed(nn.Linear):
+    """Reads all states: the mean [B, H] -> [B, C], or, of spans, each and the mean -> [B, S, C]."""
+
+    def forward(self, states: Tensor, **ignored: Any) -> Tensor:
+        y = super().forward(states)
+        return y + y.mean(1, keepdim=True) if self.out_features == 2 else y.mean(1)
+
+
+ROBERTA = "transformers.models.roberta.modeling_roberta"
+READERS = {
+    "a classifier's pooler": ("BertForSequenceClassification", "bert.pooler", 64, 64),
+    "pre-training's pooler": ("BertForPreTraining", "bert.pooler", 64, 64),
+    "roberta's classifier": ("RobertaForSequenceClassification", "classifier", 32, 3),
+    "of spans": ("BertForQuestionAnswering", "qa_outputs", 64, 2),
+}
+
+
+@pytest.mark.filterwarnings("ignore:bert_fast")  # where transformers' own forward runs
+@pytest.mark.parametrize("how", ["class", "hook"])
+@pytest.mark.parametrize("reader", READERS)
+def test_who_reads_all_states_gets_them(reader: str, how: str) -> None:
+    name, at, width, outputs = READERS[reader]
+    plain = small(ROBERTA, name) if "Roberta" in name else tiny(getattr(transformers, name))
+    torch.manual_seed(0)
+    theirs, ours = Mixed(width, outputs).to(DEVICE), copy.deepcopy(plain)
+    bert_fast.accelerate(ours)
+    assert bert_fast.report(ours).skipped == {}
+    seen: list[Tensor] = []
+    for model in (plain, ours):
+        if how == "class":
+            parent, _, child = at.rpartition(".")
+            setattr(model.get_submodule(parent), child, theirs)
+        else:
+            model.get_submodule(at).register_forward_pre_hook(
+                lambda module, args: seen.append(args[0].clone())
+            )
+    tokens = IDS % 90 + 2
+    with torch.inference_mode():
+        found, expected = (m(tokens).to_tuple() for m in (ours, plain))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    if how == "hook":
+        torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-4)
+    assert bert_fast.report(ours).skipped
 
 
 # -- families that take the attention alone -----------------------------------------------------

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -158,10 +159,42 @@ def test_wrong_models(bert_fast_embed, text_file, tmp_path):
     refused(bert_fast_embed(text_file, model=broken)[0], "cannot load", broken)
 
 
+def test_weights_that_are_not_the_models(bert_fast_embed, text_file, tmp_path):
+    """transformers loads what fits, warns in its log, and leaves the rest random."""
+    wrapped, other = tiny.save(tmp_path / "wrapped"), tiny.save(tmp_path / "other")
+    weights = load_file(wrapped / "model.safetensors")
+    save_file({f"module.{name}": w for name, w in weights.items()}, wrapped / "model.safetensors")
+    told = "embeddings.LayerNorm.bias is not in its weights; so for"
+    refused(bert_fast_embed(text_file, model=wrapped)[0], "cannot load", wrapped, told)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "intermediate_size": 50}))
+    told = "is [37] in its weights, [50] by its config.json"
+    refused(bert_fast_embed(text_file, model=other)[0], "cannot load", other, told)
+    pooler = {name: w for name, w in weights.items() if not name.startswith("pooler")}
+    save_file(pooler, wrapped / "model.safetensors", {"format": "pt"})  # which masked LM has not
+    assert bert_fast_embed(text_file, model=wrapped)[0].exit_code == 0
+
+
+def test_small_letters_and_prompts_as_the_model_says(bert_fast_embed, tmp_path, folder):
+    own = tiny.save(tmp_path / "own")
+    (own / "sentence_bert_config.json").write_text('{"do_lower_case": true}')
+    prompts = {"prompts": {"query": "query: "}, "default_prompt_name": "query"}
+    (own / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    settings = json.loads((own / "tokenizer_config.json").read_text())
+    (own / "tokenizer_config.json").write_text(json.dumps({**settings, "do_lower_case": False}))
+    text = tmp_path / "texts.txt"
+    text.write_text("The CAT\n")
+    result, found = bert_fast_embed(text, model=own)
+    assert "its prompt 'query' is not put before the texts" in result.stderr
+    text.write_text("the cat\n")
+    np.testing.assert_array_equal(found, bert_fast_embed(text, model=folder)[1])
+
+
 def test_wrong_inputs(bert_fast_embed, tmp_path):
     file, lines = tmp_path / "in.txt", tmp_path / "in.jsonl"
     refused(bert_fast_embed(tmp_path / "none.txt")[0], "none.txt", "No such file")
     refused(bert_fast_embed(tmp_path)[0], tmp_path, "Is a directory")
+    refused(bert_fast_embed(tmp_path / "in.CSV")[0], "in.CSV: .csv is not read")
     file.write_bytes("naïve\n".encode() + "naïve\n".encode("latin-1"))
     refused(bert_fast_embed(file)[0], "in.txt, line 2: not UTF-8")
     lines.write_text('{"text": "a"}\n{"text": \n')

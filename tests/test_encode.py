@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -245,6 +246,27 @@ def test_batches_hold_every_text_once_within_the_budget(lengths, budget):
     # No batch is cut short: the next text would not have fitted.
     for rows, after in itertools.pairwise(found):
         assert lengths[rows].sum() + lengths[after[0]] > budget
+
+
+def test_more_than_an_encoder_is_refused(model, tokenizer):
+    """Whatever else makes the vectors would be left out."""
+
+    class SentenceTransformer(nn.Sequential):
+        pass
+
+    class Dense(nn.Module):
+        pass
+
+    with pytest.raises(ValueError, match="more than its encoder: it has Dense"):
+        embed(SentenceTransformer(nn.Sequential(model), Dense()), tokenizer, ["a"])
+    other = copy.deepcopy(model)
+    other.register_forward_hook(lambda *args: None)
+    with pytest.raises(ValueError, match="a hook or a replaced forward sits on its BertModel"):
+        embed(other, tokenizer, ["a"])
+    prompted = nn.Sequential(model)
+    prompted.active_peft_config = SimpleNamespace(is_prompt_learning=True)
+    with pytest.raises(ValueError, match="it puts learned tokens before each text"):
+        embed(prompted, tokenizer, ["a"])
 
 
 def sentence_folder(folder, pooling, *kinds):

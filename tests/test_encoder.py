@@ -89,6 +89,18 @@ def test_a_batch_of_many_chunks(layers: int) -> None:
     torch.testing.assert_close(run(0, len(lengths), rows), alone[rows], rtol=1e-5, atol=1e-5)
 
 
+def test_a_row_may_be_asked_for_often() -> None:
+    """And more rows than there are tokens."""
+    args = next(s.args for s in OPS["encoder"].samples(torch.device("cpu"), torch.float32))
+    x, bounds, _, _, _, weights, heads, longest, *_ = args
+    rows = torch.arange(x.shape[0]).repeat(100)
+    every, often = (
+        ops.encoder(x, bounds, longest, weights, heads, 1e-12, rows=some, backend=ISA)
+        for some in (None, rows)
+    )
+    torch.testing.assert_close(often, every[rows], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lengths", [(200, 1, 89, 310), (60, 7) * 9, (600,)], ids=len)
 def test_any_number_of_threads(lengths: tuple[int, ...], dtype: torch.dtype) -> None:

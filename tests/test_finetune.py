@@ -403,6 +403,9 @@ def test_files_and_folders_refused(finetune, sentences, tmp_path):
     (tmp_path / "a_file").write_text("")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{}")
+    other = tiny.save(tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "hidden_size": 16}))
     labels = ["other.jsonl, line 1", "'owl'", "'cat', 'dog'"]
     for files, words in [
         ({}, ["needs --train"]),
@@ -411,6 +414,7 @@ def test_files_and_folders_refused(finetune, sentences, tmp_path):
         ({"train": sentences, "output": "a_file"}, ["a_file is a file"]),
         ({"train": sentences, "model": tmp_path / "absent"}, ["no model at"]),
         ({"train": sentences, "model": tmp_path / "broken"}, ["cannot load"]),
+        ({"train": sentences, "model": other}, ["is [32] in its weights, [16] by its config.json"]),
     ]:
         result, _, _ = finetune("classification", **files)
         assert result.exit_code == 2, result.output

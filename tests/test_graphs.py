@@ -18,6 +18,7 @@ from bert_fast import graphs
 from bert_fast.graphs import Graphs, bucket_of, kept_of, reasons_against_inputs
 from bert_fast.inputs import read_batch
 from bert_fast.modeling import packed_forward
+from bert_fast.ops import weight_copies
 from bert_fast.structure import structure_of
 
 from .models import ids, masks, tiny
@@ -103,6 +104,15 @@ def test_what_is_written_to_is_seen(change: str) -> None:
     found, expected = model(padded(2, 9))
     torch.testing.assert_close(found, expected)
     assert (found - before).abs().max() > 1e-3 and len(recorded) == 2
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="op by op, fewer weights are copied")
+def test_copies_live_as_long_as_the_graph() -> None:
+    model = Model()
+    model(padded(2, 9))
+    (graph,) = model.graphs.kept.values()
+    copies = [kind.value for kinds in weight_copies._copies.values() for kind in kinds.values()]
+    assert graph.copies and all(any(one is copy for copy in copies) for one in graph.copies)
 
 
 def test_the_last_used_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,6 +230,44 @@ def test_graphs_are_recorded_anew_for_changed_weights() -> None:
         plain = bert_fast.accelerate(copy.deepcopy(models[0]))
         found, expected = (m(**padded(2, 9))[0] for m in (models[0], plain))
     torch.testing.assert_close(found, expected)
+
+
+@GPU
+@pytest.mark.gpu
+def test_a_graph_has_a_workspace_of_its_own() -> None:
+    x = torch.randn(512, 512, device=DEVICE)
+    for _ in range(40):  # more than torch has streams: all have a workspace of cuBLAS now
+        with torch.cuda.stream(torch.cuda.Stream()):
+            x @ x
+    torch.cuda.synchronize()
+    model = bert_fast.accelerate(tiny(), graphs=True)
+    with torch.inference_mode():
+        expected = model(**padded(2, 9))[0]
+        torch._C._cuda_clearCublasWorkspaces()  # as Inductor does
+        torch.cuda.empty_cache()
+        other = torch.full((1 << 28,), 3.0, device=DEVICE)  # where they were
+        torch.testing.assert_close(model(**padded(2, 9))[0], expected)
+        assert (other == 3.0).all()
+
+
+@GPU
+@pytest.mark.gpu
+def test_a_graph_of_somebody_elses_reads_the_weights() -> None:
+    model = bert_fast.accelerate(tiny())
+    inputs = padded(2, 9, "full")
+    with torch.inference_mode():
+        for _ in range(2):
+            model(**inputs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = model(**inputs)[0]
+    with torch.no_grad():
+        for layer in model.encoder.layer:
+            layer.attention.self.query.weight.mul_(3.0)
+    model.train()  # gives copies back
+    graph.replay()
+    with torch.inference_mode():
+        torch.testing.assert_close(found, model.eval()(**inputs)[0])
 
 
 @GPU

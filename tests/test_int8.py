@@ -73,7 +73,7 @@ def test_gradient_is_that_of_the_rounded_weight() -> None:
 
 
 @pytest.mark.skipif(bool(extension_missing()), reason="needs the C++ extension")
-@pytest.mark.parametrize("level", [0, 1, 2, 3, 4, 5])
+@pytest.mark.parametrize("level", [0, 1, 2, 3, 4, 5, 6])
 def test_every_instruction_set_rounds_alike(level: int) -> None:
     """The integers are the same; only the order of fp32 sums over groups may differ."""
     if not has_isa(level):

@@ -31,16 +31,29 @@ class Draw:
         return drawn.to(DEVICE, self.dtype)
 
     def attention(
-        self, lengths: Sequence[int], width: int, p: float = 0.0, skip: Sequence[int] = ()
+        self,
+        lengths: Sequence[int],
+        width: int,
+        p: float = 0.0,
+        skip: Sequence[int] = (),
+        biased: bool = False,
     ) -> tuple[Any, ...]:
-        """skip: of each sequence, how many first rows are no keys."""
+        """skip: of each sequence, how many first rows are no keys.
+
+        biased: with a bias that forbids some keys, all of one query, and hides all of another by
+            numbers that are finite.
+        """
         bounds = torch.tensor((0, *lengths), device=DEVICE).cumsum(0)
         starts = None
         if skip:
             starts = (bounds[:-1] + torch.tensor(skip, device=DEVICE)).int()
-        qkv = self(sum(lengths), 3, 2, width)
+        qkv, bias = self(sum(lengths), 3, 2, width), None
+        if biased:
+            bias = self(len(lengths), 2, max(lengths), max(lengths))
+            bias[bias > 1.0] = -torch.inf
+            bias[:, :, 1], bias[:, :, 2] = -torch.inf, torch.finfo(self.dtype).min
         seed = self.seed if p else None
-        return qkv, bounds.int(), starts, None, max(lengths), width**-0.5, p, seed
+        return qkv, bounds.int(), starts, bias, max(lengths), width**-0.5, p, seed
 
     def rows(self, count: int, width: int, p: float = 0.0) -> tuple[Any, ...]:
         """Of add_layernorm."""
@@ -65,6 +78,12 @@ CASES = {
     "attention with dropout, wide": ("attention", lambda d: d.attention((200, 70), 128, p=0.1)),
     "attention with hidden keys": (
         "attention", lambda d: d.attention((150, 90, 1), 32, p=0.25, skip=(1, 0, 1))),
+    "attention with a bias": ("attention", lambda d: d.attention((150, 90), 64, biased=True)),
+    "attention with a bias, wide": (
+        "attention", lambda d: d.attention((150, 90), 128, skip=(1, 0), biased=True)),
+    "attention with a bias and dropout": (
+        "attention", lambda d: d.attention((150, 90), 64, p=0.1, biased=True)),
+    "add_layernorm of few, wide rows": ("add_layernorm", lambda d: d.rows(130, 1000)),
     "add_layernorm of wide rows": ("add_layernorm", lambda d: d.rows(9, 4104)),
     "add_layernorm of many rows": ("add_layernorm", lambda d: d.rows(4100, 64, p=0.1)),
     "embed_layernorm of many rows": ("embed_layernorm", lambda d: d.embeddings(4100, 64, p=0.1)),

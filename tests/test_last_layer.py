@@ -25,7 +25,7 @@ from .against_hf import over_budget
 from .models import ids, masks, small, tiny
 from .parity import DEVICE
 
-FIRST = sorted(head for head, reads in READING_HEADS.items() if reads == "first tokens")
+FIRST = sorted(head for head, reads in READING_HEADS.items() if reads.what == "first tokens")
 SPANS = sorted(READING_HEADS.keys() - set(FIRST))
 BATCH, LENGTH = 24, 19  # errors of a few logits alone are luck
 # Softmax over choices does not see a bias they share, and next to nothing of the pooler's: what is

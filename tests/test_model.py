@@ -38,7 +38,7 @@ def test_masks(kind: str, dtype: torch.dtype) -> None:
     compare(tiny(), dtype, (inputs, read_rows(mask, BATCH, LENGTH)))
 
 
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="Triton takes such a mask for one of -inf")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_finite_mask_over_all_keys_hides_none(dtype: torch.dtype) -> None:
     """The least number there is, added to all scores of a query, leaves them alike, as in HF.
@@ -46,7 +46,7 @@ def test_a_finite_mask_over_all_keys_hides_none(dtype: torch.dtype) -> None:
     Its eager attention: torch's fused one is wrong in the gradient, where it takes 1 for each of
     these probabilities (exp(score - lse), and beside such scores lse has no room for log n).
     """
-    mask = torch.zeros(BATCH, 1, LENGTH, LENGTH, dtype=dtype)
+    mask = torch.zeros(BATCH, 1, LENGTH, LENGTH, dtype=dtype, device=DEVICE)
     mask[:, :, 3] = torch.finfo(dtype).min
     inputs = {"input_ids": ids(BATCH, LENGTH), "attention_mask": mask}
     model = tiny()

@@ -25,7 +25,7 @@ from bert_fast.training.pretrain import Recipe, prepare
 from bert_fast.training.text import find_files, read_documents, split_sentences
 from bert_fast.training.tokenizer import train_tokenizer
 
-from . import prose
+from . import prose, tiny
 from .test_cli import refused
 
 
@@ -88,10 +88,11 @@ def test_text_refuses(tmp_path):
         ("a.txt", "na\u00efve".encode("latin-1"), "not UTF-8"),
         ("b.jsonl", b'{"body": "x"}', "no field 'text'"),
         ("b.JSONL", b'{"text": null}', "text is None, expected a string"),
-        ("c.jsonl", b"{", "Expecting"),
-        ("d.csv", b"id\n1\n", "no field 'text'"),
-        ("e.jsonl", b'["x"]', "not an object"),
+        ("c.jsonl", b'{"text": "a"}\n\n{', "line 3: not JSON"),
+        ("d.csv", b"id\n1\n", "line 2: no field 'text'"),
+        ("e.jsonl", b'["x"]', "line 1: no field 'text'"),
         ("f.gz", b"not gzip", "gzip"),
+        ("g.tsv", b"text\na\n", ".tsv is not read"),
     ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError, match=f"{name}: .*{told}"):
@@ -384,6 +385,9 @@ def test_pretrain_refuses(tmp_path):
     refused(invoke(*small, "--tokenizer", tmp_path / "none"), "no folder")
     refused(invoke(*small, "--model", tmp_path / "none"), "no folder")
     refused(invoke(*small, "--config", tmp_path / "none.json"), "no file")
+    broken = tiny.save(tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"not safetensors")
+    refused(invoke(*small, "--model", broken), "cannot load", "broken")
     config = tmp_path / "config.json"
     sizes = {"vocab_size": 50, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
     config.write_text(json.dumps({**sizes, "max_position_embeddings": 40}))

@@ -78,10 +78,12 @@ def test_columns_by_name_and_as_in_glue(tmp_path):
         ("text\ttext_b\tlabel", "b"),
         ("text\tother\tlabel", None),
         ("question\tsentence\tlabel", "b"),
+        ("text\tsentence1\tlabel\tsentence2", None),  # documented names before GLUE's
     ],
 )
 def test_pairs_where_the_columns_are_so(tmp_path, header, second):
-    found = read_texts(write(tmp_path / "a.tsv", f"{header}\na\tb\tc\n"), pairs=None)
+    row = "\t".join("abcd"[: len(header.split("\t"))])
+    found = read_texts(write(tmp_path / "a.tsv", f"{header}\n{row}\n"), pairs=None)
     assert found.texts == ["a"] and found.texts_b == (None if second is None else [second])
 
 

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from rich.progress import Progress
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import BertForMaskedLM
+from transformers import BertForMaskedLM, Trainer
 from typer.testing import CliRunner
 
 import bert_fast
@@ -96,6 +97,19 @@ def test_no_batch_is_empty(lengths, budget):
         lambda epoch: np.array(lengths), budget, 1, 8 if budget == 1 else 4, 0
     )
     assert sorted(itertools.chain(*batches)) == list(range(len(lengths))) and all(batches)
+
+
+def test_batches_of_uneven_fit_are_found_at_once():
+    """Texts of which a batch takes one, where the tokens alone would fill it with 1.7."""
+    looks = []
+
+    class Counted(BalancedBatches):
+        def _batches(self, epoch):
+            looks.append(self.count)
+            return super()._batches(epoch)
+
+    batches = Counted(lambda epoch: np.full(3_000, 300), 512, 1, 1, seed=0)
+    assert len(batches) == 3_000 and len(looks) < 10
 
 
 def test_batches_refuse():
@@ -294,10 +308,23 @@ def test_killed_and_resumed(tmp_path):
 
 def test_half_a_checkpoint_is_passed_over(tmp_path):
     _, whole = run(tmp_path, save_steps=3)
+    (tmp_path / "checkpoint-best").mkdir()  # somebody's own
     half = tmp_path / "checkpoint-99"
     half.mkdir()
     (half / "trainer_state.json").write_text('{"epoch": 1')
     assert losses(run(tmp_path, save_steps=3, resume=True)[1]) == losses(whole)
+
+
+def test_a_run_that_fails_gives_the_terminal_back(tmp_path, monkeypatch):
+    def fail(self, *args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    stopped = []
+    monkeypatch.setattr(Trainer, "training_step", fail)
+    monkeypatch.setattr(Progress, "stop", lambda self: stopped.append(self))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(tmp_path)
+    assert stopped
 
 
 def test_resume_refuses_other_settings(tmp_path):

@@ -100,16 +100,24 @@ def _width(qkv: Tensor, *rest) -> list[str]:
     return found
 
 
+def _scale(scale: float) -> list[str]:
+    if scale > 0.0:
+        return []
+    return [f"scale is {scale}: the maximum is taken before scaling, so it must be > 0"]
+
+
+def _triton_limits(qkv: Tensor, *rest) -> list[str]:
+    return _width(qkv, *rest) + _scale(rest[4])
+
+
 def _cuda_limits(qkv: Tensor, cu_seqlens, key_start, bias, max_seqlen, scale, *rest) -> list[str]:
-    found = []
+    found = _scale(scale)
     if qkv.dtype == torch.float32:
         found.append("fp32: the tensor-core kernel is for bf16 and fp16")
     if qkv.shape[3] not in (32, 64, 128):
         found.append(f"head_dim is {qkv.shape[3]}, not 32, 64 or 128")
     if bias is not None:
         found.append("additive bias is not supported")
-    if not scale > 0.0:
-        found.append(f"scale is {scale}: the maximum is taken before scaling, so it must be > 0")
     return found
 
 
@@ -137,6 +145,8 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
             bias = torch.randn(*bias, longest, longest, generator=generator)
             bias = bias.masked_fill(torch.rand(bias.shape, generator=generator) < 0.2, -infinity)
             bias[..., 1, :] = -infinity  # one query row that sees no key
+            if dtype != torch.float64:  # one that sees all alike; finite differences would be 0
+                bias[..., 2, :] = torch.finfo(dtype).min
             bias = bias.to(device, dtype)
         seed = torch.tensor([31337], device=device) if p else None
         bounds = bounds.to(device, torch.int32)
@@ -179,7 +189,7 @@ OP = Op(
     kernels=(
         *cpu_kernels("attention", limits=_width),
         _cuda(),
-        triton_kernel("attention", limits=_width),
+        triton_kernel("attention", limits=_triton_limits),
     ),
     samples=samples,
     cost=cost,

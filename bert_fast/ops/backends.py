@@ -19,7 +19,7 @@ from .registry import Kernel
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ISAS = {"avx512": 2, "avx2": 1, "generic": 0}
-AMX = 5  # "avx512" is the best of 3 (AVX-512 alone), 4 (with BF16 and VNNI) and this
+AMX = 6  # "avx512" is the best of 3 (AVX-512 alone), 4 (with VNNI), 5 (and BF16) and this
 
 Limits = Callable[..., list[str]]
 

@@ -9,7 +9,9 @@ a copy only refers to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -31,6 +33,19 @@ class _Copy(NamedTuple):
 
 
 _copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_held = threading.local()
+
+
+@contextmanager
+def holding_copies() -> Iterator[list[Any]]:
+    """A list that takes every copy which this thread uses meanwhile: for a graph that is recorded
+    of it, and recorded anew where a weight changes."""
+    copies: list[Any] = []
+    _held.copies = copies
+    try:
+        yield copies
+    finally:
+        _held.copies = None
 
 
 def copy_of(
@@ -44,6 +59,9 @@ def copy_of(
     referred: the tensors in a copy that may be weights themselves; there, a write is seen anyway.
     """
     given = [w for w in weights if w is not None]
+    held = getattr(_held, "copies", None)
+    if held is None and given[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return make()  # in somebody's graph, which would replay the copy of today's weights
     try:
         stamp = (*map(id, given), *map(Tensor.data_ptr, given), *map(_version, given))
     except RuntimeError:  # an inference tensor has no version to tell when a copy is stale
@@ -66,6 +84,8 @@ def copy_of(
         if given[0].is_cuda and not torch.cuda.is_current_stream_capturing():
             torch.cuda.current_stream(given[0].device).synchronize()  # others may read it now
         kinds[kind] = found
+    if held is not None:
+        held.append(found.value)
     return found.value
 
 

@@ -58,13 +58,12 @@ def spans(job: Job) -> Task:
         "null_threshold": job.null_threshold,
         "max_answer_tokens": known.get("max_answer_tokens", MAX_ANSWER_TOKENS),
     }
-    # A file that is given twice, to train on and to predict, is answered once.
     asked = {
         name: _Asked(squad, tokenizer, limit, stride, answering)
         for name, squad in squads.items()
         if name != "train"
     }
-    scored = next((a for a in asked.values() if a.squad.version and a.labelled), None)
+    scored = next((a for a in asked.values() if a.labelled), None)
 
     def save(folder: Path) -> None:
         if train is not None:

@@ -55,13 +55,15 @@ class BalancedBatches(Sampler[list[int]]):
         self.costs, self.seed, self.epoch = costs, seed, 0
         most = len(first) // processes * processes  # else a batch would be empty
         self.count = min(math.ceil(first.sum() / budget / multiple) * multiple, most)
-        while max(int(first[batch].sum()) for batch in self._batches(0)) > budget:
+        while (most_full := max(int(first[batch].sum()) for batch in self._batches(0))) > budget:
             if self.count == most:
                 raise ValueError(
                     f"{len(first)} training examples do not make batches of at most {budget} for "
                     f"{processes} processes: raise batch_size or batch_tokens"
                 )
-            self.count = min(self.count + multiple, most)
+            # by as much as is over, not one by one: each look deals out all examples
+            enough = math.ceil(self.count * most_full / budget / multiple) * multiple
+            self.count = min(max(self.count + multiple, enough), most)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

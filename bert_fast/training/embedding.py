@@ -18,7 +18,8 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from ..console import cannot_load
+from ..console import cannot_load, load_weights
+from ..encode import sentence_modules
 from .items import Collate, Item, collator, item_of, outputs_of, tokenize, was_cut
 from .loop import Objective
 from .readers import Labels, Texts, read_texts
@@ -52,6 +53,8 @@ def embedding(job: Job) -> Task:
     train = _read(job.training_file(), job)
     valid = _read(job.validation, job) if job.validation else None
     transformers.logging.set_verbosity_error()
+    modules = sentence_modules(job.model)
+    load_weights(transformers.AutoModel, job.model / modules.get("Transformer", ""))  # all there?
     with cannot_load(job.model):
         # In fp32, whatever the checkpoint is in; the loop moves it.
         model = SentenceTransformer(

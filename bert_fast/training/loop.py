@@ -180,7 +180,10 @@ def train(
     if checkpoint and _done(checkpoint):  # Trainer would take one more step
         trainer.load(checkpoint)
     else:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:  # Trainer tells the bar of no other end than a good one; it hides the cursor
+            trainer.bar.progress.stop()
     trainer.save_model(str(settings.output_dir))
     return [row for row in trainer.state.log_history if "train_runtime" not in row]
 
@@ -215,12 +218,13 @@ class _Trainer(Trainer):
         )
         dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
         self.speed = Speed(gemm_peak(arguments.device, dtype))
+        self.bar = Bar(self.speed)
         self.remove_callback(PrinterCallback)
         names = objective.names if len(objective.names) > 1 else ()
         for callback in (
             self.speed,
             Csv(settings.output_dir, names),
-            Bar(self.speed),
+            self.bar,
             Epochs((dataset, self.batches), settings.eval_steps),
         ):
             self.add_callback(callback)
@@ -345,8 +349,12 @@ def checkpoints_of(settings: Settings) -> list[Path]:
 
     Raises: ValueError where there are some, but no run is resumed.
     """
-    found = settings.output_dir.glob("checkpoint-*")
-    checkpoints = sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    found = [
+        (int(step), path)
+        for path in settings.output_dir.glob("checkpoint-*")
+        if (step := path.name.removeprefix("checkpoint-")).isdecimal()
+    ]
+    checkpoints = [path for _, path in sorted(found)]
     if checkpoints and not settings.resume:
         raise ValueError(
             f"{settings.output_dir} holds checkpoints of another run: resume it, or choose "

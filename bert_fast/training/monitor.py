@@ -69,7 +69,7 @@ class Bar(TrainerCallback):
     """Steps, loss, tokens/s, MFU, time that remains; a few plain lines without a terminal."""
 
     def __init__(self, speed: Speed) -> None:
-        self.speed, self.console = speed, Console(stderr=True, highlight=False)
+        self.speed, self.console = speed, Console(stderr=True, highlight=False, markup=False)
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, BertConfig, BertForPreTraining
 
 from .. import accelerate
+from ..console import cannot_load, load_weights
 from .corpus import load_corpus
 from .items import Collate, collator
 from .loop import Objective, Settings, checkpoints_of, train
@@ -168,7 +169,7 @@ def new_model(recipe: Recipe, tokenizer: Any, seed: int) -> Any:
     """
     torch.manual_seed(seed)
     if recipe.model:
-        model = BertForPreTraining.from_pretrained(recipe.model, dtype="float32")
+        model = load_weights(BertForPreTraining, Path(recipe.model), dtype="float32")
     elif recipe.config:
         model = BertForPreTraining(BertConfig.from_pretrained(recipe.config))
     else:
@@ -252,7 +253,8 @@ def _tokenizer(recipe: Recipe, files: Sequence[Path], settings: Settings) -> Any
     if folder is None and reused and made.is_dir():
         folder = made
     if folder is not None:
-        return AutoTokenizer.from_pretrained(folder)
+        with cannot_load(Path(folder)):
+            return AutoTokenizer.from_pretrained(folder)
     texts = functools.partial(read_documents, files, recipe.text_field)
     tokenizer = train_tokenizer(texts, recipe.vocab_size, max_length=POSITIONS)
     part = made.with_suffix(".part")

@@ -96,8 +96,8 @@ def _columns(
 ) -> tuple[str, str | None, str | None]:
     usual = (("text", "text_b", "label"), ("text", None, "label"))
     if asked == Columns():
-        known = (*usual, *GLUE, *(() if labelled else ALIKE))
-        for names in sorted(known, key=lambda names: names[1] is None):  # two texts before one
+        two_first = sorted(GLUE, key=lambda names: names[1] is None)
+        for names in (*usual, *two_first, *(() if labelled else ALIKE)):
             wanted = pairs is None or pairs is (names[1] is not None)
             if wanted and set(names) - {None} <= set(table.columns):
                 return names

@@ -11,7 +11,7 @@ import numpy as np
 import transformers
 from torch import nn
 
-from ..console import cannot_load
+from ..console import cannot_load, load_weights
 from .items import (
     NO_LABEL,
     Collate,
@@ -262,10 +262,7 @@ def load_config(folder: Path) -> tuple[Any, Any]:
 
 def load_model(kind: Any, folder: Path, settings: Mapping[str, Any]) -> nn.Module:
     """The model in fp32, with a new head where the checkpoint's is absent or of another size."""
-    with cannot_load(folder):
-        return kind.from_pretrained(
-            folder, dtype="float32", ignore_mismatched_sizes=True, **settings
-        )
+    return load_weights(kind, folder, dtype="float32", **settings)
 
 
 def label_settings(names: Sequence[str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -45,19 +45,18 @@ def find_files(sources: Sequence[str | Path]) -> list[Path]:
 def read_documents(files: Iterable[Path], text_field: str = "text") -> Iterator[str]:
     """Every document with text in it, whitespace collapsed.
 
-    Raises: ValueError for what is not UTF-8, not JSON, or has no field `text_field`.
+    Raises: ValueError for what is not UTF-8, not JSON, or has no field `text_field`, and for a kind
+        of table that is not read.
     """
     for file in files:
         with file.open("rb") as raw:
-            opened = _decoded(raw, file.suffix == ".gz")
+            opened = _decoded(raw, _compressed(file))
             try:
-                for document in _READERS.get(_suffix(file), _blocks)(opened, text_field):
+                for document in _reader(file)(opened, text_field):
                     if text := " ".join(document.split()):
                         yield text
             except UnicodeDecodeError as error:
                 raise ValueError(f"{file}: not UTF-8 ({error.reason})") from None
-            except KeyError as error:
-                raise ValueError(f"{file}: no field {error}") from None
             except (ValueError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise ValueError(f"{file}: {error}") from None
 
@@ -77,8 +76,15 @@ def split_sentences(text: str) -> list[str]:
     return [sentence for sentence in sentences if sentence]
 
 
-def _suffix(file: Path) -> str:
-    return (Path(file.stem).suffix if file.suffix == ".gz" else file.suffix).lower()
+def _compressed(file: Path) -> bool:
+    return file.suffix.lower() == ".gz"
+
+
+def _reader(file: Path) -> Callable[[IO[str], str], Iterator[str]]:
+    suffix = (Path(file.stem).suffix if _compressed(file) else file.suffix).lower()
+    if suffix in _TABLES:
+        raise ValueError(f"{suffix} is not read: expected text, .jsonl or .csv")
+    return _READERS.get(suffix, _blocks)
 
 
 def _decoded(raw: IO[bytes], compressed: bool) -> IO[str]:
@@ -98,24 +104,31 @@ def _blocks(opened: IO[str], text_field: str) -> Iterator[str]:
 
 
 def _json_lines(opened: IO[str], text_field: str) -> Iterator[str]:
-    for line in opened:
+    for number, line in enumerate(opened, 1):
         if line.strip():
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("a line is not an object")
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number}: not JSON ({error.msg})") from None
+            if not isinstance(row, dict) or text_field not in row:
+                raise ValueError(f"line {number}: no field {text_field!r}")
             text = row[text_field]
             if not isinstance(text, str):
-                raise ValueError(f"a line's {text_field} is {text!r}, expected a string")
+                raise ValueError(f"line {number}: {text_field} is {text!r}, expected a string")
             yield text
 
 
 def _csv_rows(opened: IO[str], text_field: str) -> Iterator[str]:
     limit = csv.field_size_limit(_FIELD_LIMIT)
     try:
-        for row in csv.DictReader(opened):
+        rows = csv.DictReader(opened)
+        for row in rows:
+            if text_field not in row:
+                raise ValueError(f"line {rows.line_num}: no field {text_field!r}")
             yield row[text_field] or ""
     finally:
         csv.field_size_limit(limit)
 
 
 _READERS = {".jsonl": _json_lines, ".csv": _csv_rows}
+_TABLES = (".json", ".ndjson", ".tsv", ".parquet", ".arrow")  # as text they would be trained on

@@ -2,8 +2,8 @@
 
 One program computes a block of query rows of one head of one sequence, keys streaming past with a
 running maximum and sum (FlashAttention-2, arXiv 2307.08691), so S x S scores never reach memory.
-Blocks beyond the end of a sequence return at once. Exponentials are base 2 with log2(e) folded
-into the scale. Only the last block of keys is masked where every key of the sequence is allowed.
+Blocks beyond the end of a sequence return at once. Only the last block of keys is masked where
+every key of the sequence is allowed. The maximum is taken before scaling, so scale is positive.
 """
 
 import torch
@@ -52,11 +52,14 @@ def _attend(
         o_n = i_n + tl.arange(0, BN)
         k = blocks.load_rows(p_k, o_n < length, MASKED, D, BLOCK_D)
         s = blocks.scores(q, k, bias, bias_row, o_m, o_n, length, first, scale, MASKED, PRECISION)
-        new_top = tl.maximum(top, tl.max(s, 1))
+        new_top = tl.max(s, 1)
+        if bias is None:
+            new_top *= scale
+        new_top = tl.maximum(top, new_top)
         # a row may have met no key yet: keep inf - inf out of the exponent
         pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2(s - pivot[:, None])
-        decay = tl.exp2(top - pivot)
+        p = blocks.exponentials(s, pivot[:, None], bias, scale)
+        decay = tl.exp2((top - pivot) * tiles.LOG2E)
         total = total * decay + tl.sum(p, 1)
         if DROPOUT:
             p = tl.where(tiles.keep_mask(seed, o_dropout, i_n, threshold, BN), p, 0.0)
@@ -86,7 +89,7 @@ def _forward_kernel(
     bias_seq,  # strides of bias, 0 where it is broadcast
     bias_head,
     bias_row,
-    scale,  # times log2(e)
+    scale,
     threshold,
     keep_scale,
     DROPOUT: tl.constexpr,
@@ -132,7 +135,7 @@ def _forward_kernel(
         out + (start.to(tl.int64) * n_heads + i_head) * D, o_m, n_heads * D, BLOCK_D
     )
     tiles.store(p_out, acc * inverse[:, None], m_m[:, None] & (o_d < D)[None, :])
-    b_lse = tl.where(alive, top * tiles.LN2 + tl.log(tl.where(alive, total, 1.0)), float("-inf"))
+    b_lse = tl.where(alive, top + tl.log(tl.where(alive, total, 1.0)), float("-inf"))
     tl.store(lse + i_head.to(tl.int64) * n_tokens + start + o_m, b_lse, mask=m_m)
 
 
@@ -146,6 +149,6 @@ def forward(qkv, cu_seqlens, key_start, bias, max_seqlen, scale, p, seed, save):
         threshold, keep_scale = tiles.dropout_args(p)
         _forward_kernel[(n_blocks * n_heads * (cu_seqlens.shape[0] - 1),)](
             qkv, cu_seqlens, key_start, bias, out, lse, seed, n_tokens, n_heads, n_blocks,
-            *blocks.bias_strides(bias), scale * tiles.LOG2E.value, threshold, keep_scale, **cfg,
+            *blocks.bias_strides(bias), scale, threshold, keep_scale, **cfg,
         )  # fmt: skip
     return out, lse

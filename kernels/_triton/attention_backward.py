@@ -8,7 +8,9 @@ would multiply by a transposed register tile, which some Triton releases miscomp
 A row of dS sums to 0, and what a gradient near 0 (that of the bias of the keys, say) is worth
 hangs on it. rowsum(dout * out) is delta only as far as out and lse are exact, and out is rounded
 to its dtype. So the mean of dP that is left over, with the P at hand as weights, is summed beside
-dS K, and both delta and dQ are corrected by it. One key alone has dS = 0, and is given it.
+dS K, and both delta and dQ are corrected by it. One key alone has dS = 0, and is given it. Their
+sum also normalises P once more: beside a finite mask over all keys of a query, the least number of
+a dtype, lse has no room for log(sum), and each P is 1.
 """
 
 import torch
@@ -59,8 +61,8 @@ def _attend_dq(
         k = blocks.load_rows(p_k, o_n < length, MASKED, D, BLOCK_D)
         v = blocks.load_rows(p_v, o_n < length, MASKED, D, BLOCK_D)
         s = blocks.scores(q, k, bias, bias_row, o_m, o_n, length, first, scale, MASKED, PRECISION)
-        p = tl.exp2(s - b_lse[:, None])
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        p = blocks.exponentials(s, b_lse[:, None], bias, scale)
+        dp = blocks.products(do, v, PRECISION)
         if DROPOUT:
             keep = tiles.keep_mask(seed, o_dropout, i_n, threshold, BN)
             dp = tl.where(keep, dp * keep_scale, 0.0)
@@ -87,6 +89,7 @@ def _dq_kernel(
     out,  # [T, N, D]
     lse,  # [N, T] float32
     delta,  # [N, T] float32 output: rowsum(P dP) / rowsum(P)
+    norm,  # [N, T] float32 output: 1 / rowsum(P), or None where that is 1
     dqkv,  # [T, 3, N, D] output, its queries
     seed,  # [1] int64 or None
     n_tokens,
@@ -95,7 +98,7 @@ def _dq_kernel(
     bias_seq,
     bias_head,
     bias_row,
-    scale,  # times log2(e)
+    scale,
     threshold,
     keep_scale,
     DROPOUT: tl.constexpr,
@@ -130,8 +133,8 @@ def _dq_kernel(
     )
     b_delta = tl.sum(do.to(tl.float32) * b_out.to(tl.float32), 1)
     b_lse = tl.load(lse + o_stat, mask=m_m, other=float("-inf"))
-    # rows without keys: probabilities exp2(s - inf) = 0
-    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse * tiles.LOG2E)
+    # rows without keys: probabilities exp(s - inf) = 0
+    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
     acc = tl.zeros((BM, BLOCK_D), tl.float32)
     weighted = tl.zeros((BM, BLOCK_D), tl.float32)
     excess = tl.zeros((BM,), tl.float32)
@@ -147,12 +150,17 @@ def _dq_kernel(
         bias_row, o_m, o_dropout, length, first, scale, seed, threshold, keep_scale,
         masked_from, length, True, DROPOUT, PRECISION, D, BLOCK_D, BN,
     )  # fmt: skip
-    excess = tl.where(total > 0.0, excess / tl.where(total > 0.0, total, 1.0), 0.0)
+    alive = total > 0.0
+    inverse = tl.where(alive, 1.0 / tl.where(alive, total, 1.0), 0.0)
+    excess *= inverse
     tl.store(delta + o_stat, b_delta + excess, mask=m_m)
-    acc = tl.where(length - first > 1, acc - excess[:, None] * weighted, 0.0)
+    if norm is not None:
+        tl.store(norm + o_stat, inverse, mask=m_m)
+    acc = (acc - excess[:, None] * weighted) * inverse[:, None]
+    acc = tl.where(length - first > 1, acc, 0.0)
     p_dq = blocks.rows(dqkv + start.to(tl.int64) * stride + i_head * D, o_m, stride, BLOCK_D)
     m_dq = m_m[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
-    tiles.store(p_dq, acc * (scale * tiles.LN2), m_dq)
+    tiles.store(p_dq, acc * scale, m_dq)
 
 
 @triton.jit(
@@ -167,6 +175,7 @@ def _dkv_kernel(
     bias,  # [B or 1, N or 1, S, S] or None
     lse,  # [N, T] float32
     delta,  # [N, T] float32
+    norm,  # [N, T] float32 or None
     dqkv,  # [T, 3, N, D] output, its keys and values
     seed,  # [1] int64 or None
     n_tokens,
@@ -175,7 +184,7 @@ def _dkv_kernel(
     bias_seq,
     bias_head,
     bias_row,
-    scale,  # times log2(e)
+    scale,
     threshold,
     keep_scale,
     DROPOUT: tl.constexpr,
@@ -212,16 +221,18 @@ def _dkv_kernel(
         q = blocks.load_rows(p_q, m_m, True, D, BLOCK_D)
         do = blocks.load_rows(p_do, m_m, True, D, BLOCK_D)
         b_lse = tl.load(lse + o_stat + o_m, mask=m_m, other=float("-inf"))
-        b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse * tiles.LOG2E)
+        b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
         b_delta = tl.load(delta + o_stat + o_m, mask=m_m, other=0.0)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale  # [BN, BM]
+        s = blocks.products(k, q, PRECISION)  # [BN, BM]
         if bias is not None:
             p_bias = bias + o_m.to(tl.int64)[None, :] * bias_row + o_n[:, None]
-            s += tiles.load(p_bias, m_n[:, None] & m_m[None, :]) * tiles.LOG2E
+            s = s * scale + tiles.load(p_bias, m_n[:, None] & m_m[None, :])
         if key_start is not None:
             s = tl.where((o_n >= first)[:, None], s, float("-inf"))
-        p = tl.exp2(s - b_lse[None, :])
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        p = blocks.exponentials(s, b_lse[None, :], bias, scale)
+        if norm is not None:
+            p *= tl.load(norm + o_stat + o_m, mask=m_m, other=0.0)[None, :]
+        dp = blocks.products(v, do, PRECISION)
         kept = p
         if DROPOUT:
             # drawn as [BM, BN], where the columns that share a Philox call are neighbours
@@ -237,7 +248,7 @@ def _dkv_kernel(
     dk = tl.where(length - first > 1, dk, 0.0)
     m_dk = m_n[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
     dk_base = dqkv + start.to(tl.int64) * stride + (n_heads + i_head) * D
-    tiles.store(blocks.rows(dk_base, o_n, stride, BLOCK_D), dk * (scale * tiles.LN2), m_dk)
+    tiles.store(blocks.rows(dk_base, o_n, stride, BLOCK_D), dk * scale, m_dk)
     tiles.store(blocks.rows(dk_base + n_heads * D, o_n, stride, BLOCK_D), dv, m_dk)
 
 
@@ -251,20 +262,20 @@ def backward(
     if n_tokens:
         n_pairs = n_heads * (cu_seqlens.shape[0] - 1)
         delta = torch.empty_like(lse)
+        norm = None if bias is None else torch.empty_like(lse)
         threshold, keep_scale = tiles.dropout_args(p)
-        scale = scale * tiles.LOG2E.value
         strides = blocks.bias_strides(bias)
         choice = blocks.choice(qkv, bias, max_seqlen, p)
         cfg = blocks.config("dq", *choice)
         n_blocks = triton.cdiv(max_seqlen, cfg["BM"])
         _dq_kernel[(n_blocks * n_pairs,)](
-            dout, qkv, cu_seqlens, key_start, bias, out, lse, delta, dqkv, seed, n_tokens, n_heads,
-            n_blocks, *strides, scale, threshold, keep_scale, **cfg,
+            dout, qkv, cu_seqlens, key_start, bias, out, lse, delta, norm, dqkv, seed, n_tokens,
+            n_heads, n_blocks, *strides, scale, threshold, keep_scale, **cfg,
         )  # fmt: skip
         cfg = blocks.config("dkv", *choice)
         n_blocks = triton.cdiv(max_seqlen, cfg["BN"])
         _dkv_kernel[(n_blocks * n_pairs,)](
-            dout, qkv, cu_seqlens, key_start, bias, lse, delta, dqkv, seed, n_tokens, n_heads,
+            dout, qkv, cu_seqlens, key_start, bias, lse, delta, norm, dqkv, seed, n_tokens, n_heads,
             n_blocks, *strides, scale, threshold, keep_scale, **cfg,
         )  # fmt: skip
     return (dqkv,)

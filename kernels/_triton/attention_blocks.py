@@ -224,6 +224,24 @@ def load_rows(
 
 
 @triton.jit
+def products(
+    a,  # [M, BLOCK_D]
+    b,  # [N, BLOCK_D]
+    PRECISION: tl.constexpr,
+):
+    """a b^T. Wide rows in float32 are summed in four parts: one chain of so many additions ends
+    further from the truth than torch's sums do."""
+    D: tl.constexpr = a.shape[1]
+    if PRECISION == "ieee" and a.dtype == tl.float32 and D > 64:
+        a = tl.trans(tl.reshape(a, (a.shape[0], 4, D // 4)), (1, 0, 2))
+        b = tl.trans(tl.reshape(b, (b.shape[0], 4, D // 4)), (1, 2, 0))
+        y = tl.sum(tl.dot(a, b, input_precision=PRECISION), 0)
+    else:
+        y = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    return y
+
+
+@triton.jit
 def scores(
     q,  # [BM, BLOCK_D]
     k,  # [BN, BLOCK_D]
@@ -233,16 +251,35 @@ def scores(
     o_n,
     length,
     first,
-    scale,  # times log2(e)
+    scale,
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """log2(e) (scale q k^T + bias), -inf where there is no such key."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    """q k^T, or with a bias scale q k^T + bias; -inf where there is no such key."""
+    s = products(q, k, PRECISION)
     if bias is not None:
         m_s = (o_m < length)[:, None] & (o_n < length)[None, :]
         p_bias = bias + o_m.to(tl.int64)[:, None] * bias_row + o_n[None, :]
-        s += tiles.load(p_bias, m_s) * tiles.LOG2E
+        s = s * scale + tiles.load(p_bias, m_s)
     if MASKED:
         s = tl.where(((o_n >= first) & (o_n < length))[None, :], s, float("-inf"))
     return s
+
+
+@triton.jit
+def exponentials(
+    s,  # as from `scores`
+    pivot,  # broadcasts to s
+    bias,  # whether there is one
+    scale,
+):
+    """exp(scale q k^T + bias - pivot).
+
+    Scale, log2(e) and pivot are one multiply-add a score. Not so with a bias: log2(e) times a
+    finite mask over all keys of a query, the least number of its dtype, would be infinite.
+    """
+    if bias is None:
+        p = tl.exp2(s * (scale * tiles.LOG2E) - pivot * tiles.LOG2E)
+    else:
+        p = tl.exp2((s - pivot) * tiles.LOG2E)
+    return p

@@ -21,16 +21,16 @@
 #define __get_cpuid_count(leaf, subleaf, a, b, c, d) (*(a) = *(b) = *(c) = *(d) = ~0u)
 #define syscall(...) 0L
 
-#if defined(EMULATED_ISA)  // 3 AVX-512, 4 with BF16 and VNNI, 5 with AMX
+#if defined(EMULATED_ISA)  // 3 AVX-512, 5 with BF16 and VNNI, 6 with AMX
 #define __AVX512F__ 1
 #define __AVX512BW__ 1
 #define __AVX512VL__ 1
 #define __AVX512DQ__ 1
-#if EMULATED_ISA >= 4
+#if EMULATED_ISA >= 5
 #define __AVX512BF16__ 1
 #define __AVX512VNNI__ 1
 #endif
-#if EMULATED_ISA >= 5
+#if EMULATED_ISA >= 6
 #define __AMX_TILE__ 1
 #define __AMX_BF16__ 1
 #define __AMX_INT8__ 1

@@ -38,7 +38,7 @@ struct Cpuid {
 
 // The kernels of each `isa`, null where this machine lacks instructions.
 struct Tables {
-  const Kernels* of[6] = {&kernels_generic};
+  const Kernels* of[7] = {&kernels_generic};
 
   // __builtin_cpu_supports also asks the operating system whether it saves the registers.
   Tables() {
@@ -51,9 +51,11 @@ struct Tables {
         !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
       return;
     of[2] = of[3] = &kernels_avx512;
-    if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vnni")) return;
-    of[2] = of[4] = &kernels_avx512_bf16;
-    if (has_tiles()) of[2] = of[5] = &kernels_amx;
+    if (!__builtin_cpu_supports("avx512vnni")) return;
+    of[2] = of[4] = &kernels_avx512_vnni;
+    if (!__builtin_cpu_supports("avx512bf16")) return;
+    of[2] = of[5] = &kernels_avx512_bf16;
+    if (has_tiles()) of[2] = of[6] = &kernels_amx;
 #endif
   }
 
@@ -71,7 +73,7 @@ struct Tables {
 
 static const Kernels* kernels_of(int64_t isa) {
   static const Tables tables;
-  return 0 <= isa && isa < 6 ? tables.of[isa] : nullptr;
+  return 0 <= isa && isa < 7 ? tables.of[isa] : nullptr;
 }
 
 static bool has_isa(int64_t isa) { return kernels_of(isa) != nullptr; }
@@ -80,7 +82,7 @@ const Kernels& kernels_for(const char* op, int64_t isa) {
   const Kernels* kernels = kernels_of(isa);
   require(
       kernels != nullptr, op, ": isa is ", isa, ", which this machine does not run (0 generic, ",
-      "1 AVX2, 2 the best AVX-512; 3 AVX-512 alone, 4 with BF16 and VNNI, 5 with AMX)");
+      "1 AVX2, 2 the best AVX-512; 3 AVX-512 alone, 4 with VNNI, 5 and BF16, 6 and AMX)");
   return *kernels;
 }
 

@@ -7,8 +7,8 @@
 namespace bert_fast::cpu {
 
 // The kernels for instruction set `isa`: 0 generic, 1 AVX2, 2 the best AVX-512 of this machine; and
-// by name, so that one machine can test them all, 3 AVX-512 alone, 4 with BF16 and VNNI, 5 with AMX.
-// Refuses what this machine cannot run.
+// by name, so that one machine can test them all, 3 AVX-512 alone, 4 with VNNI, 5 with BF16 as well,
+// 6 with AMX as well. Refuses what this machine cannot run.
 const Kernels& kernels_for(const char* op, int64_t isa);
 
 Dtype float_dtype(const char* op, const char* name, const Tensor& t);

@@ -246,6 +246,8 @@ static Tensor encoder_forward(
     require(found.is_64, op, ": rows is not int64");
     deal_rows(chunks, static_cast<const int64_t*>(found.data), rows->numel());
     y = uninitialised({rows->numel(), hidden}, type);
+    for (const Chunk& chunk : chunks)  // a row may be asked for more than once
+      most = std::max(most, static_cast<int64_t>(chunk.wanted.size()));
   }
   auto* between = static_cast<char*>(states.data_ptr());
   auto* last = static_cast<char*>(y.data_ptr());

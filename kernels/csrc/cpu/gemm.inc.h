@@ -18,6 +18,8 @@ constexpr int kMaxVectors = 4, kAccumulators = 24, kMaxRows = 12;  // of 32 regi
 constexpr int kMaxVectors = 2, kAccumulators = 12, kMaxRows = 6;  // of 16 registers
 #endif
 
+constexpr int kCacheLine = 64;  // bytes
+
 // Where element (i, k) of A lies: k_major: a[k * lda + i], row_major: a[i * lda + k].
 enum class Layout { k_major, row_major };
 
@@ -45,6 +47,7 @@ void multiply_tile(
     int64_t ldc,
     const char* ahead,  // what to ask memory for, `step` bytes at every k
     int64_t step) {
+  constexpr int kLines = larger(1, NR * W * int(sizeof(float)) / kCacheLine);  // at most, in a step
   vf sums[MR][NR];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
@@ -67,7 +70,9 @@ void multiply_tile(
       for (int j = 0; j < NR; ++j) sums[i][j] = PRODUCT::add(sums[i][j], set1(left), right[j]);
     }
     if (LAYOUT == Layout::row_major) {
-      __builtin_prefetch(ahead, 0, 2);
+#pragma GCC unroll 4
+      for (int line = 0; line < kLines; ++line)
+        __builtin_prefetch(ahead + line * step / kLines, 0, 2);
       ahead += step;
     }
     b += ldb;
@@ -101,13 +106,12 @@ void multiply_panel(
   // What is read next, of a weight. With few rows, reading it is most of the time, so all tiles ask
   // for it evenly: a burst by the first would find the queue to memory full.
   const char* ahead = static_cast<const char*>(next);
-  const int64_t step = bytes / larger<int64_t>(1, tiles * depth);
+  const int64_t step = ceil_div(bytes, larger<int64_t>(1, tiles * depth));
   for (int64_t tile = 0, i = 0; tile < tiles; ++tile) {
     const int64_t rows = m / tiles + (tile < m % tiles);
     find_tile<PRODUCT, LAYOUT, ADD, NR>(rows, std::make_integer_sequence<int, most>{})(
         depth, a + i * (LAYOUT == Layout::row_major ? lda : 1), lda, b, ldb, c + i * ldc, ldc,
-        ahead, step);
-    ahead += step * depth;
+        ahead + bytes * tile / tiles, step);
     i += rows;
   }
 }

@@ -158,8 +158,8 @@ struct Kernels {
   void (*attention_backward)(const Attention&);
 };
 
-extern const Kernels kernels_generic, kernels_avx2, kernels_avx512, kernels_avx512_bf16;
-extern const Kernels kernels_amx;
+extern const Kernels kernels_generic, kernels_avx2, kernels_avx512, kernels_avx512_vnni;
+extern const Kernels kernels_avx512_bf16, kernels_amx;
 
 // Runs call(begin, end, context) over [0, n) on torch's threads, at least `grain` items each.
 void run_parallel(int64_t n, int64_t grain, void (*call)(int64_t, int64_t, void*), void* context);

@@ -74,13 +74,16 @@ void copy_groups(
   }
 }
 
-// How rows and columns are dealt to threads: `across` shares of the rows, `along` of the columns.
+// How rows and columns are dealt to threads: `across` shares of the rows, `along` of the columns;
+// as many shares of the rows as leave no more threads idle than fewer of them would.
 struct Lanes {
-  int64_t across, along;
+  int64_t across = 1, along = 0;
   Lanes(int64_t rows, int64_t least_rows, int64_t work, int64_t panels) {
     const int64_t threads = larger<int64_t>(1, smaller(thread_count(), work / kLaneWork));
-    across = larger<int64_t>(1, smaller(threads, rows / least_rows));
-    along = larger<int64_t>(1, smaller(threads / across, panels));
+    for (int64_t i = larger<int64_t>(1, smaller(threads, rows / least_rows)); i > 0; --i) {
+      const int64_t columns = larger<int64_t>(1, smaller(threads / i, panels));
+      if (i * columns > across * along) across = i, along = columns;
+    }
   }
 };
 
@@ -127,11 +130,13 @@ void linear_forward(const Linear& a) {
   });
 }
 
-inline void linear_forward(const Linear& a) {
+// DOT: see add_int8_products.
+template <bool DOT>
+void linear_forward(const Linear& a) {
   with_dtype(a.dtype, [&]<class T>() {
     with_activation(a.activation, [&]<Activation A>() {
       using Product = typename ProductOf<T>::type;
-      a.int8 ? linear_forward<T, A, Int8Product<T>>(a) : linear_forward<T, A, Product>(a);
+      a.int8 ? linear_forward<T, A, Int8Product<T, DOT>>(a) : linear_forward<T, A, Product>(a);
     });
   });
 }

@@ -26,11 +26,22 @@ constexpr int kRotated = int(kGroup / kApart);
 constexpr float kMostOfX = 127.0f, kMostOfWeight = 127.0f;
 constexpr float kMostOfEight = 254.0f;  // + 8 x 0.5 of rounding, x 127 = 32,766
 constexpr int64_t kPanelGroup = (kGroup + 2 * int64_t(sizeof(float))) * kPanel;  // bytes
+
+// Dot products of bytes in one instruction (VNNI): every CPU with BF16 has them, and some with
+// AVX-512 alone (Cascade Lake, Ice Lake), for which functions are compiled beside the others.
 #if defined(BERT_FAST_AVX512_BF16)
-constexpr int kInt8Rows = 6;  // of a register tile; every CPU with BF16 has VNNI
+constexpr bool kHasDot = true;
+#define BERT_FAST_DOT
 #else
-constexpr int kInt8Rows = 5;
+constexpr bool kHasDot = false;
+#if defined(EMULATED_ISA)
+#define BERT_FAST_DOT
+#else
+#define BERT_FAST_DOT __attribute__((target("avx512vnni")))
 #endif
+#endif
+template <bool DOT>
+constexpr int kInt8Rows = DOT ? 6 : 5;  // of a register tile
 
 inline int64_t groups_of(int64_t depth) { return ceil_div(depth, kGroup); }
 
@@ -172,7 +183,7 @@ ALWAYS_INLINE void add_int8_products(vi (&sums)[kMaxVectors], const uint8_t* x, 
   typedef __m256i bytes;
   auto spread = [](int four) { return _mm256_set1_epi32(four); };
 #endif
-  [[maybe_unused]] bytes eights[kMaxVectors];
+  bytes eights[kMaxVectors];
 #pragma GCC unroll 4
   for (int q = 0; q < 4; ++q) {
     int four;
@@ -182,9 +193,7 @@ ALWAYS_INLINE void add_int8_products(vi (&sums)[kMaxVectors], const uint8_t* x, 
     for (int j = 0; j < kMaxVectors; ++j) {
       bytes w4;
       std::memcpy(&w4, w + (q * kMaxVectors + j) * sizeof(bytes), sizeof(bytes));
-#if defined(BERT_FAST_AVX512_BF16)
-      sums[j] = (vi)_mm512_dpbusd_epi32((bytes)sums[j], x4, w4);
-#elif defined(BERT_FAST_AVX512)
+#if defined(BERT_FAST_AVX512)
       const bytes twos = _mm512_maddubs_epi16(x4, w4);
       eights[j] = q == 0 ? twos : _mm512_add_epi16(eights[j], twos);
 #else
@@ -193,14 +202,12 @@ ALWAYS_INLINE void add_int8_products(vi (&sums)[kMaxVectors], const uint8_t* x, 
 #endif
     }
   }
-#if !defined(BERT_FAST_AVX512_BF16)
 #pragma GCC unroll 4
   for (int j = 0; j < kMaxVectors; ++j)
 #if defined(BERT_FAST_AVX512)
     sums[j] += (vi)_mm512_madd_epi16(eights[j], _mm512_set1_epi16(1));
 #else
     sums[j] += (vi)_mm256_madd_epi16(eights[j], _mm256_set1_epi16(1));
-#endif
 #endif
 #else
   for (int k = 0; k < kSteps; ++k)
@@ -224,7 +231,8 @@ ALWAYS_INLINE void add_scaled(
 }
 
 // sums[i, :] (+)= x[i, :] . panel for MR rows of one group.
-template <bool ADD, int MR>
+template <bool ADD, bool DOT, int MR>
+  requires(!DOT)
 void multiply_group(
     const uint8_t* x, const Range* ranges, const int8_t* panel, const int8_t* ahead, int64_t step,
     float* sums) {
@@ -239,8 +247,38 @@ void multiply_group(
   for (int i = 0; i < MR; ++i) add_scaled<ADD>(ranges[i], panel, exact[i], sums + i * kPanel);
 }
 
+#if defined(BERT_FAST_AVX512)
+// The same by dot products: four vectors of the weight, read once, for all rows.
+template <bool ADD, bool DOT, int MR>
+  requires DOT
+BERT_FAST_DOT void multiply_group(
+    const uint8_t* x, const Range* ranges, const int8_t* panel, const int8_t* ahead, int64_t step,
+    float* sums) {
+  vi exact[MR][kMaxVectors] = {};
+  for (int64_t k = 0; k < kGroup; k += kSteps, ahead += step) {
+    __builtin_prefetch(ahead, 0, 3);
+#pragma GCC unroll 4
+    for (int64_t q = k; q < k + kSteps; q += 4) {
+      __m512i w4[kMaxVectors];
+      std::memcpy(w4, panel + q * kPanel, sizeof(w4));
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; ++i) {
+        int four;
+        std::memcpy(&four, x + i * kGroup + q, sizeof(four));
+#pragma GCC unroll 4
+        for (int j = 0; j < kMaxVectors; ++j)
+          exact[i][j] =
+              (vi)_mm512_dpbusd_epi32((__m512i)exact[i][j], _mm512_set1_epi32(four), w4[j]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i) add_scaled<ADD>(ranges[i], panel, exact[i], sums + i * kPanel);
+}
+#endif
+
 #if defined(BERT_FAST_AMX)
-template <bool ADD>
+template <bool ADD, bool DOT>
 void multiply_rows(
     int64_t rows, const uint8_t* x, const Range* ranges, const int8_t* panel, float* sums) {
   alignas(64) int32_t exact[kTileRows][kPanel];
@@ -252,13 +290,13 @@ void multiply_rows(
   }
 }
 #else
-template <bool ADD, int... I>
+template <bool ADD, bool DOT, int... I>
 void multiply_rows(
     int64_t rows, const uint8_t* x, const Range* ranges, const int8_t* panel, float* sums,
     std::integer_sequence<int, I...>) {
-  using Tile = decltype(&multiply_group<ADD, 1>);
-  static constexpr Tile tiles[] = {multiply_group<ADD, I + 1>...};
-  const int64_t count = ceil_div(rows, kInt8Rows);
+  using Tile = decltype(&multiply_group<ADD, DOT, 1>);
+  static constexpr Tile tiles[] = {multiply_group<ADD, DOT, I + 1>...};
+  const int64_t count = ceil_div(rows, kInt8Rows<DOT>);
   // The next group is asked for evenly by all tiles; for one tile the hardware does it better.
   const int64_t whole = count > 1 ? kPanelGroup : 0, step = whole / count * kSteps / kGroup;
   const int8_t* ahead = panel + whole;
@@ -270,17 +308,17 @@ void multiply_rows(
   }
 }
 
-template <bool ADD>
+template <bool ADD, bool DOT>
 void multiply_rows(
     int64_t rows, const uint8_t* x, const Range* ranges, const int8_t* panel, float* sums) {
-  constexpr auto tiles = std::make_integer_sequence<int, kInt8Rows>{};
-  multiply_rows<ADD>(rows, x, ranges, panel, sums, tiles);
+  constexpr auto tiles = std::make_integer_sequence<int, kInt8Rows<DOT>>{};
+  multiply_rows<ADD, DOT>(rows, x, ranges, panel, sums, tiles);
 }
 #endif
 
 // A block of rows of x, quantised, and its product with a panel of a weight. Group after group, the
 // values [groups, rows, 128] and ranges [groups, rows] of all rows: so they are read.
-template <class T>
+template <class T, bool DOT>
 struct Int8Product {
   static constexpr int64_t kRowStep = kTileRows, kLeastRows = kLaneRows;
   static int64_t most_rows(int64_t depth) {
@@ -316,9 +354,9 @@ struct Int8Product {
     for (int64_t g = 0; g < groups; ++g, w += kPanelGroup) {
       const uint8_t* x = values + g * rows * kGroup;
       if (g == 0)
-        multiply_rows<false>(rows, x, ranges, w, sums);
+        multiply_rows<false, DOT>(rows, x, ranges, w, sums);
       else
-        multiply_rows<true>(rows, x, ranges + g * rows, w, sums);
+        multiply_rows<true, DOT>(rows, x, ranges + g * rows, w, sums);
     }
   }
 };

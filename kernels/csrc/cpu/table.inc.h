@@ -9,12 +9,15 @@
 
 namespace bert_fast::cpu::BERT_FAST_ISA {
 
-constexpr Kernels kernels = {
+template <bool DOT>
+constexpr Kernels kernels_with = {
     embed_layernorm_forward, embed_layernorm_backward, add_layernorm_forward,
     add_layernorm_backward,  bias_gelu_forward,        bias_gelu_backward,
-    packed_bytes,            pack_weight,              linear_forward,
+    packed_bytes,            pack_weight,              linear_forward<DOT>,
     feed_forward_fits,       feed_forward_forward,     pool_forward,
     pool_backward,           attention_forward,        attention_backward,
 };
+
+constexpr Kernels kernels = kernels_with<kHasDot>;
 
 }  // namespace bert_fast::cpu::BERT_FAST_ISA

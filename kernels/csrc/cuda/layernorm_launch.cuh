@@ -7,16 +7,23 @@
 
 namespace bert_fast {
 
-// Calls f with the RowShape for rows of `hidden` elements. A thread holds 32 elements in a forward,
-// 16 in a backward (which also keeps the gradient and up to three sums for each), and 8 on the
-// scalar path, where every element has an index and a predicate of its own.
+// Fewer rows, at a warp each, leave most of a large GPU's warps without one.
+constexpr int64_t kFewRows = 2048;
+
+// Calls f with the RowShape for rows of `hidden` elements. A thread holds 32 elements in a forward
+// (8 where rows are few), 16 in a backward (which also keeps the gradient and up to three sums for
+// each), and 8 on the scalar path, where every element has an index and a predicate of its own.
 template <typename T, bool kForward, typename F>
-void dispatch_row(int64_t hidden, bool vectors, F&& f) {
+void dispatch_row(int64_t rows, int64_t hidden, bool vectors, F&& f) {
   constexpr int kVector = kVectorBytes / sizeof(T);
-  constexpr int kHalf = 16 / kVector, kFull = 32 / kVector;
+  constexpr int kQuarter = 8 / kVector, kHalf = 16 / kVector, kFull = 32 / kVector;
   if (!vectors) {
     if (hidden <= 256) return f(RowShape<T, 1, 8, kWarpSize>{});
     return f(RowShape<T, 1, 8, 512>{});
+  }
+  if constexpr (kForward) {
+    if (rows < kFewRows && hidden > 512 && hidden <= 1024)
+      return f(RowShape<T, kVector, kQuarter, 128>{});
   }
   if (hidden <= 512) return f(RowShape<T, kVector, kHalf, kWarpSize>{});
   if constexpr (kForward) {
@@ -38,7 +45,7 @@ void launch_layernorm_forward(const Source& source, bool vectors, const Tensor& 
                               const Tensor& rstd, double eps, cudaStream_t stream) {
   const int64_t rows = y.size(0), hidden = y.size(1);
   vectors = vectors && vectors_fit<T>(hidden, {data<T>(weight), data<T>(bias), data<T>(y)});
-  dispatch_row<T, true>(hidden, vectors, [&](auto shape) {
+  dispatch_row<T, true>(rows, hidden, vectors, [&](auto shape) {
     using Row = decltype(shape);
     const int64_t blocks = ceil_div(rows, Row::kRowsPerBlock);
     layernorm_forward_kernel<Source, Row><<<blocks, Row::kBlock, 0, stream>>>(
@@ -57,7 +64,7 @@ void launch_layernorm_backward(const Source& source, bool vectors, const Tensor&
   const int64_t hidden = weight.size(0);
   const bool wanted = grads.target[0] || grads.target[1] || grads.target[2];
   vectors = vectors && vectors_fit<T>(hidden, {data<T>(weight)});
-  dispatch_row<T, false>(hidden, vectors, [&](auto shape) {
+  dispatch_row<T, false>(rows, hidden, vectors, [&](auto shape) {
     using Row = decltype(shape);
     const int64_t parts = std::min(ceil_div(rows, Row::kRowsPerBlock), Row::kMaxParts);
     const Tensor partials =
