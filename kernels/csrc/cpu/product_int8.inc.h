@@ -230,6 +230,10 @@ ALWAYS_INLINE void add_scaled(
   }
 }
 
+ALWAYS_INLINE void prefetch(const int8_t* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(from + i, 0, 3);
+}
+
 // sums[i, :] (+)= x[i, :] . panel for MR rows of one group.
 template <bool ADD, bool DOT, int MR>
   requires(!DOT)
@@ -238,7 +242,7 @@ void multiply_group(
     float* sums) {
   vi exact[MR][kMaxVectors] = {};
   for (int64_t k = 0; k < kGroup; k += kSteps, ahead += step) {
-    __builtin_prefetch(ahead, 0, 3);
+    prefetch(ahead, step);
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i)
       add_int8_products(exact[i], x + i * kGroup + k, panel + k * kPanel);
@@ -256,7 +260,7 @@ BERT_FAST_DOT void multiply_group(
     float* sums) {
   vi exact[MR][kMaxVectors] = {};
   for (int64_t k = 0; k < kGroup; k += kSteps, ahead += step) {
-    __builtin_prefetch(ahead, 0, 3);
+    prefetch(ahead, step);
 #pragma GCC unroll 4
     for (int64_t q = k; q < k + kSteps; q += 4) {
       __m512i w4[kMaxVectors];
