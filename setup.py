@@ -37,7 +37,7 @@ X86_FLAGS = {
 }
 # `build_ext --emulate`, for tests on machines without them: AVX-512 and AMX by stand-ins, compiled
 # for AVX2. The numbers are those of cpu/dispatch.h.
-STAND_INS = ["-include", str(Path("tests/emulation/isa.h").resolve()), "-Wno-psabi", "-O1"]
+STAND_INS = ["-include", str(Path("tests/emulation/isa.h").resolve()), "-Wno-psabi", "-O0"]
 EMULATED = {"dispatch": STAND_INS}
 for suffix, isa in {"_avx512": 3, "_avx512_bf16": 5, "_amx": 6}.items():
     EMULATED[suffix] = [*STAND_INS, *AVX2, f"-DEMULATED_ISA={isa}"]

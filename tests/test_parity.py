@@ -75,6 +75,8 @@ def test_eager(name: str, backend: str, sample: str, dtype: torch.dtype) -> None
     skip_unless_willing(name, backend, expected.args)
     if interpreted(backend) and (name, sample) in LARGE:
         pytest.skip("larger than the blocks of C++ kernels; what is interpreted has smaller ones")
+    if interpreted(backend) and dtype == torch.float16 and sample != smallest_sample(name):
+        pytest.skip("interpreted, both kinds of 16 bits are computed in fp32: bf16 stands for both")
     with guarded_allocations() as guard:
         wanted = trainable(op, backend, expected.args)
         found = results(
@@ -156,8 +158,8 @@ def test_compiled(name: str, backend: str, dtype: torch.dtype) -> None:
     Of one sample where Triton is interpreted, and in all dtypes but one: eager runs them all,
     through the same kernels, and what compiling adds depends on neither.
     """
-    if interpreted(backend) and dtype != torch.float32:
-        pytest.skip("in the interpreter eager runs every dtype: compiling does not depend on it")
+    if dtype == torch.float16 or (interpreted(backend) and dtype != torch.float32):
+        pytest.skip("eager runs every dtype: compiling does not depend on it")
     op = OPS[name]
     full = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
     few = interpreted(backend) or dtype != full
