@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"\n{told}; {len(spilling)} spill, {len(errors)} files fail to compile")
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(k) for k in kernels], indent=1) + "\n")
-    return 1 if spilling or errors else 0
+    return 1 if spilling or errors or not kernels else 0
 
 
 if __name__ == "__main__":

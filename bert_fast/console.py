@@ -12,7 +12,8 @@ import typer
 from rich.console import Console
 
 console = Console()
-log = Console(stderr=True, highlight=False, markup=False)  # paths may hold brackets
+# Paths may hold brackets and colons.
+log = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 @contextmanager

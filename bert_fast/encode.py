@@ -213,13 +213,18 @@ def batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
 def token_limit(model: nn.Module, tokenizer: Any, max_length: int | None = None) -> int:
     """The tokens kept of each text: `max_length`, or what model and tokenizer take at most.
 
-    Raises: ValueError for a max_length below 1 or over the model's position table.
+    Raises: ValueError for a max_length that leaves no token of a text, or is over the model's
+        position table.
     """
     positions = most_tokens(_packable(model).embeddings)
     if max_length is None:
         return min(positions, int(tokenizer.model_max_length))
-    if not 1 <= max_length <= positions:
-        raise ValueError(f"max_length is {max_length}, expected 1 to {positions} (positions)")
+    least = tokenizer.num_special_tokens_to_add() + 1
+    if not least <= max_length <= positions:
+        raise ValueError(
+            f"max_length is {max_length}, expected {least} (special tokens and one) to {positions} "
+            "(positions)"
+        )
     return max_length
 
 
@@ -321,7 +326,7 @@ def _packed(tokens: Tokens, rows: np.ndarray, device: torch.device) -> tuple[Ten
     bounds = tokens.bounds
     ids = np.concatenate([tokens.ids[bounds[row] : bounds[row + 1]] for row in rows])
     cu_seqlens = np.zeros(len(rows) + 1, np.int32)
-    np.cumsum(tokens.lengths[rows], out=cu_seqlens[1:])
+    np.cumsum(bounds[rows + 1] - bounds[rows], out=cu_seqlens[1:])
     return _to(ids, device), _to(cu_seqlens, device)
 
 

@@ -175,6 +175,14 @@ def test_weights_that_are_not_the_models(bert_fast_embed, text_file, tmp_path):
     assert bert_fast_embed(text_file, model=wrapped)[0].exit_code == 0
 
 
+def test_as_many_tokens_as_the_model_says(bert_fast_embed, text_file, tmp_path):
+    own = tiny.save(tmp_path / "own")
+    (own / "sentence_bert_config.json").write_text('{"max_seq_length": 8}')
+    result, found = bert_fast_embed(text_file, model=own)
+    assert "3 of 7 texts were cut to 8 tokens" in result.stderr
+    np.testing.assert_array_equal(found, bert_fast_embed(text_file, "--max-length", 8)[1])
+
+
 def test_small_letters_and_prompts_as_the_model_says(bert_fast_embed, tmp_path, folder):
     own = tiny.save(tmp_path / "own")
     (own / "sentence_bert_config.json").write_text('{"do_lower_case": true}')

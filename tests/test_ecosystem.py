@@ -161,6 +161,22 @@ def test_attention_by_name(folder: Path) -> None:
     close(decoder(ids(2, 6, 20))[0].detach(), causal(ids(2, 6, 20))[0].detach())
 
 
+def test_attention_by_name_drops_in_training(folder: Path) -> None:
+    bert_fast.register_attention()
+    dropping = {"attention_probs_dropout_prob": 0.5, "hidden_dropout_prob": 0.0}
+    model = AutoModel.from_pretrained(folder, attn_implementation="bert_fast", **dropping)
+    inputs = {"input_ids": ids(2, 9, 20), "attention_mask": masks(2, 9)["right"]}
+
+    def run(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return model.to(DEVICE)(**inputs).last_hidden_state.detach()
+
+    model.train()
+    assert torch.equal(run(0), run(0)) and not torch.equal(run(0), run(1))
+    model.eval()
+    assert torch.equal(run(0), run(1))
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_trainer(bf16: bool, folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")

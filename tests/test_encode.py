@@ -162,6 +162,12 @@ def test_a_model_in_int8_embeds_in_int8(model, tokenizer):
     assert (found * exact).sum(1).min() > 0.999
 
 
+def test_the_tokenizer_may_take_fewer_tokens_than_the_model(model, folder):
+    shorter = AutoTokenizer.from_pretrained(folder, model_max_length=8)
+    with pytest.warns(UserWarning, match="3 of 7 texts were cut to 8 tokens"):
+        embed(model, shorter, tiny.TEXTS)
+
+
 def test_truncation_is_told_once_with_its_count(model, tokenizer):
     with pytest.warns(UserWarning, match="3 of 7 texts were cut to 8 tokens") as told:
         found = embed(model, tokenizer, tiny.TEXTS, max_length=8)
@@ -192,8 +198,8 @@ def test_positions_that_begin_behind_padding(tokenizer):
     [
         ({"pooling": "max"}, "pooling is 'max', expected one of"),
         ({"batch_tokens": 0}, "batch_tokens is 0, expected at least 1"),
-        ({"max_length": 25}, "max_length is 25, expected 1 to 24"),
-        ({"max_length": 0}, "max_length is 0, expected 1 to 24"),
+        ({"max_length": 25}, "max_length is 25, expected 3 .* to 24"),
+        ({"max_length": 2}, "max_length is 2, expected 3 "),
         ({"backend": "nonesuch"}, "nonesuch"),
     ],
 )

@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from bert_fast.training.finetune import TASKS
 from bert_fast.training.loop import Settings
 from bert_fast.training.tasks import Job, tokens
 
-from . import tiny
+from . import spy, tiny
 
 NOUNS = ("cat", "dog", "mat", "sun", "rain")
 
@@ -128,12 +129,20 @@ def test_accuracy_is_of_the_saved_model_on_the_validation_data(finetune, sentenc
 
 
 @pytest.mark.parametrize("task", ["classification", "spans"])
-def test_losses_are_those_of_transformers_own_forward(finetune, sentences, questions, task):
+def test_losses_are_those_of_transformers_own_forward(
+    finetune, sentences, questions, task, monkeypatch
+):
     train = sentences if task == "classification" else questions
     options = fast("--max-length", 24, epochs=8, lr=5e-4)
+    seen = spy.forwards(monkeypatch, transformers.BertForSequenceClassification)
     _, ours, folder = finetune(task, *options, train=train)
+    assert len(seen) == len(losses(ours)) >= 20  # by our forward, and padding spared
+    spared = sum(one.padded - one.tokens for one in seen)
+    assert (spared > 0) == (task == "spans")  # all sentences are of a length
+    assert all((one.rows is None) == (task == "spans") for one in seen)
+    seen.clear()
     _, theirs, other = finetune(task, *options, "--no-accelerate", train=train, output="hf")
-    assert len(losses(ours)) >= 20
+    assert not seen
     np.testing.assert_allclose(losses(ours), losses(theirs), rtol=1e-4)
     kind = {"classification": "SequenceClassification", "spans": "QuestionAnswering"}[task]
     kind = getattr(transformers, f"AutoModelFor{kind}")
@@ -151,6 +160,23 @@ def test_a_seed_settles_everything(finetune, sentences):
         for i, seed in enumerate([1, 1, 2])
     ]  # fmt: skip
     assert runs[0] == runs[1] != runs[2]
+
+
+def test_resumed_where_it_was_stopped(finetune, sentences):
+    options = fast("--save-steps", 4, epochs=2)
+    _, whole, folder = finetune("classification", *options, train=sentences, validation=sentences)
+    rows = (folder / "metrics.csv").read_text()
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-8", "checkpoint-12"}
+    shutil.rmtree(folder / "checkpoint-12")
+    files = {"train": sentences, "validation": sentences}
+    result, again, _ = finetune("classification", *options, **files)
+    assert result.exit_code == 2 and "resume it" in result.stderr
+    result, again, _ = finetune("classification", *options, "--resume", **files)
+    assert result.exit_code == 0 and again["accuracy"] == whole["accuracy"]
+    assert losses(again) == losses(whole)
+    named = [list(csv.DictReader(text.splitlines()))
+             for text in (rows, (folder / "metrics.csv").read_text())]  # fmt: skip
+    assert [row["loss"] for row in named[0]] == [row["loss"] for row in named[1]]
 
 
 def test_pairs(finetune, tmp_path):

@@ -211,9 +211,10 @@ def test_a_model_in_fp8() -> None:
 def test_a_head_gets_fp8_states() -> None:
     model = tiny(BertForSequenceClassification, num_hidden_layers=1).bfloat16()
     ours = bert_fast.accelerate(copy.deepcopy(model), dtype="fp8")
+    in_bf16 = bert_fast.accelerate(copy.deepcopy(model))
     with torch.inference_mode():
-        found, expected = ours(**INPUTS).logits, model(**INPUTS).logits
-    assert 0 < (found - expected).abs().max() < 0.1
+        found, expected, other = (m(**INPUTS).logits for m in (ours, model, in_bf16))
+    assert (found - expected).abs().max() < 0.1 and not torch.equal(found, other)
 
 
 @pytest.mark.parametrize("reason", ["device", "gradients", "layers", "reference"])

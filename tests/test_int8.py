@@ -159,13 +159,24 @@ def test_a_model_in_int8() -> None:
 
 
 @FAST
+@pytest.mark.parametrize("reason", ["", "single ops", "wide heads"])
+def test_verify_fails_where_they_do_not_run(reason: str, tmp_path: Path) -> None:
+    wide = {"hidden_size": 288, "num_attention_heads": 2} if reason == "wide heads" else {}
+    line = ["verify", str(save(tmp_path, **wide)), "--dtype", "int8"]
+    line += ["--backend", "avx2"] if reason == "single ops" else []
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == bool(reason), result.output
+
+
+@FAST
 def test_a_head_gets_int8_states() -> None:
     """The last layer's rows, the pooler and the head are as ever."""
     model = tiny(BertForSequenceClassification)
     ours = bert_fast.accelerate(copy.deepcopy(model), dtype="int8")
+    in_fp32 = bert_fast.accelerate(copy.deepcopy(model))
     with torch.inference_mode():
-        found, expected = ours(**INPUTS).logits, model(**INPUTS).logits
-    assert 0 < (found - expected).abs().max() < 0.05
+        found, expected, other = (m(**INPUTS).logits for m in (ours, model, in_fp32))
+    assert (found - expected).abs().max() < 0.05 and not torch.equal(found, other)
 
 
 @FAST

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,11 +35,12 @@ def python(code, **more):
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """What `make wheel` builds, from the objects of the last build where those are not stale."""
-    for left_over in ROOT.glob("build/lib*"):  # a module deleted since would be packed too
-        shutil.rmtree(left_over)
     out = tmp_path_factory.mktemp("dist")
     pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps"]
-    run(*pip, "-w", out, ROOT)
+    with FileLock(tmp_path_factory.getbasetemp().parent / "wheel.lock"):  # another worker may too
+        for left_over in ROOT.glob("build/lib*"):  # a module deleted since would be packed too
+            shutil.rmtree(left_over)
+        run(*pip, "-w", out, ROOT)
     (file,) = out.iterdir()
     return file
 

@@ -25,7 +25,7 @@ from bert_fast.training.pretrain import Recipe, prepare
 from bert_fast.training.text import find_files, read_documents, split_sentences
 from bert_fast.training.tokenizer import train_tokenizer
 
-from . import prose, tiny
+from . import prose, spy, tiny
 from .test_cli import refused
 
 
@@ -259,12 +259,15 @@ def test_whole_words_are_masked_together():
 SIZES = ("--layers", 2, "--hidden", 32, "--heads", 2, "--device", "cpu", "--lr", 3e-3)
 
 
-def test_pretrain_from_text_to_a_checkpoint(tmp_path):
+def test_pretrain_from_text_to_a_checkpoint(tmp_path, monkeypatch):
     text, out = prose.write(tmp_path / "text.txt", 120), tmp_path / "out"
     line = ["pretrain", text, "-o", out, "--vocab-size", 100, *SIZES, "--max-length", 48]
     line += ["--batch-tokens", 500, "--epochs", 6, "--whole-word", "--optimizer", "adamw"]
+    seen = spy.forwards(monkeypatch, BertForPreTraining)
     done = invoke(*line)
     assert done.exit_code == 0, done.output
+    wanted = [one.rows for one in seen if one.training]
+    assert wanted and all(rows is not None for rows in wanted)  # the scored tokens alone
     metrics = json.loads((out / "metrics.json").read_text())
     history = [row for row in metrics["history"] if "loss" in row]
     first, last = history[0], history[-1]

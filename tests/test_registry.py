@@ -63,7 +63,7 @@ def test_op_costs_are_positive() -> None:
 
 
 def test_philox_known_answers() -> None:
-    """Vectors of the Random123 library (Salmon et al., SC 2011): zero and all-ones counters."""
+    """Of the Random123 library (Salmon et al., SC 2011): counters and key of zeros."""
     zero = torch.zeros(1, dtype=torch.int64)
     words = [int(w) for w in philox(zero, zero, zero)]
     assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]

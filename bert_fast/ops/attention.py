@@ -148,7 +148,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
             if dtype != torch.float64:  # one that sees all alike; finite differences would be 0
                 bias[..., 2, :] = torch.finfo(dtype).min
             bias = bias.to(device, dtype)
-        seed = torch.tensor([31337], device=device) if p else None
+        seed = torch.tensor([31337 << 20], device=device) if p else None
         bounds = bounds.to(device, torch.int32)
         if key_start is not None:
             key_start = key_start.to(device, torch.int32)

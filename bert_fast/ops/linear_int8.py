@@ -50,12 +50,17 @@ def _rotated(x: Tensor) -> Tensor:
     return rows.flatten(2)
 
 
+def _inverse(step: Tensor) -> Tensor:
+    """1 / step; 0 where that would be infinite."""
+    return torch.where(step >= torch.finfo(step.dtype).tiny, 1 / step, 0)
+
+
 def _rounded_x(x: Tensor) -> Tensor:
     """[T, groups, 128] as 7 bits tell it, in the dtype of sums."""
     rows = _rotated(x.float())
     low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
     step = (high - low) / LEVELS
-    q = torch.round((rows - low) * torch.where(step > 0, 1 / step, 0))
+    q = torch.round((rows - low) * _inverse(step))
     wide = sums_dtype(x)
     return low.to(wide) + step.to(wide) * q.to(wide)
 
@@ -66,7 +71,7 @@ def _rounded_weight(weight: Tensor) -> Tensor:
     parts = [sign.clamp_min(0).unbind(-1) for sign in (eights, -eights)]
     sums = torch.stack([sum(part[1:], part[0]) for part in parts]).amax((0, -1, -2))
     scale = torch.maximum(rows.abs().amax(-1) / LEVELS, sums / EIGHT).unsqueeze(-1)
-    p = torch.round(rows * torch.where(scale > 0, 1 / scale, 0))
+    p = torch.round(rows * _inverse(scale))
     wide = sums_dtype(weight)
     return scale.to(wide) * p.to(wide)
 
@@ -116,6 +121,9 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
     outlier[:, 5] = 40
     yield Sample("outlier", (outlier, weight, bias, "none"))
     yield Sample("zeros", (torch.zeros_like(x), weight * 0, bias, "none"))
+    # The inverse of their steps would be infinite.
+    yield Sample("subnormal", (x, weight * 1e-39, bias, "none"))
+    yield Sample("subnormal_x", (x * 1e-39, weight, bias, "none"))
 
 
 OP = Op(

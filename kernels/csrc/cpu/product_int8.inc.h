@@ -91,6 +91,9 @@ ALWAYS_INLINE float nan_of(const v8 (&v)[kRotated]) {
   return reduced(v[0] * 0.0f, [](auto a, auto b) { return a + b; });
 }
 
+// 0 for a step so small that its inverse would be infinite: all levels are 0 then.
+ALWAYS_INLINE float inverse_of(float step) { return step >= __FLT_MIN__ ? 1.0f / step : 0.0f; }
+
 // ---- weights -----------------------------------------------------------------------------------
 
 // One column's group -> 8-bit values, strided as a panel has them, its scale and their sum.
@@ -110,7 +113,7 @@ void pack_group(const T* weight, int64_t n, int8_t* to, float* scale, float* tot
   }
   float step = most / kMostOfWeight;
   for (auto& eight : sums) step = larger(step, larger(eight[0], eight[1]) / kMostOfEight);
-  const float inverse = step > 0.0f ? 1.0f / step : 0.0f;
+  const float inverse = inverse_of(step);
   float sum = 0.0f;
   for (int64_t k = 0; k < kGroup; ++k) {
     const float q = __builtin_nearbyintf(w[k] * inverse);
@@ -159,7 +162,7 @@ ALWAYS_INLINE Range quantise_group(const T* x, int64_t n, uint8_t* to) {
   }
   const float low = reduced(least, [](auto a, auto b) { return a < b ? a : b; });
   const float high = reduced(most, [](auto a, auto b) { return a > b ? a : b; });
-  const float step = (high - low) / kMostOfX, inverse = step > 0.0f ? 1.0f / step : 0.0f;
+  const float step = (high - low) / kMostOfX, inverse = inverse_of(step);
   alignas(64) float levels[kGroup];
 #pragma GCC unroll 16
   for (int i = 0; i < kRotated; ++i) {
