@@ -110,6 +110,30 @@ def test_attention_to_one_key(backend: str, dtype: torch.dtype) -> None:
     assert qkv.grad[:, 2].count_nonzero() == 4 * 64
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", [b for op, b in BACKENDS if op == "attention"])
+def test_keys_that_move_together_change_nothing(backend: str, dtype: torch.dtype) -> None:
+    """Softmax does not see what the scores of a row share: the gradients of a sequence's keys sum to
+    0, so far as rounding goes, and so does that of their bias, which is nothing else."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(40, 3, 2, 32, generator=generator)
+    drawn[:, 1] *= 0.1
+    drawn[:, [0, 2]] += 8.0
+    dy = torch.randn(40, 2, 32, generator=generator).to(DEVICE, dtype)
+    cu_seqlens = torch.tensor([0, 25, 40], dtype=torch.int32, device=DEVICE)
+
+    def left(backend: str) -> float:
+        qkv = drawn.to(DEVICE, dtype).requires_grad_()
+        args = (qkv, cu_seqlens, None, None, 25, 32**-0.5, 0.0, None)
+        skip_unless_willing("attention", backend, args)
+        OPS["attention"](*args, backend=backend).backward(dy)
+        keys = qkv.grad[:, 1].double().split([25, 15])
+        return torch.stack([one.sum(0) for one in keys]).norm().item()
+
+    assert left(backend) <= 3 * left("reference")
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_gradcheck(name: str) -> None:
     """The references, which are the truth, and every kernel that takes fp64: finite differences."""
