@@ -114,8 +114,8 @@ def test_attention_to_one_key(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", [b for op, b in BACKENDS if op == "attention"])
 def test_keys_that_move_together_change_nothing(backend: str, dtype: torch.dtype) -> None:
-    """Softmax does not see what the scores of a row share: the gradients of a sequence's keys sum to
-    0, so far as rounding goes, and so does that of their bias, which is nothing else."""
+    """Softmax does not see what the scores of a row share: the gradients of a sequence's keys sum
+    to 0, so far as rounding goes; their sum is what the bias of the keys gets."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(40, 3, 2, 32, generator=generator)
     drawn[:, 1] *= 0.1
