@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel, pipeline
 from transformers.models.bert import modeling_bert as hf
@@ -150,6 +151,7 @@ def test_attention_dropout_is_switched_as_transformers_switches_it() -> None:
 def test_restore_under_a_forward_that_somebody_kept() -> None:
     plain = tiny(BertForSequenceClassification)
     ours = bert_fast.accelerate(copy.deepcopy(plain))
+    AcceleratorState._reset_state(True)  # of a training test that ran before in this process
     ours = Accelerator(mixed_precision="bf16", cpu=DEVICE.type == "cpu").prepare(ours)
     assert "forward" in ours.__dict__
     bert_fast.restore(ours)
