@@ -28,6 +28,7 @@ from .console import (
 )
 from .training import commands as training
 from .training.finetune_command import finetune
+from .training.text import TABLES, text_of
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -43,7 +44,7 @@ DEVICES = ("auto", "cpu", "cuda")
 POOLINGS = ("mean", "cls")
 BATCH_TOKENS = 16_384
 # Names of files whose lines are no texts.
-NOT_TEXT = (".csv", ".tsv", ".json", ".ndjson", ".parquet", ".arrow", ".gz")
+NOT_TEXT = (*TABLES, ".csv", ".gz")
 SAMPLE_TEXTS = (
     "A short text.",
     "A text that is a little longer than the first.",
@@ -296,15 +297,7 @@ def read_texts(source: str, field: str | None) -> list[str]:
         except UnicodeDecodeError as error:
             raise ValueError(f"{name}, line {number}: not UTF-8 ({error.reason})") from None
         if field is not None and text.strip():
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{name}, line {number}: not JSON ({error.msg})") from None
-            if not isinstance(row, dict) or field not in row:
-                raise ValueError(f"{name}, line {number}: no field {field!r}")
-            text = row[field]
-            if not isinstance(text, str):
-                raise ValueError(f"{name}, line {number}: field {field!r} is not a string")
+            text = text_of(text, field, f"{name}, line {number}")
         texts.append(text)
     return texts
 

@@ -212,7 +212,7 @@ def test_wrong_inputs(bert_fast_embed, tmp_path):
     lines.write_text('{"text": "a"}\n["b"]\n')
     refused(bert_fast_embed(lines)[0], "in.jsonl, line 2: no field 'text'")
     lines.write_text('{"text": 1}\n')
-    refused(bert_fast_embed(lines)[0], "in.jsonl, line 1: field 'text' is not a string")
+    refused(bert_fast_embed(lines)[0], "in.jsonl, line 1: field 'text' is 1, expected a string")
 
 
 def test_wrong_outputs(folder, text_file, tmp_path):

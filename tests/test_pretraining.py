@@ -87,7 +87,7 @@ def test_text_refuses(tmp_path):
     for name, data, told in (
         ("a.txt", "na\u00efve".encode("latin-1"), "not UTF-8"),
         ("b.jsonl", b'{"body": "x"}', "no field 'text'"),
-        ("b.JSONL", b'{"text": null}', "text is None, expected a string"),
+        ("b.JSONL", b'{"text": null}', "field 'text' is None, expected a string"),
         ("c.jsonl", b'{"text": "a"}\n\n{', "line 3: not JSON"),
         ("d.csv", b"id\n1\n", "line 2: no field 'text'"),
         ("e.jsonl", b'["x"]', "line 1: no field 'text'"),

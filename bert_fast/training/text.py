@@ -24,6 +24,7 @@ _STOP = re.compile(
     r"""|[\u3002\uff01\uff1f]+["\u2019\u201d]*\s*"""
 )
 _OPENING = "\"'([\u2018\u201c"
+TABLES = (".json", ".ndjson", ".tsv", ".parquet", ".arrow")  # their lines are no text
 _FIELD_LIMIT = 1 << 30  # characters of one CSV field
 
 
@@ -61,6 +62,20 @@ def read_documents(files: Iterable[Path], text_field: str = "text") -> Iterator[
                 raise ValueError(f"{file}: {error}") from None
 
 
+def text_of(line: str, field: str, where: str) -> str:
+    """The text in a line of JSON; ValueError, with `where`, for a line that has none."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg})") from None
+    if not isinstance(row, dict) or field not in row:
+        raise ValueError(f"{where}: no field {field!r}")
+    text = row[field]
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: field {field!r} is {text!r}, expected a string")
+    return text
+
+
 def split_sentences(text: str) -> list[str]:
     """Cuts after . ! ? (and closing quotes) where space and no small letter follow.
 
@@ -82,7 +97,7 @@ def _compressed(file: Path) -> bool:
 
 def _reader(file: Path) -> Callable[[IO[str], str], Iterator[str]]:
     suffix = (Path(file.stem).suffix if _compressed(file) else file.suffix).lower()
-    if suffix in _TABLES:
+    if suffix in TABLES:
         raise ValueError(f"{suffix} is not read: expected text, .jsonl or .csv")
     return _READERS.get(suffix, _blocks)
 
@@ -106,16 +121,7 @@ def _blocks(opened: IO[str], text_field: str) -> Iterator[str]:
 def _json_lines(opened: IO[str], text_field: str) -> Iterator[str]:
     for number, line in enumerate(opened, 1):
         if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number}: not JSON ({error.msg})") from None
-            if not isinstance(row, dict) or text_field not in row:
-                raise ValueError(f"line {number}: no field {text_field!r}")
-            text = row[text_field]
-            if not isinstance(text, str):
-                raise ValueError(f"line {number}: {text_field} is {text!r}, expected a string")
-            yield text
+            yield text_of(line, text_field, f"line {number}")
 
 
 def _csv_rows(opened: IO[str], text_field: str) -> Iterator[str]:
@@ -131,4 +137,3 @@ def _csv_rows(opened: IO[str], text_field: str) -> Iterator[str]:
 
 
 _READERS = {".jsonl": _json_lines, ".csv": _csv_rows}
-_TABLES = (".json", ".ndjson", ".tsv", ".parquet", ".arrow")  # as text they would be trained on
