@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -26,8 +25,8 @@ import bert_fast
 
 from . import assets
 from .demo import GOLDEN, GOLDEN_TEXTS
+from .measure import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARTS = 5
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from bert_fast.ops.products import has_native
 from bert_fast.ops.registry import Op
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEDIANS = 5  # that a ceiling is the best of
 
 
 def short(dtype: torch.dtype) -> str:
-    """fp32, bf16, fp16."""
-    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,13 @@ class Clock:
         self.synchronize()
         return [start.elapsed_time(end) for start, end in pairs]
 
-    def once_ms(self, run: Callable[[], Any], calls: int = 1) -> float:
-        """The mean time of `calls` calls in a row, from idle to idle."""
+    def once_ms(self, run: Callable[[], Any]) -> float:
+        """The time of a call, from idle to idle."""
         self.synchronize()
         start = time.perf_counter()
-        for _ in range(calls):
-            run()
+        run()
         self.synchronize()
-        return (time.perf_counter() - start) * 1e3 / calls
+        return (time.perf_counter() - start) * 1e3
 
     def ceilings(self, dtypes: Iterable[torch.dtype]) -> dict[str, float]:
         """This machine's copy bandwidth (reads and writes counted) and matmul rate by dtype.
@@ -103,11 +102,13 @@ class Clock:
         target = torch.empty_like(source)
         copy = best_ms(lambda: target.copy_(source))
         found = {"copy_gb_per_s": 2 * elements / copy / 1e6}
+        products: dict[torch.dtype, float] = {}
         for dtype in dtypes:
             inside = dtype if on_gpu or has_native(dtype) else torch.float32
-            a, b = (torch.randn(size, size, device=self.device).to(inside) for _ in range(2))
-            product = best_ms(functools.partial(torch.matmul, a, b))
-            found[f"matmul_{short(dtype)}_tflop_per_s"] = 2 * size**3 / product / 1e9
+            if inside not in products:
+                a, b = (torch.randn(size, size, device=self.device).to(inside) for _ in range(2))
+                products[inside] = best_ms(functools.partial(torch.matmul, a, b))
+            found[f"matmul_{short(dtype)}_tflop_per_s"] = 2 * size**3 / products[inside] / 1e9
         return found
 
 

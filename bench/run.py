@@ -20,7 +20,7 @@ import torch
 from bert_fast.ops.products import has_native
 
 from . import cases, results
-from .measure import Clock
+from .measure import DTYPES, Clock
 from .models import QUICK, Plan, bench_models
 from .noise import Probe
 from .ops import bench_ops
@@ -28,7 +28,6 @@ from .peers import PEERS
 from .scaling import bench_scaling
 from .workloads import MODELS, WORKLOADS
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARTS = ("models", "ops", "scaling")
 PRECISIONS = ("fp32", "bf16", "int8", "fp8")
 

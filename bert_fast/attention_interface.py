@@ -22,6 +22,7 @@ from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 from . import ops
 from .ops.rng import draw_seeds
 from .padding import pack_full, pack_mask
+from .paths import reasons_against_now
 
 NAME = "bert_fast"
 _BEFORE = "_bert_fast_attention_before"
@@ -51,12 +52,19 @@ def attention_forward(
     attention_mask: [B, S], non-zero keeps; or a 4D mask, which SDPA is given.
     """
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if eager and kwargs.get("output_attentions"):
+    asked = kwargs.get("output_attentions")
+    if eager and (module.config.output_attentions if asked is None else asked):
         mask, scale = _additive(attention_mask, query.dtype), scaling or query.shape[-1] ** -0.5
         return eager(module, query, key, value, mask, dropout=dropout, scaling=scale, **kwargs)
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", False) if causal is None else causal
-    if causal or query.shape != key.shape or _not_2d(attention_mask) or _has_bias(kwargs):
+    if (
+        causal
+        or query.shape != key.shape
+        or _not_2d(attention_mask)
+        or _has_bias(kwargs)
+        or reasons_against_now()
+    ):
         if attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = attention_mask.bool()[:, None, None, :]
         return sdpa_attention_forward(

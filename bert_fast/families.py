@@ -51,6 +51,10 @@ class LayerParts(NamedTuple):
             if one is not None:
                 yield one, one
 
+    def scale(self, width: int) -> float:
+        """Of the scores, asked of the module as transformers asks it."""
+        return getattr(self.attention, "scaling", width**-0.5)
+
     def leaves(self) -> set[nn.Module]:
         """All that run as they are or are replaced by a fusion: whose insides are their own."""
         return {part for part in self[2:] if isinstance(part, nn.Module)}
@@ -137,6 +141,7 @@ class Family:
     extra: embedding inputs beyond ids, types and positions, and the trailing shape of the zeros
         that stand for an absent one (None: it may be absent).
     output: the class of its outputs in `transformers.modeling_outputs`.
+    pooled_in_tuple: whether a tuple of them has a None where there is no pooler.
     """
 
     module: str
@@ -149,6 +154,7 @@ class Family:
     bias: Callable[[nn.Module, int, Tensor], Tensor] | None = None
     extra: Mapping[str, tuple[int, ...] | None] = field(default_factory=dict)
     output: str = "BaseModelOutputWithPoolingAndCrossAttentions"
+    pooled_in_tuple: bool = False
 
 
 def _row(folder: str, stem: str, file: str | None = None, **changes: Any) -> Family:
@@ -174,7 +180,8 @@ FAMILIES = (
          layers=lambda model: model.transformer.layer, pooled=None, output="BaseModelOutput"),
     _row("albert", "Albert", layers=albert_layers, parts=albert_layer, pooled=albert_pooled,
          project=lambda model: model.encoder.embedding_hidden_mapping_in, output=_POOLING),
-    _row("mpnet", "MPNet", parts=mpnet_layer, bias=mpnet_bias, output=_POOLING),
+    _row("mpnet", "MPNet", parts=mpnet_layer, bias=mpnet_bias, output=_POOLING,
+         pooled_in_tuple=True),
     _row("layoutlm", "LayoutLM", extra={"bbox": (4,)}, output=_POOLING),
     _row("markuplm", "MarkupLM", extra={"xpath_tags_seq": None, "xpath_subs_seq": None},
          output=_POOLING),

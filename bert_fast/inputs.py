@@ -6,12 +6,14 @@ Masks and ids are taken as Hugging Face takes them; what it would misread in sil
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .padding import Packing, pack_full, pack_mask, progression
@@ -23,6 +25,7 @@ class Batch:
     """A call's inputs, checked: ids [B, S] or inputs_embeds [B, S, E], and how they are packed.
 
     bias: a 4D mask as an additive bias of the scores, or None.
+    position_ids: None where somebody else's embeddings count them by themselves.
     extra: embedding inputs of the family beyond these.
     """
 
@@ -31,7 +34,7 @@ class Batch:
     input_ids: Tensor | None
     inputs_embeds: Tensor | None
     token_type_ids: Tensor | None
-    position_ids: Tensor
+    position_ids: Tensor | None
     extra: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -83,12 +86,17 @@ def read_batch(
     if bounds is not None:
         bounds = bounds.to(given.device, torch.int32)
     position_ids = inputs.get("position_ids")
-    if position_ids is None:
+    if position_ids is None and embeddings.known:
         position_ids = _positions(embeddings, input_ids, given, bounds, longest)
+    elif position_ids is None and bounds is not None:
+        raise ValueError(
+            "position_ids has to be given with cu_seq_lens_q: "
+            f"{type(embeddings.module).__qualname__} is not transformers' and may count otherwise"
+        )
     token_type_ids = inputs.get("token_type_ids")
     if token_type_ids is not None and token_type_ids.dim() == 1:  # for all texts, as in torch
         token_type_ids = token_type_ids.unsqueeze(0)
-    if position_ids.dim() == 1:
+    if position_ids is not None and position_ids.dim() == 1:
         position_ids = position_ids.unsqueeze(0)
     for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
         if ids is not None:
@@ -101,7 +109,7 @@ def read_batch(
     for name, trailing in family.extra.items():
         value = inputs.get(name)
         if value is None and trailing is not None:
-            value = position_ids.new_zeros(batch, length, *trailing)
+            value = torch.zeros(batch, length, *trailing, dtype=torch.int64, device=given.device)
         if value is not None:
             extra[name] = value
     packing, bias = _pack(
@@ -118,8 +126,9 @@ def first_position(embeddings: Any) -> int:
 
 
 def most_tokens(embeddings: Any) -> int:
-    """Of a text, by the position table of a model's `embeddings`."""
-    return int(embeddings.position_embeddings.weight.shape[0]) - first_position(embeddings)
+    """Of a text, by the position table of a model's `embeddings`, if it has one."""
+    table = getattr(getattr(embeddings, "position_embeddings", None), "weight", None)
+    return sys.maxsize if table is None else int(table.shape[0]) - first_position(embeddings)
 
 
 def _positions(
@@ -133,19 +142,23 @@ def _positions(
 
     Of packed inputs, counted within each sequence.
     """
-    length, limit = given.shape[1], embeddings.positions.shape[0]
+    length, limit = given.shape[1], most_tokens(embeddings.module)
     first = first_position(embeddings.module)
-    if first and input_ids is not None and bounds is None:
-        real = input_ids.ne(first - 1).long()
-        if length > limit - first and not torch.compiler.is_compiling():
-            _check_length(int(real.sum(1).max()), limit - first)
-        return real.cumsum(1) * real + first - 1
-    _check_length(length if bounds is None else longest or 0, limit - first)
-    columns = progression((1, length), first, 1, torch.int64, given.device)
+    by_id = first and input_ids is not None
+    if by_id:
+        real = input_ids.ne(first - 1).long()  # type: ignore[union-attr]
+        columns = real.cumsum(1)
+        if bounds is None and length > limit and not torch.compiler.is_compiling():
+            _check_length(int(columns[:, -1].max()), limit)
+    if not by_id or bounds is not None:
+        _check_length(length if bounds is None else longest or 0, limit)
+    if not by_id:
+        columns = progression((1, length), first, 1, torch.int64, given.device)
     if bounds is not None:
         starts, lengths = bounds[:-1].long(), (bounds[1:] - bounds[:-1]).long()
-        columns = columns - torch.repeat_interleave(starts, lengths, output_size=length)
-    return columns
+        before = F.pad(columns[0], (1, 0))[starts] if by_id else starts
+        columns = columns - torch.repeat_interleave(before, lengths, output_size=length)
+    return columns * real + first - 1 if by_id else columns
 
 
 def _check_length(length: int, limit: int) -> None:
@@ -235,11 +248,11 @@ def _additive(
             f"attention_mask has shape {_shape(mask)}, expected ({batch}, 1 or heads, {length}, "
             f"{length})"
         )
-    mask = mask.to(device).expand(-1, -1, length, -1)
+    mask = mask.to(device).expand(-1, -1, length, -1)  # once, or every layer would copy it
     if mask.dtype == torch.bool:
         zero = torch.zeros((), dtype=dtype, device=device)
         return zero.where(mask, -torch.inf)
-    return mask.to(dtype)
+    return mask.to(dtype).contiguous()
 
 
 def _fits(embeds: Tensor, table: Tensor) -> bool:

@@ -34,8 +34,8 @@ from .packed import (
     tell,
 )
 from .padding import Packing, pack_full
-from .paths import chosen
-from .structure import hooked, hooked_inside, odd
+from .paths import chosen, reasons_against_now
+from .structure import foreign, hooked, hooked_inside, odd
 from .swap import arguments, encoder_of, put_back, swapped_class
 
 
@@ -93,8 +93,11 @@ def reasons_against_head(model: Any) -> list[str]:
     encoder: Any = encoder_of(model)
     if not takes_word(encoder):
         return [NO_WORD]
-    parts = model.bert_fast_head.parts(model)
-    like = encoder.embeddings.word_embeddings.weight
+    row = model.bert_fast_head
+    try:
+        parts, like = row.parts(model), encoder.embeddings.word_embeddings.weight
+    except AttributeError as error:
+        return [f"the head or its encoder has another layout ({error})"]
     for name, part, expected in (
         ("dense", parts.dense, nn.Linear),
         ("norm", parts.norm, nn.LayerNorm),
@@ -106,14 +109,26 @@ def reasons_against_head(model: Any) -> list[str]:
             return [f"the head's {name}: {why}"]
     if parts.norm.bias is None:
         return ["the head's norm has no bias"]
+    leaves = {*parts, row.pair and row.pair.classifier(model)}
     for child in model.children():
-        if child is not encoder and (hooked(child) or hooked_inside(child)):
+        if child is encoder:
+            continue
+        if hooked(child) or hooked_inside(child):
             return [f"a hook or a replaced forward sits on the head's {type(child).__name__}"]
+        if found := foreign(child, leaves, row.module):
+            return [f"a {type(found).__qualname__} in its head is not transformers'"]
+        if isinstance(child, nn.CrossEntropyLoss) and not _is_plain(child):
+            return [f"its loss is {child}"]
     return []
 
 
+def _is_plain(loss: nn.CrossEntropyLoss) -> bool:
+    settings = (loss.weight, loss.ignore_index, loss.reduction, loss.label_smoothing)
+    return settings == (None, IGNORED, "mean", 0.0)
+
+
 def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if why := reasons_against_head(model):
+    if why := reasons_against_head(model) or reasons_against_now():
         tell(why)
         return model.bert_fast_original.forward(model, *args, **kwargs)
     row, given = model.bert_fast_head, arguments(model, args, kwargs)
@@ -223,7 +238,7 @@ def splade(model: Any, *args: Any, **kwargs: Any) -> Tensor:
             f"bert_fast.splade: {type(model).__name__} is no masked-LM model that "
             "bert_fast.accelerate has taken"
         )
-    if why := reasons_against_head(model):
+    if why := reasons_against_head(model) or reasons_against_now():
         raise ValueError(f"bert_fast.splade: {'; '.join(why)}")
     given = arguments(model, args, kwargs)
     mask = given.get("attention_mask")

@@ -114,6 +114,8 @@ def packed_forward(
     packing, bias = batch.packing, batch.bias
     if family.bias is not None:
         learned = family.bias(model, packing.max_seqlen, packing.cu_seqlens).to(h.dtype)
+        if learned.requires_grad:
+            raise ValueError("the relative position bias wants a gradient, which there is not")
         bias = learned if bias is None else bias + learned
     sequences = Sequences(packing.cu_seqlens, packing.max_seqlen, packing.key_start, bias)
     return run_layers(structure, h, sequences, backend, between, checkpoint, rows, dtype)
@@ -124,6 +126,7 @@ def embed(e: Embeddings, batch: Batch, backend: Backend) -> Tensor:
     packing, ids = batch.packing, batch.input_ids
     if not e.fused:
         return packing.unpad(e.module(**batch.embedding_inputs()), chosen(backend, "unpad"))
+    assert batch.position_ids is not None
     table, padding_idx = e.words, e.word.padding_idx
     if batch.inputs_embeds is None:
         assert ids is not None
@@ -157,6 +160,7 @@ def embed(e: Embeddings, batch: Batch, backend: Backend) -> Tensor:
 
 def _position_table(e: Embeddings) -> Tensor:
     """The table; where it is trained, without a gradient for the row of padding, as in HF."""
+    assert e.position is not None and e.positions is not None
     table, row = e.positions, e.position.padding_idx
     if row is None or not (torch.is_grad_enabled() and table.requires_grad):
         return table
@@ -215,7 +219,7 @@ def run_layers(
         else:
             h = run(h)
         h = h if between is None else between(h)
-    return h
+    return h if layers or rows is None else h[rows]
 
 
 def layer_forward(
@@ -240,7 +244,7 @@ def layer_forward(
 
     qkv = project_qkv(m, h, backend, fp8)  # [T, 3, N, D]
     context = ops.attention(
-        qkv, sequences.cu_seqlens, sequences.max_seqlen, qkv.shape[3] ** -0.5,
+        qkv, sequences.cu_seqlens, sequences.max_seqlen, m.scale(qkv.shape[3]),
         sequences.key_start, like(sequences.bias, qkv), p0, s0 if p0 else None,
         chosen(backend, "attention"),
     ).flatten(1)  # fmt: skip

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -14,6 +13,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import modeling_outputs
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .families import BY_CLASS, FAMILIES, Family, bert_pooled
@@ -24,7 +25,7 @@ from .modeling import packed_forward
 from .notice import warn_once
 from .ops.weight_copies import forget
 from .padding import Packing
-from .paths import Backend, chosen
+from .paths import Backend, chosen, reasons_against_now
 from .structure import Structure, sees_output, structure_of
 from .swap import Swapped, arguments, swapped_class
 
@@ -181,7 +182,12 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if between:
         fields["hidden_states"] = _selected(states, collect)
     output = getattr(modeling_outputs, family.output)(**fields)
-    return output if asked(model, given, "return_dict", True) else output.to_tuple()
+    if asked(model, given, "return_dict", True):
+        return output
+    if family.pooled_in_tuple:
+        last, pooled, *rest = fields.values()
+        return (last, pooled, *rest)
+    return output.to_tuple()
 
 
 def rows_read(words: Mapping[str, Any], packing: Packing) -> Tensor | None:
@@ -246,10 +252,16 @@ def takes_word(encoder: Any) -> bool:
     the pooler is transformers' own, which of each sequence reads the first token."""
     return (
         isinstance(encoder, Packed)
+        and _runs_ours(type(encoder))
         and "forward" not in encoder.__dict__
         and not sees_output(encoder)
         and _pools_first(encoder)
     )
+
+
+def _runs_ours(cls: type) -> bool:
+    """Whether the forward of a packed class, or of a class on one, is the packed one."""
+    return "bert_fast_original" in vars(next(one for one in cls.__mro__ if "forward" in vars(one)))
 
 
 def _pools_first(encoder: Packed) -> bool:
@@ -273,7 +285,12 @@ def reasons_against(model: Any, structure: Structure) -> list[str]:
     """Why the packed forward cannot run on this model as it is now (empty: it can)."""
     why = reasons_against_kind(model) or list(structure.why)
     rule = torch.nn.modules.module
-    if rule._global_forward_hooks or rule._global_forward_pre_hooks:
+    if (
+        rule._global_forward_hooks
+        or rule._global_forward_pre_hooks
+        or rule._global_backward_hooks
+        or rule._global_backward_pre_hooks
+    ):
         why.append("global module hooks are registered")
     return why
 
@@ -283,7 +300,17 @@ def reasons_against_kind(model: Any) -> list[str]:
     config = vars(model.config)
     if config.get("is_decoder") or config.get("add_cross_attention"):
         return ["it is a decoder or has cross-attention"]
+    name = config.get("_attn_implementation_internal")
+    if _somebodys(ALL_ATTENTION_FUNCTIONS, name) or _somebodys(ALL_MASK_ATTENTION_FUNCTIONS, name):
+        return [f"its attention is {name!r}, which is not transformers' own"]
     return []
+
+
+def _somebodys(registry: Mapping[Any, Any], name: Any) -> bool:
+    """Whether what transformers calls by this name was registered by somebody else."""
+    found = registry.get(name)
+    home = getattr(getattr(found, "func", found), "__module__", None) or ""
+    return found is not None and not home.startswith(("transformers.", "bert_fast."))
 
 
 def reasons_against_call(model: Any, given: dict[str, Any]) -> list[str]:
@@ -305,17 +332,7 @@ def reasons_against_call(model: Any, given: dict[str, Any]) -> list[str]:
     trains = torch.is_grad_enabled() and model.bert_fast_family.bias is not None
     if trains and model.encoder.relative_attention_bias.weight.requires_grad:
         why.append("the relative position bias is being trained")
-    if not torch.compiler.is_dynamo_compiling():
-        if torch._C._functorch.peek_interpreter_stack():
-            why.append("a torch.func transform is active")
-        if torch.jit.is_tracing() or _exports_to_onnx():
-            why.append("a trace is made for TorchScript or ONNX, which do not know bert_fast's ops")
-    return why
-
-
-def _exports_to_onnx() -> bool:
-    # Asking imports the exporter, which takes a second: where it is at work, it has been imported.
-    return "torch.onnx._internal.exporter" in sys.modules and torch.onnx.is_in_onnx_export()
+    return why + reasons_against_now()
 
 
 def tell(why: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -52,7 +53,27 @@ def reasons_against_plain(structure: Structure, dropping: bool, h: Tensor) -> li
         return ["it is traced, or autocast is on"]
     if any(norm.eps != plain.eps for norm in structure.norms):
         return ["an eps was set since"]
+    if any(m.scale(plain.width) != plain.width**-0.5 for m in structure.layers):
+        return ["its attention has a scale of its own"]
     return []
+
+
+def reasons_against_now() -> list[str]:
+    """Who watches this call and does not know bert_fast's ops."""
+    if torch.compiler.is_dynamo_compiling():
+        return []
+    if torch._C._functorch.peek_interpreter_stack():
+        return ["a torch.func transform is active"]
+    if torch.autograd.forward_ad._current_level >= 0:
+        return ["forward-mode derivatives are taken"]
+    if torch.jit.is_tracing() or _exports_to_onnx():
+        return ["a trace is made for TorchScript or ONNX, which do not know bert_fast's ops"]
+    return []
+
+
+def _exports_to_onnx() -> bool:
+    # Asking imports the exporter, which takes a second: where it is at work, it has been imported.
+    return "torch.onnx._internal.exporter" in sys.modules and torch.onnx.is_in_onnx_export()
 
 
 def reasons_against_fp8(plain: Plain | None, h: Tensor, backend: Backend) -> list[str]:

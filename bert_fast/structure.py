@@ -46,14 +46,16 @@ _FUSED_EMBEDDINGS = {
 class Embeddings(NamedTuple):
     """The embedding layer: modules, for what may be set on them, and their tensors.
 
+    known: whether it is transformers' own, which counts positions as `inputs` does.
     fused: whether `ops.embed_layernorm` computes it; else what comes after has no meaning.
     """
 
     module: nn.Module
     word: nn.Embedding
-    position: nn.Embedding
+    position: nn.Embedding | None
     words: Tensor
-    positions: Tensor
+    positions: Tensor | None
+    known: bool
     fused: bool
     types: Tensor | None = None
     norm: Any = None
@@ -69,6 +71,7 @@ class Plain(NamedTuple):
     heads: int
     eps: float
     activation: str
+    width: int
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Structure:
     """A model's layers as modules and as their parts, in running order.
 
     family: the row by which they were found.
-    embeddings: what comes before them.
+    embeddings: what comes before them; None only where there is a reason in `why`.
     why: the reasons, if any, why the packed forward cannot run on these modules.
     plain: the layers as `ops.encoder` takes them; None if they are more than what it computes.
     norms, dropouts: those of the layers, in one list; see `LayerParts.dropouts`.
@@ -84,7 +87,7 @@ class Structure:
 
     family: Family
     embeddings: Embeddings
-    modules: list[nn.Module]
+    modules: Any
     layers: list[LayerParts]
     why: list[str]
     plain: Plain | None
@@ -145,23 +148,29 @@ def structure_of(model: nn.Module, family: Family) -> Structure:
     found, hooks = _seen.get(model), RemovableHandle.next_id
     if found and found.hooks != hooks and not hooked_inside(model):
         found.hooks = hooks
-    if found is None or found.hooks != hooks or found.structure.why or not found.holds():
+    if (
+        found is None
+        or found.hooks != hooks
+        or found.structure.why
+        or not found.holds()
+        or found.structure.modules != family.layers(model)  # ALBERT's are counted by its config
+    ):
         found = _seen[model] = _Seen(_look(model, family), model, hooks)
     return found.structure
 
 
 def _look(model: nn.Module, family: Family) -> Structure:
+    embeddings: Any = None
+    modules: Any = []
     try:
+        embeddings, modules = _embeddings(model.embeddings, family), family.layers(model)
         why = reasons_against_layers(model, family)
     except AttributeError as error:
-        why = [f"its layers have another layout than {family.layer} ({error})"]
+        why = [f"its modules have another layout than {family.model}'s ({error})"]
     if found := hooked_inside(model):
         why.append(f"a hook or a replaced forward sits on an inner {type(found).__name__}")
-    embeddings = _embeddings(model.embeddings, family)
-    device = embeddings.words.device.type
-    if device not in ("cpu", "cuda"):
-        why.append(f"parameters are on {device}")
-    modules = family.layers(model)
+    if embeddings and embeddings.words.device.type not in ("cpu", "cuda"):
+        why.append(f"parameters are on {embeddings.words.device.type}")
     layers = [] if why else [family.parts(module) for module in modules]
     norms = [norm for m in layers for norm in (m.out_norm, m.down_norm)]
     dropouts = [pair for m in layers for pair in m.dropouts()]
@@ -169,12 +178,13 @@ def _look(model: nn.Module, family: Family) -> Structure:
 
 
 def _embeddings(module: nn.Module, family: Family) -> Embeddings:
-    word, position = module.word_embeddings, module.position_embeddings
-    parts = module, word, position, word.weight, position.weight
-    known = type(module).__module__ == family.module and all(
-        type(m) is _FUSED_EMBEDDINGS.get(name) for name, m in module.named_children()
-    )
-    if not known:
+    word, position = module.word_embeddings, getattr(module, "position_embeddings", None)
+    known = type(module).__module__ == family.module
+    parts = module, word, position, word.weight, getattr(position, "weight", None), known
+    children = dict(module.named_children())
+    tables = [m for m in children.values() if isinstance(m, nn.Embedding)]
+    fused = known and all(type(m) is _FUSED_EMBEDDINGS.get(name) for name, m in children.items())
+    if not fused or any(m.max_norm is not None or m.scale_grad_by_freq or m.sparse for m in tables):
         return Embeddings(*parts, fused=False)
     types, norm = getattr(module, "token_type_embeddings", None), module.LayerNorm
     table = None if types is None else types.weight
@@ -197,7 +207,8 @@ def _plain(layers: list[LayerParts]) -> Plain | None:
     if len(settings) != 1:
         return None
     heads, eps, activation = settings.pop()
-    return None if activation is None else Plain(weights, heads, eps, activation)
+    width = weights[0].shape[0] // heads
+    return None if activation is None else Plain(weights, heads, eps, activation, width)
 
 
 def activation_name(activation: nn.Module | str) -> str | None:
@@ -225,19 +236,19 @@ def reasons_against_layers(model: nn.Module, family: Family) -> list[str]:
             return [why]
     around = [child for child in model.children() if layers and layers[0] in child.modules()]
     for child in around:
-        if found := _foreign(child, leaves, family.module):
+        if found := foreign(child, leaves, family.module):
             return [f"a {type(found).__qualname__} around its layers is not transformers'"]
     return []
 
 
-def _foreign(module: nn.Module, leaves: Container[nn.Module | None], home: str) -> Any:
+def foreign(module: nn.Module, leaves: Container[Any], home: str) -> Any:
     """The first module around the leaves whose class, and so its forward, is somebody else's."""
     if module in leaves:
         return None
     where = type(module).__module__
     if where != home and not where.startswith("torch.nn."):
         return module
-    found = (_foreign(child, leaves, home) for child in module.children())
+    found = (foreign(child, leaves, home) for child in module.children())
     return next(filter(lambda one: one is not None, found), None)
 
 

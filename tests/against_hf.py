@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import bert_fast
-
-from .parity import ulp
+from bench.measure import ulp
 
 
 def run(

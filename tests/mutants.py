@@ -26,7 +26,7 @@ MODEL, FAMILIES = ("tests/test_model.py",), ("tests/test_families.py",)
 TRAINING = "bert_fast/training/"
 LOOP, PRETRAINING = ("tests/test_training_loop.py",), ("tests/test_pretraining.py",)
 SPANS, FINETUNE = ("tests/test_spans.py",), ("tests/test_finetune.py",)
-ENCODER = ("tests/test_encoder.py",)
+ENCODER, OWN = ("tests/test_encoder.py",), ("tests/test_own_parts.py",)
 EMULATED = ("tests/test_emulation.py",)
 COPIES = "bert_fast/ops/weight_copies.py"
 MUTANTS = [
@@ -71,7 +71,13 @@ MUTANTS = [
     Mutant("encoder: first keys counted from the first row of all", CPU + "chunks.h",
            "int32_t(all.key_start[b] - chunk.row)", "all.key_start[b]", ENCODER),
     Mutant("encoder: rows dealt to the chunk after theirs", CPU + "chunks.h",
-           "*(after - 1)", "*(after == chunks.end() ? after - 1 : after)", ENCODER),
+           "rows[order[next]] < chunk.row + end; ++next", "rows[order[next]] < chunk.row; ++next",
+           ENCODER),
+    Mutant("encoder: queries of the sequence before", CPU + "attention_operands.inc.h",
+           "a.asked[b + 1] - a.asked[b], first_key", "a.asked[b], first_key", ENCODER),
+    Mutant("encoder: keys of the tokens asked for only", CPU + "encoder.cpp",
+           "rows, hidden, 2 * m.inside, x, packed + part,",
+           "rows, hidden, 2 * m.inside, xq, packed + part,", ENCODER),
     Mutant("encoder: the first layer's weights in all", CPU + "encoder.cpp",
            "layer_at(op, weights, i, like", "layer_at(op, weights, 0, like",
            parity("encoder and rows")),
@@ -234,7 +240,7 @@ MUTANTS = [
            parity("pool and triton and empty_sequences")),
     # The model
     Mutant("model: no attention scale", "bert_fast/modeling.py",
-           "qkv.shape[3] ** -0.5,", "1.0,", (*MODEL, "-k", "test_shapes")),
+           "m.scale(qkv.shape[3]),", "1.0,", (*MODEL, "-k", "test_shapes")),
     Mutant("model: bias of the output projection lost", "bert_fast/modeling.py",
            "return y, part.bias\n", "return y, None\n", (*MODEL, "-k", "test_shapes")),
     Mutant("last layer: other rows than those read", "bert_fast/modeling.py",
@@ -281,8 +287,24 @@ MUTANTS = [
            "return dropout.p if dropout is not None and dropout.training else 0.0", "return 0.0",
            (*MODEL, "-k", "own_rate")),
     Mutant("roberta: positions are columns", "bert_fast/inputs.py",
-           "return real.cumsum(1) * real + first - 1", "return real.cumsum(1) + first - 1",
+           "return columns * real + first - 1", "return columns + first - 1",
            (*FAMILIES, "-k", "gradients and RobertaModel and float32")),
+    Mutant("roberta: padding in a packed text is counted", "bert_fast/inputs.py",
+           "before = F.pad(columns[0], (1, 0))[starts] if by_id else starts", "before = starts",
+           (*OWN, "-k", "padding_in_a_text")),
+    Mutant("own parts: embeddings are handed positions", "bert_fast/inputs.py",
+           "if position_ids is None and embeddings.known:", "if position_ids is None:",
+           (*OWN, "-k", "count_positions")),
+    Mutant("own parts: a head is bypassed", "bert_fast/masked_lm.py",
+           "if found := foreign(child, leaves, row.module):", "if found := None:",
+           (*OWN, "-k", "head_of_ones_own")),
+    Mutant("own parts: a class on a packed one is told", "bert_fast/packed.py",
+           "        and _runs_ours(type(encoder))\n", "", (*OWN, "-k", "class_on_a_packed_one")),
+    Mutant("own parts: registered attention is ignored", "bert_fast/packed.py",
+           "found is not None and not home.startswith", "False and not home.startswith",
+           (*OWN, "-k", "attention_of_ones_own")),
+    Mutant("own parts: a scale is not seen in one call", "bert_fast/paths.py",
+           "m.scale(plain.width) != plain.width**-0.5", "False", (*OWN, "-k", "scale_of_ones_own")),
     Mutant("roberta: the padding position is trained", "bert_fast/modeling.py",
            "return torch.where(rows == row, table.detach(), table)", "return table",
            (*FAMILIES, "-k", "gradients and RobertaModel and float32")),

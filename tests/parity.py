@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.measure import widened
+from bench.measure import compare, widened
 from bert_fast.ops import OPS
-from bert_fast.ops.registry import Op
+from bert_fast.ops.registry import Op, Sample
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -34,23 +36,44 @@ class Truth:
 
 @functools.cache
 def sample_names(op: str) -> list[str]:
-    return [s.name for s in OPS[op].samples(torch.device("cpu"), torch.float32)]
+    return [s.name for s in OPS[op].samples(CPU, torch.float32)]
+
+
+@functools.cache
+def smallest_samples(op: str) -> list[str]:
+    """The smallest of several rows for each choice of optional arguments and switches.
+
+    For what asks about the contract and not about values: Triton's interpreter is slow.
+    """
+    best: dict[tuple[Any, ...], tuple[int, str]] = {}
+    for size, sample in _sized(op):
+        mode = tuple(map(_switch, sample.args))
+        best[mode] = min((size, sample.name), best.get(mode, (size, sample.name)))
+    return [name for _, name in best.values()]
 
 
 @functools.cache
 def smallest_sample(op: str) -> str:
-    """The smallest of several rows, and with the optional arguments of the first sample.
+    """The smallest of several rows, and with the optional arguments of the first sample."""
+    absent = [a is None for a in next(iter(OPS[op].samples(CPU, torch.float32))).args]
+    alike = [(n, s.name) for n, s in _sized(op) if [a is None for a in s.args] == absent]
+    return min(alike)[1]
 
-    For what asks about the contract and not about values: Triton's interpreter is slow.
-    """
-    samples = list(OPS[op].samples(torch.device("cpu"), torch.float32))
-    absent = [a is None for a in samples[0].args]
-    lead, sizes = OPS[op].names.index(OPS[op].lead), {}
-    for s in samples:
-        numbers = [a.numel() for a in s.args if isinstance(a, Tensor)]
-        if [a is None for a in s.args] == absent and all(numbers) and s.args[lead].shape[0] > 1:
-            sizes[s.name] = sum(numbers)
-    return min(sizes, key=sizes.__getitem__)
+
+def _sized(op: str) -> Iterator[tuple[int, Sample]]:
+    """Samples of several rows, with their number of elements."""
+    lead = OPS[op].names.index(OPS[op].lead)
+    for sample in OPS[op].samples(CPU, torch.float32):
+        numbers = [a.numel() for a in sample.args if isinstance(a, Tensor)]
+        if all(numbers) and sample.args[lead].shape[0] > 1:
+            yield sum(numbers), sample
+
+
+def _switch(argument: Any) -> Any:
+    """What kernels go other ways by: names, switches, what is absent or 0."""
+    if isinstance(argument, float):
+        return argument == 0.0
+    return argument if argument is None or isinstance(argument, str | bool) else ...
 
 
 @functools.cache
@@ -105,14 +128,9 @@ def trainable(op: Op, backend: str, args: tuple[Any, ...]) -> tuple[str, ...]:
     return (op.lead,) if why else op.differentiable
 
 
-def ulp(scale: float, dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(scale)) if scale else 0.0
-
-
 def violations(
     expected: Truth,
     found: list[Tensor | None],
-    dtype: torch.dtype,
     wanted: tuple[str, ...] | None = None,
 ) -> list[str]:
     """What exceeds its budget, in words; empty when all is well."""
@@ -130,12 +148,8 @@ def violations(
         if got is None or got.shape != exact.shape or got.dtype != plain.dtype:
             told.append(f"{name}: {None if got is None else (got.shape, got.dtype)}")
             continue
-        if not exact.numel():
-            continue
-        error = (got.double() - exact).abs().max().item()
-        yardstick = (plain.double() - exact).abs().max().item()
-        budget = (3 if i else 2) * yardstick + ulp(exact.abs().max().item(), dtype)
-        assert math.isfinite(budget), f"{name}: the budget itself is {budget}"
-        if not error <= budget:
-            told.append(f"{name}: error {error:.3e} > budget {budget:.3e} (plain {yardstick:.3e})")
+        errors = compare(got, exact, plain, 3.0 if i else 2.0)
+        assert math.isfinite(errors.budget), f"{name}: the budget itself is {errors.budget}"
+        if not errors.holds:
+            told.append(f"{name}: error {errors.error:.3e} > budget {errors.budget:.3e}")
     return told

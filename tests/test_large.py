@@ -104,4 +104,4 @@ def test_large(case: str, dtype: torch.dtype) -> None:
     for backend in (kernel.backend for kernel in op.kernels if not kernel.why_not(*args)):
         wanted = trainable(op, backend, args)
         found = results(op, lambda *a, b=backend: op(*a, backend=b), args, expected.dy, wanted)
-        assert not violations(expected, found, dtype, wanted), backend
+        assert not violations(expected, found, wanted), backend

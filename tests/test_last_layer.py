@@ -18,7 +18,6 @@ from transformers import (
 
 import bert_fast
 from bert_fast.families import READING_HEADS
-from bert_fast.modeling import encode
 from bert_fast.reading import ReadingHead
 
 from .against_hf import over_budget
@@ -190,13 +189,3 @@ def test_a_loss_with_sparse_logits_computes_scored_tokens(cls: type) -> None:
     assert rows_normalised(plain, inputs, sparse_logits=True) == [tokens, tokens, read, read]
     ours = bert_fast.accelerate(copy.deepcopy(plain), sparse_logits=True)
     torch.testing.assert_close(ours(**inputs).loss, plain(**inputs).loss, rtol=1e-5, atol=1e-5)
-
-
-def test_rows_of_encode() -> None:
-    model = tiny()
-    bounds = torch.tensor([0, 4, 9], dtype=torch.int32, device=DEVICE)
-    tokens, rows = ids(1, 9).flatten(), torch.tensor([0, 4], device=DEVICE)
-    whole = encode(model, tokens, bounds, 5)
-    some = encode(model, tokens, bounds, 5, rows=rows)
-    torch.testing.assert_close(some, whole[rows], rtol=1e-5, atol=1e-6)
-    assert some.shape == (2, 64)

@@ -123,23 +123,6 @@ def test_attentions_come_from_hugging_face() -> None:
     assert len(found) == 2 and torch.equal(found[0], expected[0])
 
 
-def test_packed_inputs() -> None:
-    """[1, T] with cu_seq_lens_q: what sentence-transformers sends; samples must not mix."""
-    model, lengths = bert_fast.accelerate(tiny()), (3, 7, 1)
-    tokens = ids(1, sum(lengths))
-    bounds = torch.tensor((0, *lengths), device=DEVICE).cumsum(0).int()
-    positions = torch.cat([torch.arange(n, device=DEVICE) for n in lengths]).unsqueeze(0)
-    with torch.inference_mode():
-        packed = model(
-            tokens, position_ids=positions, cu_seq_lens_q=bounds, max_length_q=7
-        ).last_hidden_state
-        start = 0
-        for n in lengths:
-            alone = model(tokens[:, start : start + n]).last_hidden_state
-            torch.testing.assert_close(packed[:, start : start + n], alone, rtol=0, atol=5e-6)
-            start += n
-
-
 def test_training_follows_hugging_face() -> None:
     """Ten steps of AdamW from the same start: the loss curve and the weights agree."""
     tokens, labels = ids(8, 10), ids(8, 1, 2).flatten()

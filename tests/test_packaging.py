@@ -159,10 +159,6 @@ def test_our_folder_does_not_hide_the_package_kernels(with_kernels_package):
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_transformers_imports_where_the_package_kernels_is_absent():
-    python("from transformers import BertModel")
-
-
 @pytest.mark.slow
 def test_tests_are_collected_beside_the_package_kernels(with_kernels_package):
     # One file that imports transformers stands for all, which take ten seconds to import.

@@ -33,7 +33,8 @@ def test_opcheck(name: str, backend: str) -> None:
     leaves = leaves_of(op, expected.args, trainable(op, backend, expected.args))
     packet = getattr(torch.ops.bert_fast, name)
     torch.library.opcheck(packet, (*leaves, backend, True))
-    torch.library.opcheck(packet, (*expected.args, backend, False))
+    if backend == op.choose(expected.args).backend:  # what is not saved, no kernel decides
+        torch.library.opcheck(packet, (*expected.args, backend, False))
 
 
 def test_forced_backend_says_why_not() -> None:

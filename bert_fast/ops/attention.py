@@ -82,6 +82,8 @@ def check(qkv, cu_seqlens, key_start, bias, max_seqlen, scale, p, seed) -> None:
             f"bert_fast.{op}: bias has shape {tuple(bias.shape)}, expected (1 or {batch}, "
             f"1 or {heads}, S, S) with S >= max_seqlen = {max_seqlen}"
         )
+    if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"bert_fast.{op}: bias wants a gradient, which this op does not give")
     checks.dropout(op, p, seed)
 
 
@@ -93,11 +95,7 @@ def fake(
 
 
 def _width(qkv: Tensor, *rest) -> list[str]:
-    found = [] if 8 <= qkv.shape[3] <= 128 else [f"head_dim is {qkv.shape[3]}, not 8 to 128"]
-    bias = rest[2]
-    if bias is not None and bias.requires_grad:
-        found.append("bias wants a gradient")
-    return found
+    return [] if 8 <= qkv.shape[3] <= 128 else [f"head_dim is {qkv.shape[3]}, not 8 to 128"]
 
 
 def _scale(scale: float) -> list[str]:
@@ -226,6 +224,7 @@ def attention(
         backend: "auto" or the name of one kernel; a forced one that cannot run raises.
 
     Returns: [T, N, D] in qkv's dtype; zeros for a query that sees no key.
-    Raises: ValueError for a wrong shape, p, device or backend; TypeError for a wrong dtype.
+    Raises: ValueError for a wrong shape, p, device or backend and for a bias that wants a gradient;
+        TypeError for a wrong dtype.
     """
     return OP(qkv, cu_seqlens, key_start, bias, max_seqlen, scale, p, seed, backend=backend)

@@ -178,9 +178,10 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
     for name, lengths, sizes, heads, layers, parts in (
         ("ragged", (3, 19, 1, 14), (64, 96, 64), 2, 1, ""),
         ("rows", (5, 12, 7), (64, 80, 64), 2, 2, "rows"),
-        ("bias", (6, 9), (48, 40, 48), 3, 1, "bias"),
+        ("bias", (6, 9), (48, 40, 48), 3, 1, "bias rows"),
         ("masked_first_column", (4, 9), (32, 48, 32), 2, 1, "key_start"),
         ("odd", (7, 2), (37, 41, 24), 2, 2, ""),
+        ("odd_rows", (7, 0, 2), (37, 41, 24), 2, 2, "rows"),
         ("empty", (), (32, 48, 32), 2, 1, ""),
     ):
         tokens, longest = sum(lengths), max((0, *lengths))

@@ -24,14 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .backends import ISAS
 from .bias_gelu import activate
 from .linear import check as check_linear
 from .linear import cost
 from .linear import samples as linear_samples
-from .packed_linear import multiply, reasons_on
+from .packed_linear import Forward, multiply, packed_kernels
 from .products import sums_dtype
-from .registry import Chooser, Kernel, Op, Sample
+from .registry import Chooser, Op, Sample
 
 GROUP, APART, LEVELS, EIGHT = 128, 8, 127.0, 254.0
 
@@ -100,11 +99,11 @@ def fake(x, weight, bias, activation, *, save) -> tuple[Tensor, ...]:
     return (x.new_empty(x.shape[0], weight.shape[0]),)
 
 
-def _kernel(name: str, isa: int) -> Kernel:
+def _packed(isa: int) -> Forward:
     def forward(x, weight, bias, activation, *, save) -> tuple[Tensor]:
         return (multiply(x, weight, bias, activation, isa, int8=True),)
 
-    return Kernel(name, forward, None, lambda x, weight, *rest: reasons_on(name, isa, x, weight))
+    return forward
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
@@ -132,7 +131,7 @@ OP = Op(
     reference=reference,
     check=check,
     fake=fake,
-    kernels=tuple(_kernel(*item) for item in ISAS.items()),
+    kernels=packed_kernels(_packed, None),
     samples=samples,
     cost=cost,
     differentiable=("x",),

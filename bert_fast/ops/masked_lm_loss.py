@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
+from .linear import check as check_linear
 from .products import affine, product_fp32, sums_dtype
 from .registry import Chooser, Kernel, Op, Sample
 
@@ -36,10 +37,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) ->
 
 def check(x, weight, bias, labels) -> None:
     op = "masked_lm_loss"
-    checks.rank(op, "x", x, 2)
-    checks.rank(op, "weight", weight, 2)
-    checks.shape(op, "weight", weight, (weight.shape[0], x.shape[1]))
-    checks.shape(op, "bias", bias, (weight.shape[0],))
+    check_linear(x, weight, bias, op)
     checks.shape(op, "labels", labels, (x.shape[0],))
     checks.integers(op, "labels", labels)
     if labels.device.type != "cpu" or torch.compiler.is_compiling() or not labels.numel():

@@ -39,25 +39,21 @@ def pack(weight: Tensor, isa: int, int8: bool = False) -> Tensor:
 
 
 Forward = Callable[..., tuple[Tensor, ...]]
+Backward = Callable[..., Sequence[Tensor | None]]
 
 
 def packed_kernels(
-    forward: Callable[[int], Forward], backward: Callable[..., Sequence[Tensor | None]]
+    forward: Callable[[int], Forward], backward: Backward | None
 ) -> tuple[Kernel, ...]:
     """A kernel per instruction set, best first; `forward(isa)` gives its forward."""
     return tuple(_kernel(name, isa, forward(isa), backward) for name, isa in ISAS.items())
 
 
-def _kernel(name: str, isa: int, forward: Forward, backward: Callable[..., Any]) -> Kernel:
+def _kernel(name: str, isa: int, forward: Forward, backward: Backward | None) -> Kernel:
     def why_not(x: Tensor, weight: Tensor, *rest: Any) -> list[str]:
-        return reasons_on(name, isa, x, weight)
+        return cpu_reasons(x, name, isa) or reasons_against_copies(weight)
 
     return Kernel(name, forward, backward, why_not)
-
-
-def reasons_on(name: str, isa: int, x: Tensor, weight: Tensor) -> list[str]:
-    """Why `multiply` cannot run with instruction set `isa` (empty: it can)."""
-    return cpu_reasons(x, name, isa) or reasons_against_copies(weight)
 
 
 def preferred(ours: tuple[Kernel, ...], onednn: Kernel) -> tuple[Kernel, ...]:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
+from .linear import check as check_linear
 from .products import product_fp32, sums_dtype
 from .registry import Chooser, Kernel, Op, Sample
 
@@ -37,10 +38,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor
 
 def check(x, weight, bias, cu_seqlens) -> None:
     op = "splade"
-    checks.rank(op, "x", x, 2)
-    checks.rank(op, "weight", weight, 2)
-    checks.shape(op, "weight", weight, (weight.shape[0], x.shape[1]))
-    checks.shape(op, "bias", bias, (weight.shape[0],))
+    check_linear(x, weight, bias, op)
     checks.rank(op, "cu_seqlens", cu_seqlens, 1)
     checks.cu_seqlens(op, cu_seqlens)
 

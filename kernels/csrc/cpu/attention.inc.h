@@ -158,7 +158,7 @@ template <class T, class OPERANDS>
 void attention_block(const Attention& a, const Head& head, int64_t query, ForwardBuffers& m) {
   const Strides& s = m.strides;
   const int64_t queries = smaller(kQueries, head.queries - query), token = head.first + query;
-  OPERANDS::pack_queries(a, part_of<T>(a, a.qkv, 0, token, head.h), queries, m.queries_t);
+  OPERANDS::pack_queries(a, queries_at<T>(a, token, head.h), queries, m.queries_t);
   for (int64_t i = 0; i < queries; i += W) {
     store(m.maximum + i, set1(-__builtin_inff()));
     store(m.total + i, vf{});

@@ -19,7 +19,7 @@ ALWAYS_INLINE void by_fours(int64_t n, const F& f) {
   for (; j < n; ++j) f.template operator()<1>(j);
 }
 
-// One head of one sequence.
+// One head of one sequence; `first` is its first query.
 struct Head {
   int64_t b, h, first, queries, first_key, keys;
 };
@@ -27,6 +27,8 @@ struct Head {
 inline Head head_of(const Attention& a, int64_t b, int64_t h) {
   const int64_t first = a.cu_seqlens[b], end = a.cu_seqlens[b + 1];
   const int64_t first_key = a.key_start ? a.key_start[b] : first;
+  if (a.asked)
+    return {b, h, a.asked[b], a.asked[b + 1] - a.asked[b], first_key, end - first_key};
   return {b, h, first, end - first, first_key, end - first_key};
 }
 
@@ -41,6 +43,13 @@ struct Strides {
 template <class T>
 const T* part_of(const Attention& a, const void* qkv, int64_t part, int64_t token, int64_t h) {
   return static_cast<const T*>(qkv) + token * a.token_step + part * a.part_step + h * a.head_step;
+}
+
+// Queries of one head, from one on.
+template <class T>
+const T* queries_at(const Attention& a, int64_t query, int64_t h) {
+  if (!a.asked) return part_of<T>(a, a.qkv, 0, query, h);
+  return static_cast<const T*>(a.qkv) + (h * a.asked[a.batch] + query) * a.token_step;
 }
 
 // Asks for the rows of the next head, where they are too short and too far apart for the hardware to

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <mutex>
+#include <numeric>
 #include <vector>
 
 #include "cpu/dispatch.h"
@@ -12,7 +13,8 @@ namespace bert_fast::cpu {
 struct Chunk {
   int64_t row = 0;                         // of the first token
   std::vector<int32_t> bounds, key_start;  // counted from that row
-  std::vector<int64_t> wanted, at;         // rows of this chunk that are asked for, and of y
+  std::vector<int64_t> wanted, at;  // rows of this chunk that are asked for, ascending, and of y
+  std::vector<int32_t> asked;       // how many of them come before each sequence, and all
   Attention attention{};
 };
 
@@ -39,7 +41,7 @@ inline std::vector<Chunk> chunks_of(const Attention& all, int64_t size) {
     const int64_t begin = all.cu_seqlens[first], left = all.tokens - begin;
     const int64_t parts = std::max<int64_t>(1, (left + size - 1) / size);
     auto past_half = [&](int64_t b) {  // of sequence b, is where the chunk should end
-      return (all.cu_seqlens[b] + all.cu_seqlens[b + 1] - 2 * begin) * parts > 2 * left;
+      return (int64_t(all.cu_seqlens[b]) + all.cu_seqlens[b + 1] - 2 * begin) * parts > 2 * left;
     };
     do ++b;
     while (b < all.batch && (parts == 1 || !past_half(b)));
@@ -50,13 +52,19 @@ inline std::vector<Chunk> chunks_of(const Attention& all, int64_t size) {
 
 // Gives each chunk its share of the rows that are asked for.
 inline void deal_rows(std::vector<Chunk>& chunks, const int64_t* rows, int64_t count) {
-  auto before = [](int64_t row, const Chunk& chunk) { return row < chunk.row; };
-  for (int64_t i = 0; i < count; ++i) {
-    auto after = std::upper_bound(chunks.begin(), chunks.end(), rows[i], before);
-    Chunk& chunk = *(after - 1);
-    chunk.wanted.push_back(rows[i] - chunk.row);
-    chunk.at.push_back(i);
-  }
+  std::vector<int64_t> order(count);
+  std::iota(order.begin(), order.end(), 0);
+  auto earlier = [&](int64_t i, int64_t j) { return rows[i] < rows[j]; };
+  if (!std::is_sorted(rows, rows + count)) std::stable_sort(order.begin(), order.end(), earlier);
+  size_t next = 0;
+  for (Chunk& chunk : chunks)
+    for (int32_t end : chunk.bounds) {
+      for (; next < order.size() && rows[order[next]] < chunk.row + end; ++next) {
+        chunk.wanted.push_back(rows[order[next]] - chunk.row);
+        chunk.at.push_back(order[next]);
+      }
+      chunk.asked.push_back(int32_t(chunk.wanted.size()));
+    }
 }
 
 // Threads that each take a chunk through a layer, put it back and take the one with the most left to

@@ -40,11 +40,11 @@ const void* checked_panels(
     int64_t cols, int64_t depth, const Kernels& kernels);
 
 // Rows whose inner states are in memory at once, where the two products of a feed-forward network
-// are not one kernel: few enough that these states stay in the cache.
-constexpr int64_t kRowsAtOnce = 512;
+// are not one kernel: few enough that these states stay in the threads' caches.
+int64_t rows_at_once();
 
 // Both products, as one kernel where there are rows enough for it. `states` has room for the inner
-// states of min(a.rows, kRowsAtOnce) rows.
+// states of min(a.rows, rows_at_once()) rows.
 void feed_forward(const Kernels& kernels, const FeedForward& a, void* states);
 
 // Scratch for column sums over `rows` rows: one set of sums per chunk.

@@ -99,7 +99,7 @@ struct Workspace {
   char *qkv, *context, *branch, *middle, *residual, *states;
 
   Workspace(int64_t rows, int64_t hidden, int64_t inside, int64_t inner, int64_t bytes) {
-    const int64_t row = bytes * rows, some = bytes * std::min(rows, kRowsAtOnce);
+    const int64_t row = bytes * rows, some = bytes * std::min(rows, rows_at_once());
     memory = allocate_floats((row * (4 * inside + 3 * hidden) + some * inner) / 4 + 1);
     qkv = reinterpret_cast<char*>(memory);
     context = qkv + row * 3 * inside;
@@ -112,13 +112,15 @@ struct Workspace {
   Workspace(const Workspace&) = delete;
 };
 
+constexpr int64_t kRowsCopied = 512;  // by one thread
+
 // copy(i) for the row at each i < n, dealt to threads.
 template <class F>
 void for_rows(size_t n, const F& copy) {
   auto run = [](int64_t begin, int64_t end, void* p) {
     for (int64_t i = begin; i < end; ++i) (*static_cast<const F*>(p))(size_t(i));
   };
-  run_parallel(int64_t(n), kRowsAtOnce, run, const_cast<F*>(&copy));
+  run_parallel(int64_t(n), kRowsCopied, run, const_cast<F*>(&copy));
 }
 
 // to[i] = from[rows[i]], each of `bytes`.
@@ -163,27 +165,46 @@ struct Encoder {
     kernels.add_layernorm_forward(a);
   }
 
+  // w.qkv: Q [heads, rows of xq, width], K and V [heads, rows of x, width].
+  void project_parts(
+      const Layer& m, int64_t rows, const void* x, int64_t asked, const void* xq, char* qkv) const {
+    const int64_t width = m.inside / heads, bytes = size_of(dtype);
+    const auto* packed = static_cast<const char*>(m.qkv);
+    const auto* bias = static_cast<const char*>(m.qkv_bias);
+    const int64_t part = kernels.packed_bytes({dtype, int8, m.inside, hidden});
+    project(asked, hidden, m.inside, xq, packed, bias, qkv, width);
+    project(
+        rows, hidden, 2 * m.inside, x, packed + part, bias + m.inside * bytes,
+        qkv + rows * m.inside * bytes, width);
+  }
+
   // y may be x. Of the wanted rows only, where `some`: they come one after the other.
   void run(
       const Layer& m, const Chunk& chunk, const void* x, bool some, const Workspace& w,
       void* y) const {
     Attention a = chunk.attention;
-    int64_t rows = a.tokens;
+    const int64_t tokens = a.tokens;
+    const int64_t rows = some ? static_cast<int64_t>(chunk.wanted.size()) : tokens;
+    if (rows == 0) return;
     a.width = m.inside / heads;
     a.scale = float(1.0 / std::sqrt(double(a.width)));
     // [3, heads, tokens, width]: what attention reads together lies together
     a.token_step = a.width;
-    a.head_step = rows * a.width;
+    a.head_step = tokens * a.width;
     a.part_step = heads * a.head_step;
-    project(rows, hidden, 3 * m.inside, x, m.qkv, m.qkv_bias, w.qkv, a.width);
     a.qkv = w.qkv;
     a.out = w.context;
-    kernels.attention_forward(a);
     const void *context = w.context, *residual = x;
-    if (some) {
-      rows = static_cast<int64_t>(chunk.wanted.size());
-      context = gather(context, chunk.wanted, m.inside * size_of(dtype), w.qkv);  // has been read
-      residual = gather(x, chunk.wanted, hidden * size_of(dtype), w.residual);
+    if (some) residual = gather(x, chunk.wanted, hidden * size_of(dtype), w.residual);
+    if (some && !a.bias && m.inside % kernels.panel == 0 && rows <= tokens) {
+      a.asked = chunk.asked.data();
+      project_parts(m, tokens, x, rows, residual, w.qkv);
+      kernels.attention_forward(a);
+    } else {
+      project(tokens, hidden, 3 * m.inside, x, m.qkv, m.qkv_bias, w.qkv, a.width);
+      kernels.attention_forward(a);
+      if (some)  // w.qkv has been read
+        context = gather(context, chunk.wanted, m.inside * size_of(dtype), w.qkv);
     }
     project(rows, m.inside, hidden, context, m.out, nullptr, w.branch);
     add_norm(rows, w.branch, m.out_bias, residual, m.out_norm, m.out_norm_bias, w.middle);

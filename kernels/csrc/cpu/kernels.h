@@ -134,6 +134,9 @@ struct Attention {
   // Elements of qkv, and of dqkv, from one token, head and part (Q, K, V) to the next.
   int64_t token_step, head_step, part_step;
   const void* qkv;   // [tokens, 3, heads, width] in any order
+  // Where queries are asked for of some tokens only, these, head by head: [heads, asked, width] in
+  // the place of Q. Without bias and dropout, which count tokens.
+  const int32_t* asked;  // [batch + 1], where each sequence's begin, and their number; or null
   void* out;         // [tokens, heads, width]
   float* lse;        // [heads, tokens], or null in a forward that saves nothing
   const void* dout;  // [tokens, heads, width]
@@ -147,6 +150,7 @@ struct Kernels {
   void (*add_layernorm_backward)(const AddLayerNorm&);
   void (*bias_gelu_forward)(const BiasGelu&);
   void (*bias_gelu_backward)(const BiasGelu&);
+  int64_t panel;  // columns of a weight that are packed together
   int64_t (*packed_bytes)(const PackWeight&);
   void (*pack_weight)(const PackWeight&);
   void (*linear_forward)(const Linear&);

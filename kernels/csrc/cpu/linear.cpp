@@ -1,4 +1,6 @@
 // Checking wrappers and registration of linear and feed_forward with packed weights.
+#include <algorithm>
+
 #include "cpu/dispatch.h"
 
 #if defined(__linux__)
@@ -77,10 +79,12 @@ static Tensor linear_forward(
   return y;
 }
 
+int64_t rows_at_once() { return std::max<int64_t>(512, 64 * thread_count()); }
+
 void feed_forward(const Kernels& kernels, const FeedForward& a, void* states) {
   if (!a.int8 && a.inner > 0 && kernels.feed_forward_fits(a.dtype, a.rows))
     return kernels.feed_forward_forward(a);
-  const int64_t most = a.rows < kRowsAtOnce ? a.rows : kRowsAtOnce;
+  const int64_t most = std::min(a.rows, rows_at_once());
   const int64_t bytes = size_of(a.dtype);
   for (int64_t row = 0; row < a.rows; row += most) {
     const int64_t rows = a.rows - row < most ? a.rows - row : most;
@@ -112,8 +116,7 @@ static Tensor feed_forward_forward(
   a.down = checked_panels(op, "down", down, x, false, cols, inner, kernels);
   Tensor y = uninitialised({a.rows, cols}, x.scalar_type());
   a.y = y.data_ptr();
-  Tensor states =
-      uninitialised({a.rows < kRowsAtOnce ? a.rows : kRowsAtOnce, inner}, x.scalar_type());
+  Tensor states = uninitialised({std::min(a.rows, rows_at_once()), inner}, x.scalar_type());
   feed_forward(kernels, a, states.data_ptr());
   return y;
 }

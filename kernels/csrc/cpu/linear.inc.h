@@ -74,15 +74,19 @@ void copy_groups(
   }
 }
 
-// How rows and columns are dealt to threads: `across` shares of the rows, `along` of the columns;
-// as many shares of the rows as leave no more threads idle than fewer of them would.
+// How rows and columns are dealt to threads: `across` shares of the rows, `along` of the columns, so
+// that the largest share is done first; it waits for its panels as long as `least_rows` take. Of two
+// ways alike, the one with more shares of the rows.
 struct Lanes {
-  int64_t across = 1, along = 0;
-  Lanes(int64_t rows, int64_t least_rows, int64_t work, int64_t panels) {
+  int64_t across = 1, along = 1;
+  Lanes(int64_t rows, int64_t least_rows, int64_t step, int64_t work, int64_t panels) {
     const int64_t threads = larger<int64_t>(1, smaller(thread_count(), work / kLaneWork));
-    for (int64_t i = larger<int64_t>(1, smaller(threads, rows / least_rows)); i > 0; --i) {
+    int64_t best = 0;
+    for (int64_t i = 1; i <= threads; ++i) {
       const int64_t columns = larger<int64_t>(1, smaller(threads / i, panels));
-      if (i * columns > across * along) across = i, along = columns;
+      const int64_t tallest = round_up(ceil_div(rows, i), step);
+      const int64_t time = ceil_div(panels, columns) * larger(tallest, least_rows);
+      if (i == 1 || time <= best) best = time, across = i, along = columns;
     }
   }
 };
@@ -107,7 +111,7 @@ template <class T, Activation A, class PRODUCT>
 void linear_forward(const Linear& a) {
   const int64_t panels = ceil_div(a.cols, kPanel), block = PRODUCT::most_rows(a.depth);
   const int64_t work = a.rows * a.depth * a.cols;
-  const Lanes lanes(a.rows, PRODUCT::kLeastRows, work, panels);
+  const Lanes lanes(a.rows, PRODUCT::kLeastRows, PRODUCT::kRowStep, work, panels);
   parallel(lanes.across * lanes.along, 1, [&](int64_t begin, int64_t end) {
     const int64_t most = smaller(block, a.rows);
     PRODUCT product(most, a.depth);

@@ -13,7 +13,7 @@ template <bool DOT>
 constexpr Kernels kernels_with = {
     embed_layernorm_forward, embed_layernorm_backward, add_layernorm_forward,
     add_layernorm_backward,  bias_gelu_forward,        bias_gelu_backward,
-    packed_bytes,            pack_weight,              linear_forward<DOT>,
+    kPanel,                  packed_bytes,             pack_weight,              linear_forward<DOT>,
     feed_forward_fits,       feed_forward_forward,     pool_forward,
     pool_backward,           attention_forward,        attention_backward,
 };

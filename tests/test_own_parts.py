@@ -1,0 +1,403 @@
+"""What users change in a model, its registries or its settings is computed, or they are told."""
+
+from __future__ import annotations
+
+import copy
+import io
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    AttentionInterface,
+    AttentionMaskInterface,
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    MPNetConfig,
+    MPNetForSequenceClassification,
+    MPNetModel,
+    RobertaForMaskedLM,
+    RobertaModel,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.models.bert import modeling_bert as hf
+
+import bert_fast
+from bert_fast import ops
+from bert_fast.modeling import encode
+
+from .models import ids, masks, small, tiny
+from .parity import DEVICE
+
+IDS, MASK = ids(3, 12), masks(3, 12)["right"]
+LEFT = masks(3, 12)["left"]
+
+
+def outputs(model: nn.Module, **inputs: Any) -> Any:
+    with torch.inference_mode():
+        return model(**{"input_ids": IDS, "attention_mask": MASK, **inputs})
+
+
+def alike(found: Tensor, expected: Tensor, mask: Tensor | None = MASK) -> None:
+    rows = ... if mask is None else mask.bool()
+    torch.testing.assert_close(found[rows], expected[rows], rtol=1e-4, atol=1e-5)
+
+
+# -- heads --------------------------------------------------------------------------------------
+
+
+class Capped(hf.BertLMPredictionHead):
+    def forward(self, states: Tensor) -> Tensor:
+        return 3 * torch.tanh(super().forward(states) / 3)
+
+
+class Shifted(hf.BertPredictionHeadTransform):
+    def forward(self, states: Tensor) -> Tensor:
+        return super().forward(states) + 1
+
+
+def changed_transform(model: Any) -> None:
+    model.cls.predictions.transform = Shifted(model.config).to(DEVICE)
+
+
+def changed_predictions(model: Any) -> None:
+    model.cls.predictions = Capped(model.config).to(DEVICE)
+
+
+@pytest.mark.parametrize("change", [changed_transform, changed_predictions])
+@pytest.mark.parametrize("cls", [BertForMaskedLM, BertForPreTraining])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_head_of_ones_own_runs(cls: type, change: Any, first: bool) -> None:
+    model = tiny(cls)
+    if first:
+        change(model)
+    ours = bert_fast.accelerate(copy.deepcopy(model))
+    if not first:
+        change(model)
+        ours.cls = copy.deepcopy(model.cls)
+    with pytest.warns(UserWarning, match="in its head is not transformers'"):
+        alike(outputs(ours)[0], outputs(model)[0])
+    assert "is not transformers'" in str(bert_fast.report(ours))
+
+
+class Silu(nn.Module):
+    def __init__(self, head: Any) -> None:
+        super().__init__()
+        self.dense, self.layer_norm, self.decoder = head.dense, head.layer_norm, head.decoder
+
+    def forward(self, states: Tensor, **kwargs: Any) -> Tensor:
+        return self.decoder(self.layer_norm(nn.functional.silu(self.dense(states))))
+
+
+def test_another_module_for_robertas_head_runs() -> None:
+    model = small(RobertaForMaskedLM.__module__, "RobertaForMaskedLM")
+    model.lm_head = Silu(model.lm_head)
+    expected = outputs(model).logits
+    with pytest.warns(UserWarning, match="a Silu in its head is not transformers'"):
+        alike(outputs(bert_fast.accelerate(model)).logits, expected)
+
+
+def test_another_loss_is_taken() -> None:
+    model = DistilBertForMaskedLM(
+        DistilBertConfig(vocab_size=99, dim=32, n_layers=1, n_heads=2, hidden_dim=48)
+    ).eval()
+    model.mlm_loss_fct = nn.CrossEntropyLoss(label_smoothing=0.3)
+    expected = outputs(model, labels=IDS, attention_mask=None).loss
+    ours = bert_fast.accelerate(model)
+    with pytest.warns(UserWarning, match="its loss is CrossEntropyLoss"):
+        alike(outputs(ours, labels=IDS, attention_mask=None).loss, expected, None)
+
+
+class Mean(bert_fast.BertModel):  # type: ignore[misc, name-defined]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        out.pooler_output = out.last_hidden_state.mean(1)
+        return out
+
+
+def test_a_class_on_a_packed_one_reads_all_tokens() -> None:
+    for cls in (BertForSequenceClassification, BertForMaskedLM):
+        model = tiny(cls)
+        model.bert = Mean(model.config, add_pooling_layer=cls is not BertForMaskedLM)
+        model.eval()
+        ours = bert_fast.accelerate(model)
+        inside = outputs(model.bert, attention_mask=None)
+        with torch.inference_mode():
+            if cls is BertForSequenceClassification:
+                expected = model.classifier(inside.last_hidden_state.mean(1))
+            else:
+                expected = model.cls(inside.last_hidden_state)
+        told = pytest.warns(UserWarning, match="its encoder is not accelerated")
+        with nullcontext() if cls is BertForSequenceClassification else told:
+            alike(outputs(ours, attention_mask=None).logits, expected, None)
+
+
+# -- embeddings -----------------------------------------------------------------------------------
+
+
+class FromTheFirstReal(hf.BertEmbeddings):
+    """Counts positions from the first token that is not padding."""
+
+    def forward(self, input_ids: Any = None, token_type_ids: Any = None, position_ids: Any = None,
+                **kwargs: Any) -> Tensor:  # fmt: skip
+        if position_ids is None:
+            position_ids = (input_ids.ne(0).cumsum(1) - 1).clamp(min=0)
+        return super().forward(input_ids, token_type_ids, position_ids, **kwargs)
+
+
+def test_embeddings_of_ones_own_count_positions() -> None:
+    model = tiny()
+    model.embeddings = FromTheFirstReal(model.config).to(DEVICE).eval()
+    given = {"input_ids": IDS.clamp(min=1) * LEFT.to(DEVICE), "attention_mask": LEFT}
+    expected = outputs(model, **given).last_hidden_state
+    ours = bert_fast.accelerate(model)
+    alike(outputs(ours, **given).last_hidden_state, expected, LEFT)
+    with pytest.raises(ValueError, match="position_ids has to be given with cu_seq_lens_q"):
+        outputs(ours, attention_mask=None, cu_seq_lens_q=torch.tensor([0, 12]), input_ids=IDS[:1])
+
+
+class Sinusoidal(nn.Module):
+    def forward(self, position_ids: Tensor) -> Tensor:
+        return torch.sin(position_ids.unsqueeze(-1) / torch.arange(1, 65, device=DEVICE))
+
+
+def test_embeddings_without_a_table_of_positions() -> None:
+    model = tiny()
+    model.embeddings = FromTheFirstReal(model.config).to(DEVICE).eval()
+    model.embeddings.position_embeddings = Sinusoidal()
+    expected = outputs(model).last_hidden_state
+    ours = bert_fast.accelerate(model, verbose=True)
+    alike(outputs(ours).last_hidden_state, expected)
+
+
+class Soft(nn.Module):
+    def __init__(self, inner: nn.Embedding) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.inner(input_ids) * 2
+
+
+@pytest.mark.parametrize("cls", [BertForSequenceClassification, BertForMaskedLM])
+def test_word_embeddings_put_in_later(cls: type) -> None:
+    model = tiny(cls)
+    ours = bert_fast.accelerate(copy.deepcopy(model))
+    for one in (model, ours):
+        one.bert.embeddings.word_embeddings = Soft(one.bert.embeddings.word_embeddings)
+    with pytest.warns(UserWarning, match="another layout"):
+        alike(outputs(ours).logits, outputs(model).logits, MASK if cls is BertForMaskedLM else None)
+    assert "another layout" in str(bert_fast.report(ours))
+
+
+def test_an_embedding_that_bounds_its_rows() -> None:
+    model = tiny()
+    model.embeddings.word_embeddings.max_norm = 0.5
+    ours = bert_fast.accelerate(copy.deepcopy(model))
+    alike(outputs(ours).last_hidden_state, outputs(model).last_hidden_state)
+
+
+def test_padding_in_a_text_has_no_position() -> None:
+    """A literal <pad> of RoBERTa's kin: not counted, whether texts come padded or packed."""
+    model = small(RobertaModel.__module__, "RobertaModel")
+    tokens = ids(1, 11)[0].clamp(min=2)
+    tokens[[2, 8]] = model.config.pad_token_id
+    bounds = torch.tensor([0, 5, 11], dtype=torch.int32, device=DEVICE)
+    with torch.inference_mode():
+        found = encode(model, tokens, bounds, 6)
+        one, other = (model(part[None]).last_hidden_state[0] for part in tokens.split([5, 6]))
+    torch.testing.assert_close(found, torch.cat([one, other]), rtol=1e-4, atol=1e-5)
+
+
+# -- attention ------------------------------------------------------------------------------------
+
+
+def halved(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return sdpa_attention_forward(module, query * 0.5, *args, **kwargs)
+
+
+def first_three(**given: Any) -> Tensor:
+    mask = sdpa_mask(**{**given, "allow_is_bidirectional_skip": False})
+    return mask & (torch.arange(mask.shape[-1], device=mask.device) < 3)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("kind", ["attention", "mask"])
+def test_attention_of_ones_own_runs(kind: str, first: bool) -> None:
+    """What transformers' registries hold of somebody's is what `set_attn_implementation` means."""
+    attention, mask = (halved, sdpa_mask) if kind == "attention" else (None, first_three)
+    AttentionInterface.register("own", attention or sdpa_attention_forward)
+    AttentionMaskInterface.register("own", mask)
+    model = tiny()
+    ours = bert_fast.accelerate(copy.deepcopy(model))
+    for one in (model, ours):
+        one.set_attn_implementation("own")
+    with pytest.warns(UserWarning, match="its attention is 'own'"):
+        alike(outputs(ours).last_hidden_state, outputs(model).last_hidden_state)
+    if first:
+        with pytest.raises(ValueError, match="its attention is 'own'"):
+            bert_fast.accelerate(model)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_scale_of_ones_own(first: bool) -> None:
+    model = tiny()
+    ours = bert_fast.accelerate(copy.deepcopy(model))
+    if not first:
+        outputs(ours)
+    for one in (model, ours):
+        one.encoder.layer[1].attention.self.scaling *= 3
+    alike(outputs(ours).last_hidden_state, outputs(model).last_hidden_state)
+    assert not torch.allclose(outputs(tiny()).last_hidden_state, outputs(ours).last_hidden_state)
+
+
+def test_attentions_asked_for_by_the_config() -> None:
+    model = small("transformers.models.esm.modeling_esm", "EsmModel")
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    ours = bert_fast.accelerate(copy.deepcopy(model))
+    found, expected = outputs(ours).attentions, outputs(model).attentions
+    assert len(found) == len(expected) == 2
+    alike(found[1], expected[1], None)
+
+
+def test_a_bias_that_wants_a_gradient_is_refused() -> None:
+    qkv = torch.randn(6, 3, 2, 16, device=DEVICE)
+    bounds = torch.tensor([0, 6], dtype=torch.int32, device=DEVICE)
+    bias = torch.zeros(1, 1, 6, 6, device=DEVICE, requires_grad=True)
+    for wanted in (qkv, qkv.clone().requires_grad_()):
+        with pytest.raises(ValueError, match="bias wants a gradient"):
+            ops.attention(wanted, bounds, 6, 0.25, bias=bias)
+    with torch.no_grad():
+        ops.attention(qkv, bounds, 6, 0.25, bias=bias)
+    model = MPNetModel(mpnet()).to(DEVICE).eval()
+    with pytest.raises(ValueError, match="relative position bias wants a gradient"):
+        encode(model, ids(1, 6)[0], bounds, 6)
+
+
+def test_a_long_mask_is_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A float mask [B, 1, 1, S], as older code makes it: a row for each query, but once."""
+    seen = set()
+    whole = ops.attention
+
+    def watched(*args: Any, **kwargs: Any) -> Tensor:
+        seen.add((args[5].data_ptr(), args[5].is_contiguous()))
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(ops, "attention", watched)
+    assert MASK is not None
+    mask = (1.0 - MASK.float())[:, None, None] * -1e4
+    bert_fast.accelerate(tiny())(IDS, mask).last_hidden_state.sum().backward()
+    assert len(seen) == 1 and next(iter(seen))[1]
+
+
+# -- settings -------------------------------------------------------------------------------------
+
+
+def mpnet() -> MPNetConfig:
+    return MPNetConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                       intermediate_size=37, max_position_embeddings=24)  # fmt: skip
+
+
+def test_a_tuple_of_mpnet_has_its_pooler_s_place() -> None:
+    model = MPNetForSequenceClassification(mpnet()).to(DEVICE).eval()
+    ours = bert_fast.accelerate(copy.deepcopy(model))
+    given = {"output_hidden_states": True, "return_dict": False}
+    for one, other in ((ours, model), (ours.mpnet, model.mpnet)):
+        found, expected = outputs(one, **given), outputs(other, **given)
+        assert [type(part) for part in found] == [type(part) for part in expected]
+        assert len(found[-1]) == len(expected[-1]) == 3
+
+
+def test_albert_with_fewer_layers_since() -> None:
+    torch.manual_seed(0)
+    config = AlbertConfig(vocab_size=99, embedding_size=16, hidden_size=32, num_hidden_layers=4,
+                          num_attention_heads=2, intermediate_size=37)  # fmt: skip
+    model = AlbertModel(config).to(DEVICE).eval()
+    ours = bert_fast.accelerate(copy.deepcopy(model))
+    for layers in (4, 2):
+        for one in (model, ours):
+            one.config.num_hidden_layers = layers
+        found = outputs(ours, output_hidden_states=True)
+        alike(found.last_hidden_state, outputs(model).last_hidden_state)
+        assert len(found.hidden_states) == layers + 1
+
+
+def test_no_layers_at_all() -> None:
+    model = tiny(BertForSequenceClassification)
+    ours = bert_fast.accelerate(copy.deepcopy(model))
+    for one in (model, ours):
+        one.bert.encoder.layer = one.bert.encoder.layer[:0]
+    alike(outputs(ours).logits, outputs(model).logits, None)
+
+
+# -- those who watch ------------------------------------------------------------------------------
+
+
+def test_global_backward_hooks_are_called() -> None:
+    seen: list[str] = []
+
+    def note(module: nn.Module, *grads: Any) -> None:
+        seen.append(type(module).__name__)
+
+    ours = bert_fast.accelerate(tiny())
+    handle = nn.modules.module.register_module_full_backward_hook(note)
+    try:
+        with pytest.warns(UserWarning, match="global module hooks"):
+            ours(IDS, MASK).last_hidden_state.sum().backward()
+    finally:
+        handle.remove()
+    assert "BertSelfOutput" in seen
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_trace_of_a_head_knows_no_ops_of_ours(grad: bool) -> None:
+    model = tiny(BertForMaskedLM)
+    ours = bert_fast.accelerate(copy.deepcopy(model))
+    with torch.set_grad_enabled(grad), pytest.warns(UserWarning, match="a trace is made"):
+        traced = torch.jit.trace(ours, (IDS, MASK), strict=False, check_trace=False)
+    kinds = {node.kind() for node in traced.inlined_graph.nodes()}
+    assert "aten::gelu" in kinds
+    assert not [kind for kind in kinds if not kind.startswith(("aten::", "prim::"))]
+    assert "prim::PythonOp" not in kinds
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    alike(traced(IDS, MASK)["logits"], outputs(model).logits)
+
+
+def test_derivatives_of_a_head_by_torch_func() -> None:
+    model = tiny(BertForMaskedLM)
+    ours = bert_fast.accelerate(copy.deepcopy(model))
+    states = torch.randn(1, 5, 64, device=DEVICE)
+
+    def loss(of: nn.Module) -> Any:
+        return torch.func.grad(lambda x: of(inputs_embeds=x).logits.square().sum())(states)
+
+    with pytest.warns(UserWarning, match=r"torch\.func"):
+        torch.testing.assert_close(loss(ours), loss(model), rtol=1e-3, atol=1e-3)
+
+
+def test_forward_derivatives() -> None:
+    model = tiny().requires_grad_(False)
+    ours = bert_fast.accelerate(copy.deepcopy(model))
+    for one in (model, ours):
+        one.set_attn_implementation("eager")
+    x, v = torch.randn(2, 1, 5, 64, device=DEVICE)
+
+    def tangent(of: nn.Module) -> Any:
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, v)
+            out = of(inputs_embeds=dual).last_hidden_state
+            return torch.autograd.forward_ad.unpack_dual(out).tangent
+
+    with pytest.warns(UserWarning, match="forward-mode"):
+        found = tangent(ours)
+    torch.testing.assert_close(found, tangent(model), rtol=1e-4, atol=1e-4)
