@@ -289,8 +289,15 @@ template <bool ADD, bool DOT>
 void multiply_rows(
     int64_t rows, const uint8_t* x, const Range* ranges, const int8_t* panel, float* sums) {
   alignas(64) int32_t exact[kTileRows][kPanel];
+  // As below: asked for evenly, unless there is one tile's rows.
+  const int64_t count = ceil_div(rows, kTileRows), share = count > 1 ? kPanelGroup / count : 0;
+  const int8_t* ahead = panel + kPanelGroup;
   for (int64_t i = 0; i < rows; ++i) {
-    if (i % kTileRows == 0) multiply_tiles_of_bytes(kGroup, x + i * kGroup, kGroup, panel, exact[0]);
+    if (i % kTileRows == 0) {
+      prefetch(ahead, share);
+      ahead += share;
+      multiply_tiles_of_bytes(kGroup, x + i * kGroup, kGroup, panel, exact[0]);
+    }
     vi whole[kMaxVectors];
     memcpy(whole, exact[i % kTileRows], sizeof(whole));
     add_scaled<ADD>(ranges[i], panel, whole, sums + i * kPanel);

@@ -36,25 +36,26 @@ struct PairProduct {
     return block_rows(pairs_of(depth)) / kTileRows * kTileRows;
   }
 
-  int64_t depth, pairs, rows = 0;
+  int64_t depth, pairs, rows = 0, whole = 0;
   Scratch memory;
   Tiles tiles;
-  const float* x = nullptr;  // [rows, pairs]
+  const float *x = nullptr, *rest = nullptr;  // `whole` rows [pairs] where they are, the others
   PairProduct(int64_t block, int64_t depth)
-      : depth(depth), pairs(pairs_of(depth)), memory(round_up(block, kTileRows) * pairs) {}
+      : depth(depth), pairs(pairs_of(depth)),
+        memory((depth == 2 * pairs ? kTileRows : round_up(block, kTileRows)) * pairs) {}
 
   void take(const bf16* from, int64_t count) {
     rows = count;
+    whole = depth == 2 * pairs ? rows / kTileRows * kTileRows : 0;
     x = reinterpret_cast<const float*>(from);
-    if (rows % kTileRows == 0 && depth == 2 * pairs) return;
+    rest = memory.data;
     // Tiles read whole: what is past the last row takes part, and is not copied from the sums.
     bf16* to = reinterpret_cast<bf16*>(memory.data);
-    for (int64_t i = 0; i < rows; ++i, to += 2 * pairs) {
+    for (int64_t i = whole; i < rows; ++i, to += 2 * pairs) {
       memcpy(to, from + i * depth, depth * sizeof(bf16));
       memset(to + depth, 0, (2 * pairs - depth) * sizeof(bf16));
     }
     memset(to, 0, (round_up(rows, kTileRows) - rows) * 2 * pairs * sizeof(bf16));
-    x = memory.data;
   }
 
   // sums[i, :] = x[i, :] . panel, kDepth pairs at a time: so much of a panel stays in L1.
@@ -63,21 +64,27 @@ struct PairProduct {
     for (int64_t first = 0; first < pairs; first += kDepth) {
       const int64_t deep = smaller(kDepth, pairs - first);
       if (first == 0)
-        multiply_block<false>(deep, x, w, sums);
+        multiply_block<false>(deep, first, w, sums);
       else
-        multiply_block<true>(deep, x + first, w + first * kPanel, sums);
+        multiply_block<true>(deep, first, w + first * kPanel, sums);
     }
     if (pairs == 0) memset(sums, 0, rows * kPanel * sizeof(float));
   }
 
   template <bool ADD>
-  void multiply_block(int64_t deep, const float* from, const float* w, float* sums) const {
+  void multiply_block(int64_t deep, int64_t first, const float* w, float* sums) const {
+    const float* next = w + deep * kPanel;
+    const int64_t bytes = deep * kPanel * int64_t(sizeof(float));
 #if defined(BERT_FAST_AMX)
-    multiply_tiles<ADD, kMaxVectors>(rows, deep, from, pairs, w, kPanel, sums, kPanel);
+    // To one tile's rows the weight comes as a stream, which the hardware sees by itself.
+    multiply_tiles<ADD, kMaxVectors>(
+        whole, deep, x + first, pairs, w, kPanel, sums, kPanel, next,
+        whole > kTileRows ? bytes : 0);
+    multiply_tiles<ADD, kMaxVectors>(
+        rows - whole, deep, rest + first, pairs, w, kPanel, sums + whole * kPanel, kPanel);
 #else
     multiply_panel<Bf16PairProduct, Layout::row_major, ADD, kMaxVectors>(
-        rows, deep, from, pairs, w, kPanel, sums, kPanel, w + deep * kPanel,
-        deep * kPanel * int64_t(sizeof(float)));
+        rows, deep, (whole ? x : rest) + first, pairs, w, kPanel, sums, kPanel, next, bytes);
 #endif
   }
 };

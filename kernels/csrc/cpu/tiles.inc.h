@@ -58,11 +58,15 @@ ALWAYS_INLINE void store_sums(F* to, int64_t row_bytes) {
 }
 
 // C[m, 16 N] (+)= A[m, deep] B[deep, 16 N], A and B of pairs of bf16, `deep` a multiple of 16. Up
-// to the next multiple of 16, rows of A past the last are read and rows of C written.
+// to the next multiple of 16, rows of A past the last are read and rows of C written. `next`: so many
+// bytes of what is read after B, asked for evenly.
 template <bool ADD, int N>
 void multiply_tiles(
     int64_t m, int64_t deep, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-    int64_t ldc) {
+    int64_t ldc, const void* next = nullptr, int64_t bytes = 0) {
+  const char *ahead = static_cast<const char*>(next), *end = ahead + bytes;
+  const int64_t steps = larger<int64_t>(1, ceil_div(m, kTileRows) * (deep / kTilePairs));
+  const int64_t lines = ceil_div(bytes, steps * kCacheLine);
   const int64_t row_a = lda * int64_t(sizeof(float)), row_b = ldb * int64_t(sizeof(float));
   const int64_t row_c = ldc * int64_t(sizeof(float));
   settle_memory();
@@ -73,6 +77,8 @@ void multiply_tiles(
       zero_sums<N>();
     for (int64_t k = 0; k < deep; k += kTilePairs) {
       const float* right = b + k * ldb;
+      for (int64_t line = 0; line < lines && ahead < end; ++line, ahead += kCacheLine)
+        __builtin_prefetch(ahead, 0, 2);
       _tile_loadd(4, a + k, row_a);
       _tile_loadd(5, right, row_b);
       _tile_dpbf16ps(0, 4, 5);
