@@ -13,9 +13,12 @@ setup: .venv/.stamp
 	$(PYTHON) -m venv .venv
 
 # torch comes first and alone: a resolver that may choose would fetch gigabytes of CUDA packages.
+# Then the extension is compiled while the other packages come; should that fail, setup tells.
 .venv/.deps: requirements-dev.txt | .venv/bin/python
 	$(PY) -m pip install -q $(TORCH)
-	$(PY) -m pip install -q -r requirements-dev.txt
+	$(PY) -m pip install -q -c requirements-dev.txt ninja numpy setuptools wheel
+	$(PY) setup.py -q build_ext --inplace > /dev/null 2>&1 & \
+	$(PY) -m pip install -q -r requirements-dev.txt; code=$$?; wait; exit $$code
 	@touch $@
 
 # Builds the extension in place; Python sources are used from the checkout and need no rebuild.

@@ -5,8 +5,8 @@
 The cases, the checks and the schema are those of `bench.run`. Each section is a process of its own:
 an illegal access ends all that its process does on the GPU. One that fails is recorded as such and
 does not stop the others; the exit code is 1 if any failed. Ops and models write what they have
-after every step to FILE.ops and the like, which FILE takes in when they end. `--device cpu
---quick` runs all of it on small shapes.
+after every step to FILE.ops and the like, which FILE takes in when they end; pytest's own report
+stays in FILE.junit.xml. `--device cpu --quick` runs all of it on small shapes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 import xml.etree.ElementTree as ElementTree
@@ -61,27 +60,42 @@ SMALL = Plan(
     seconds=2.0,
 )
 GRACE = 60.0  # seconds that a section may take over its share, for the step it is at
-INTERRUPTED = 2  # pytest's exit code
+MESSAGE = 300  # characters of why a test failed; pytest's report, beside the result, has all
 LAST_WORDS = 20.0  # seconds that an interrupted process has, pytest for its report
 SHARES = {"tests": 0.4, "ops": 0.55, "models": 0.7, "compiled": 1.0}  # of the time that is left
 
 
-def run_tests(run: results.Run, arguments: Sequence[str], seconds: float, quick: bool) -> None:
-    """pytest in a process of its own; counts by outcome, and the names of what failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", *arguments, "-q", f"--junitxml={report}"]
-        if importlib.util.find_spec("xdist") is not None and not quick:
-            command += ["-n", "8"]  # compiling Triton kernels is what takes the time
-        code, told = ended(command, max(seconds, 60))
-        run.tests = {"exit_code": code, "command": " ".join(command[1:])}
-        if not report.exists():
-            raise RuntimeError(f"pytest wrote no report:\n{told[-1_500:]}")
-        run.tests.update(read_junit(report))
-    print(told[-1_500:])
+def run_tests(
+    run: results.Run, path: Path, arguments: Sequence[str], seconds: float, quick: bool
+) -> None:
+    """pytest in a process of its own; counts by outcome, and what failed, and why.
+
+    Its whole report stays beside `path`: a GPU is not there a second time to ask.
+    """
+    report = path.with_name(f"{path.name}.junit.xml").resolve()  # pytest runs in another folder
+    report.unlink(missing_ok=True)  # of a gate before this one
+    command = [sys.executable, "-m", "pytest", *arguments, "-q", f"--junitxml={report}"]
+    if importlib.util.find_spec("xdist") is not None and not quick:
+        command += parallel()
+    start, limit = time.monotonic(), max(seconds, 60)
+    code, told = ended(command, limit)
+    run.tests = {"exit_code": code, "command": " ".join(command[1:])}
+    print(told[-4_000:])
+    # By the clock, as pytest interrupts itself too, with the same code, where a file does not load.
+    late = time.monotonic() - start >= limit
+    why = "was stopped when its time was up" if late else f"exited with {code}"
+    if not report.exists():
+        raise RuntimeError(f"pytest {why} and wrote no report:\n{told[-1_500:]}")
+    run.tests.update(read_junit(report))
     if code != 0:
-        why = "was stopped when its time was up" if code == INTERRUPTED else f"exited with {code}"
         raise RuntimeError(f"pytest {why}: {run.tests['failing'][:5]}")
+
+
+def parallel() -> list[str]:
+    """Options of pytest: most of its time goes to compiling Triton kernels, one core each."""
+    # More than 16 processes would have a CUDA context each, and little to do.
+    workers = min(16, os.cpu_count() or 8)
+    return ["-n", str(workers), "--dist", "worksteal", "--durations=15"]
 
 
 def ended(command: Sequence[str], seconds: float) -> tuple[int, str]:
@@ -110,15 +124,26 @@ def read_junit(report: Path) -> dict[str, Any]:
     suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
     count = {k: sum(int(s.get(k, 0)) for s in suites) for k in ("tests", "failures", "errors")}
     skipped = sum(int(s.get("skipped", 0)) for s in suites)
-    bad = [
-        f"{case.get('classname')}::{case.get('name')}"
-        for suite in suites
-        for case in suite.iter("testcase")
-        if case.find("failure") is not None or case.find("error") is not None
-    ]
+    cases = [case for suite in suites for case in suite.iter("testcase")]
+    bad = [told for case in cases for told in failures(case)]
     passed = count["tests"] - count["failures"] - count["errors"] - skipped
     return {"passed": passed, "failed": count["failures"], "errors": count["errors"],
             "skipped": skipped, "failing": bad[:50]}  # fmt: skip
+
+
+def failures(case: ElementTree.Element) -> list[str]:
+    """classname::name: message, of each failure of a test."""
+    found = [*case.iter("failure"), *case.iter("error")]
+    return [f"{case.get('classname')}::{case.get('name')}: {message(one)}" for one in found]
+
+
+def message(failure: ElementTree.Element) -> str:
+    """The beginning; of a file that does not load, where pytest's message says just that, the end
+    of its trace."""
+    told = failure.get("message") or ""
+    if told in ("", "collection failure"):
+        return (failure.text or "").strip()[-MESSAGE:]
+    return told[:MESSAGE]
 
 
 def ops(run: results.Run, options: argparse.Namespace) -> Iterable[None]:
@@ -191,7 +216,7 @@ def gate(run: results.Run, path: Path, options: argparse.Namespace) -> None:
         part = path.with_name(f"{path.name}.{name}")
         try:
             if name == "tests":
-                run_tests(run, options.pytest.split(), seconds, bool(options.quick))
+                run_tests(run, path, options.pytest.split(), seconds, bool(options.quick))
             else:
                 chosen = {**vars(options), "section": name, "budget": seconds}
                 alone(part, argparse.Namespace(**chosen))

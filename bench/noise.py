@@ -26,13 +26,22 @@ REST = 0.5  # seconds at most that a turn waits for the threads of the one befor
 SLOW = 3.0  # times as long as the one beside it: so much is seen in the first rounds
 
 
+def extent(device: torch.device) -> tuple[int, int]:
+    """The rows of the probe's square matrix, and the elements that it copies: a millisecond or so.
+
+    On a GPU, less would measure how much the launches vary, and not how busy the GPU is.
+    """
+    return (4096, 1 << 26) if device.type == "cuda" else (384, 1 << 20)
+
+
 class Probe:
     """A fixed piece of work, a matmul and a copy, timed before and after each round."""
 
     def __init__(self, device: torch.device) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.a = torch.randn(384, 384, generator=generator).to(device)
-        self.b = torch.randn(1 << 20, generator=generator).to(device)
+        generator = torch.Generator(device).manual_seed(0)
+        size, elements = extent(device)
+        self.a = torch.randn(size, size, generator=generator, device=device)
+        self.b = torch.randn(elements, generator=generator, device=device)
         self.device = device
         self.times: list[float] = []
         self.kept = self.dropped = self.forced = 0
@@ -96,10 +105,10 @@ class Others:
         return busy - time.process_time()
 
 
-def undisturbed(measure: Callable[[], Found], tries: int = 3) -> Found:
-    """What `measure` finds while nobody else computes; after `tries`, what it found last."""
+def undisturbed(measure: Callable[[], Found]) -> Found:
+    """What `measure` finds while nobody else computes; after three tries, what it found last."""
     others = Others()
-    for _ in range(tries):
+    for _ in range(3):
         others.start()
         found = measure()
         if not others.disturbed():

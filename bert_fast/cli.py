@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import (
-    cannot_load,
     check_choice,
     check_model,
     check_output,
     console,
+    load_tokenizer,
     load_weights,
     log,
     one_line_errors,
 )
 from .training import commands as training
 from .training.finetune_command import finetune
-from .training.text import TABLES, text_of
+from .training.text import TABLES, read_lines, text_of
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -118,7 +118,7 @@ def embed(
         bert, tokenizer = load(model, dtype, device)
         if dtype in NARROW:
             accelerate(bert, dtype=dtype)
-        limit = token_limit(bert, tokenizer, own.max_length if max_length is None else max_length)
+        limit = token_limit(bert, tokenizer, max_length, own.max_length)
         start = time.perf_counter()
         with log.status("tokenising"):
             tokens = tokenize(tokenizer, texts, limit)
@@ -285,21 +285,14 @@ def read_texts(source: str, field: str | None) -> list[str]:
     Raises: ValueError with the line's number, for a line that is not UTF-8 or not what JSON lines
         with this field are; OSError for a file that cannot be read.
     """
-    name = "stdin" if source == "-" else source
-    data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-    lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    if not lines[-1]:
-        lines.pop()  # what follows the last line's end
-    texts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            text = line.removesuffix(b"\r").decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{name}, line {number}: not UTF-8 ({error.reason})") from None
-        if field is not None and text.strip():
-            text = text_of(text, field, f"{name}, line {number}")
-        texts.append(text)
-    return texts
+    file = None if source == "-" else Path(source)
+    name, lines = file or "stdin", read_lines(file)
+    if field is None:
+        return lines
+    return [
+        text_of(line, field, f"{name}, line {number}") if line.strip() else line
+        for number, line in enumerate(lines, 1)
+    ]
 
 
 def load(folder: Path, dtype: str, device: str) -> tuple[nn.Module, Any]:
@@ -315,8 +308,7 @@ def load(folder: Path, dtype: str, device: str) -> tuple[nn.Module, Any]:
     transformers.logging.disable_progress_bar()
     dtypes = {"dtype": getattr(torch, MODES[dtype])}
     model = load_weights(transformers.AutoModel, folder, **dtypes)
-    with cannot_load(folder):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(transformers.AutoTokenizer, folder, model.config)
     return model.eval().to(device), tokenizer
 
 

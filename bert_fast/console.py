@@ -69,6 +69,32 @@ def load_weights(kind: Any, folder: Path, **settings: Any) -> Any:
     return model
 
 
+def load_tokenizer(kind: Any, folder: Path, config: Any = None, **settings: Any) -> Any:
+    """kind.from_pretrained(folder), for a model with this config where there is one.
+
+    Raises: ValueError for a folder that cannot be loaded, and what `check_tokenizer` raises.
+    """
+    with cannot_load(folder):
+        tokenizer = kind.from_pretrained(folder, **settings)
+    check_tokenizer(tokenizer, folder, config)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, folder: Path, config: Any = None) -> None:
+    """Raises: ValueError where the folder has no tokenizer (transformers then makes one that knows
+    special tokens only, to which every word is the unknown one), and for one that has more tokens
+    than the model of this config.
+    """
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise ValueError(f"cannot load {folder}: it has no tokenizer files")
+    vocabulary = getattr(config, "vocab_size", None)
+    if vocabulary is not None and len(tokenizer) > vocabulary:
+        raise ValueError(
+            f"cannot load {folder}: its tokenizer has {len(tokenizer)} tokens, but the model's "
+            f"vocabulary {vocabulary}"
+        )
+
+
 def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
         raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(allowed)}")

@@ -79,9 +79,9 @@ def accelerate(
             dtype is used, with the reason said once (but not inside torch.compile and
             torch.export). Cosine similarities to fp32 are about 0.999 in int8, 0.997 in fp8;
             `verify` tells yours.
-        graphs: in inference on a GPU, batches of up to 4,096 tokens replay CUDA graphs, recorded at
-            their first use for buckets of like sizes (at most 32, the last used). Elsewhere it
-            changes nothing.
+        graphs: in inference on a GPU, batches of up to 8,192 tokens replay CUDA graphs, recorded at
+            their first use for buckets of like sizes (at most 32; then at the third use of late, in
+            the place of the one not used for longest). Elsewhere it changes nothing.
         keep_padding: padded positions are computed too, as queries, as transformers computes them;
             for a head of yours that reads them. Those known to read them (question answering,
             ColBERT's query expansion) get them without being told; in evaluation without labels
@@ -116,7 +116,7 @@ def accelerate(
     for module in found:
         row = family_of(module)
         if row is None:
-            why = _accelerate_other(module)
+            why = _why_not_other(module) or accelerate_attention(module)
             if not why and (backend != "auto" or checkpoint != "none" or dtype or graphs):
                 warn_once(
                     f"bert_fast: {type(module).__name__} takes the attention alone: backend, "
@@ -216,7 +216,7 @@ def report(model: Any) -> Report:
                     result.skipped[name] = _why_not_other(module) or ["accelerate was not called"]
             continue
         packed = isinstance(module, Packed)
-        why = _reasons(module, row) + (replaced if packed else [])
+        why = why_not_packed(module, row) + (replaced if packed else [])
         if packed and not why:
             options = options_of(module)
             how = [f"backend {options.backend}"]
@@ -232,20 +232,21 @@ def report(model: Any) -> Report:
             )
             result.swapped[name] = ", ".join(dict.fromkeys(how))
         else:
-            told = why or [strange(module, row) or "accelerate was not called on it"]
-            result.skipped[name] = told
+            result.skipped[name] = why or ["accelerate was not called on it"]
     return result
-
-
-def _reasons(module: nn.Module, row: Family) -> list[str]:
-    if not isinstance(module, Packed):
-        return _refusal(module, row)
-    return reasons_against(module, structure_of(module, row))
 
 
 def is_encoder(module: nn.Module) -> bool:
     """Whether `accelerate` would pack this module or has packed it."""
     return family_of(module) is not None
+
+
+def why_not_packed(module: nn.Module, row: Family) -> list[str]:
+    """Why this encoder, accelerated or not, cannot run packed as it is now (empty: it can)."""
+    why = _refusal(module, row)
+    if not why and (told := strange(module, row)):
+        why = [told]
+    return why or reasons_against(module, structure_of(module, row))
 
 
 def _refusal(module: nn.Module, row: Family) -> list[str]:
@@ -294,10 +295,6 @@ def _why_not_other(module: nn.Module) -> list[str]:
     if getattr(module.config, "is_decoder", False):
         return ["it is a decoder or has cross-attention"]
     return []
-
-
-def _accelerate_other(module: nn.Module) -> list[str]:
-    return _why_not_other(module) or accelerate_attention(module)
 
 
 def _check_backend(backend: Backend) -> None:

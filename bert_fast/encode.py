@@ -22,15 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .convert import _refusal, is_encoder
+from .convert import is_encoder, why_not_packed
 from .families import family_of
 from .inputs import most_tokens
 from .modeling import encode
 from .ops.pool import MODES
-from .packed import options_of, reasons_against
+from .packed import options_of
 from .paths import Backend, chosen
-from .probe import strange
-from .structure import hooked, structure_of
+from .structure import hooked
 
 TEXTS_AT_ONCE = 8_192  # bounds what the tokenizer's Python lists take, not what is kept
 Progress = Callable[[int, int], None]
@@ -117,8 +116,7 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> Tokens:
 
     Raises: ValueError for a tokenizer that is not fast.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer (tokenizer.json)")
+    check_fast(tokenizer)
     pieces, counts, truncated = [np.empty(0, np.int32)], [0], 0
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         found = tokenizer(
@@ -132,6 +130,12 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> Tokens:
         pieces.append(np.concatenate([np.asarray(x, np.int32) for x in found["input_ids"]]))
         truncated += sum(bool(encoding.overflowing) for encoding in found.encodings)
     return Tokens(np.concatenate(pieces), np.cumsum(counts, dtype=np.int64), truncated)
+
+
+def check_fast(tokenizer: Any) -> None:
+    """Raises: ValueError for a tokenizer of Python, which does not say where a token is from."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer (tokenizer.json)")
 
 
 def embed_tokens(
@@ -210,15 +214,18 @@ def batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
         start, used = stop, int(ends[stop - 1])
 
 
-def token_limit(model: nn.Module, tokenizer: Any, max_length: int | None = None) -> int:
-    """The tokens kept of each text: `max_length`, or what model and tokenizer take at most.
+def token_limit(
+    model: nn.Module, tokenizer: Any, max_length: int | None = None, usual: int | None = None
+) -> int:
+    """The tokens kept of each text: `max_length`, or `usual` as far as the positions go; None:
+    what the tokenizer says.
 
     Raises: ValueError for a max_length that leaves no token of a text, or is over the model's
         position table.
     """
     positions = most_tokens(_packable(model).embeddings)
     if max_length is None:
-        return min(positions, int(tokenizer.model_max_length))
+        return min(positions, int(usual or tokenizer.model_max_length))
     least = tokenizer.num_special_tokens_to_add() + 1
     if not least <= max_length <= positions:
         raise ValueError(
@@ -301,10 +308,7 @@ def _packable(model: nn.Module) -> nn.Module:
     assert family is not None
     if told := _around(model, encoder):
         raise ValueError(f"{type(model).__name__} is more than its encoder: {told}")
-    why = _refusal(encoder, family)
-    if not why and (told := strange(encoder, family)):
-        why = [told]
-    if why := why or reasons_against(encoder, structure_of(encoder, family)):
+    if why := why_not_packed(encoder, family):
         raise ValueError(f"{type(model).__name__} cannot run packed: {'; '.join(why)}")
     return encoder
 

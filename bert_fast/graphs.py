@@ -29,8 +29,12 @@ from .ops.weight_copies import holding_copies
 from .padding import Packing
 from .structure import Structure
 
-MOST_TOKENS = 4_096  # more keep a GPU busy for longer than their launches take
+MOST_TOKENS = 8_192  # more keep a GPU busy for longer than their launches take
 KEPT = 32  # graphs of a model, the last used
+# Recording takes as long as ten replays save, or more. So once KEPT are there, a bucket has to come
+# so many times before it takes a place, and of those that wait only the last few are counted: where
+# more than these take turns, each would lose its place before its graph had paid.
+SIGHTINGS, WAITING = 3, 4
 
 Run = Callable[[Batch, Tensor | None], Tensor]
 # Records `run` and returns how to run it again on the same memory, and where its result then is.
@@ -155,6 +159,7 @@ class _Graph:
         packing, tokens = batch.packing, batch.tokens
         assert batch.input_ids is not None
         self.ids[:tokens] = packing.unpad_ids(batch.input_ids)
+        assert batch.position_ids is not None
         self.positions[:tokens] = packing.unpad_ids(batch.position_ids)
         if self.types is not None and batch.token_type_ids is not None:
             self.types[:tokens] = packing.unpad_ids(batch.token_type_ids)
@@ -207,6 +212,7 @@ class Graphs:
         self.norms = [*structure.norms, structure.embeddings.norm]
         self.capture, self.lock = capture, threading.Lock()
         self.kept: OrderedDict[Bucket, _Graph] = OrderedDict()
+        self.waiting: OrderedDict[Bucket, int] = OrderedDict()  # how often each came
         self.stamp: Any = None
         # Recording failed twice, as an op waits for values (once, it may be another thread that
         # did); or nothing would tell of a changed weight.
@@ -232,23 +238,40 @@ class Graphs:
                 self.kept.clear()
                 self.stamp, self.place = stamp, self._place()
             graph = self.kept.pop(bucket, None)
-            if graph is None:
-                while len(self.kept) >= KEPT:
-                    self.kept.popitem(last=False)
-                try:
-                    graph = _Graph(bucket, run, device, self.capture, self.place)
-                except RuntimeError as error:
-                    self.kept.clear()
-                    self.place = self._place()
-                    self.broken, self.failed = self.failed, True
-                    if self.broken:
-                        warn_once(f"bert_fast: no CUDA graph can be recorded here: {error}")
-                    return run(batch, rows)
-            self.kept[bucket] = graph
-            found = graph(batch, rows)
-            if self.done:
-                self.done.record()
-            return found
+            if graph is None and self._has_place(bucket):
+                graph = self._record(bucket, run, device)
+            if graph is not None:
+                self.kept[bucket] = graph
+                found = graph(batch, rows)
+                if self.done:
+                    self.done.record()
+                return found
+        return run(batch, rows)
+
+    def _has_place(self, bucket: Bucket) -> bool:
+        """Whether a bucket is to be recorded now: while there is room at once, then if it came
+        often of late."""
+        sightings = self.waiting.pop(bucket, 0) + 1
+        if len(self.kept) < KEPT or sightings >= SIGHTINGS:
+            return True
+        self.waiting[bucket] = sightings
+        while len(self.waiting) > WAITING:
+            self.waiting.popitem(last=False)
+        return False
+
+    def _record(self, bucket: Bucket, run: Run, device: torch.device) -> _Graph | None:
+        """A new graph, in the place of the one that was not used for longest; None if it fails."""
+        while len(self.kept) >= KEPT:
+            self.kept.popitem(last=False)
+        try:
+            return _Graph(bucket, run, device, self.capture, self.place)
+        except RuntimeError as error:
+            self.kept.clear()
+            self.place = self._place()
+            self.broken, self.failed = self.failed, True
+            if self.broken:
+                warn_once(f"bert_fast: no CUDA graph can be recorded here: {error}")
+            return None
 
     def _stamp(self) -> Any:
         """What a graph has inside beside its inputs: copies of weights, and settings."""

@@ -97,6 +97,14 @@ def test_others_sees_a_process_that_computes() -> None:
         other.wait()
 
 
+def test_a_probe_of_a_gpu_outlasts_its_launches() -> None:
+    size, elements = noise.extent(torch.device("cuda"))
+    assert 2 * size**3 / 60e12 > 1e-3  # seconds, at an H200's rate in fp32
+    assert 8 * elements / 4e12 > 1e-4  # read and written
+    probe = noise.Probe(torch.device("cpu"))
+    assert (probe.a.shape, probe.b.shape) == ((384, 384), (1 << 20,))
+
+
 def test_a_much_slower_contender_leaves_after_the_first_rounds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

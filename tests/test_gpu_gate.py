@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from bench import cases, gpu_gate, measure, results, workloads
+from bench import cases, gpu_gate, measure, noise, results, workloads
 from bert_fast.ops import OPS
 
 ONE_TEST = "tests/test_gpu_gate.py -k squad_lengths"
@@ -19,11 +20,15 @@ QUICK = ("--device", "cpu", "--quick", "--pytest", ONE_TEST)
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Sections, so that what a test puts in the place of theirs is seen."""
+    """Sections, so that what a test puts in the place of theirs is seen; and whatever disturbs
+    them: the other tests do, and no time that they find is looked at."""
 
     def filled(path: Path, options: Any) -> None:
         gpu_gate.fill(results.new_run("test", torch.device("cpu")), path, options)
 
+    monkeypatch.setattr(noise.Others, "disturbed", lambda others: False)
+    monkeypatch.setattr(noise.Probe, "quiet", lambda probe: True)
+    monkeypatch.setattr(measure, "MEDIANS", 1)
     if "alone" not in request.node.name:
         monkeypatch.setattr(gpu_gate, "alone", filled)
 
@@ -153,8 +158,58 @@ def test_tests_that_are_cut_off_are_counted(
     start = time.monotonic()
     line = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tmp_path)]
     code, told = gpu_gate.ended([*line, f"--junitxml={report}"], 12.0)
-    assert code == gpu_gate.INTERRUPTED and time.monotonic() - start < 12 + gpu_gate.LAST_WORDS
+    assert time.monotonic() - start < 12 + gpu_gate.LAST_WORDS
+    assert code == pytest.ExitCode.INTERRUPTED
     assert gpu_gate.read_junit(report)["passed"] == 1, told
+
+
+LOST = "assert 1 == 2, 'why it failed' + 500 * '.'"
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "told"),
+    [
+        (f"def test_a(): {LOST}\n", 1, "test_a::test_a: AssertionError: why it failed...."),
+        ("import no_such_module\n", 2, "No module named 'no_such_module'"),
+    ],
+)
+def test_why_tests_failed_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, code: int, told: str
+) -> None:
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setattr(gpu_gate, "SHARES", {"tests": 1.0})
+    (tmp_path / "test_a.py").write_text(body)
+    out = tmp_path / "gate.json"
+    failed, result = run(out, "--pytest", f"-p no:cacheprovider {tmp_path}/test_a.py")
+    assert failed == 1 and result.tests and result.tests["exit_code"] == code
+    (one,) = result.tests["failing"]
+    assert told in one and len(one) < gpu_gate.MESSAGE + 100
+    assert f"pytest exited with {code}: " in result.failed[0] and told in result.failed[0]
+    whole = out.with_name("gate.json.junit.xml").read_text()
+    assert LOST not in body or 500 * "." in whole
+    assert gpu_gate.read_junit(out.with_name("gate.json.junit.xml"))["failing"] == [one]
+
+
+@pytest.mark.parametrize(("took", "told"), [(59.0, "exited with 2"), (60.0, "its time was up")])
+def test_the_clock_tells_whether_pytest_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, took: float, told: str
+) -> None:
+    ticks = iter((0.0, took))
+    monkeypatch.setattr(gpu_gate, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    monkeypatch.setattr(gpu_gate, "ended", lambda *args: (2, ""))
+    (tmp_path / "gate.json.junit.xml").write_text("of a gate before")
+    with pytest.raises(RuntimeError, match=f"{told} and wrote no report"):
+        gpu_gate.run_tests(
+            results.new_run("test", torch.device("cpu")), tmp_path / "gate.json", (), 0.0, True
+        )
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(None, "8"), (4, "4"), (64, "16")])
+def test_workers_are_as_many_as_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int | None, workers: str
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert gpu_gate.parallel()[:2] == ["-n", workers]
 
 
 def test_wrong_values_get_no_time(

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from bert_fast.training.readers import Columns, label_name, labels_of, read_texts, read_words
+from bert_fast.training.readers import Columns, label_name, labels_of, read_texts
 from bert_fast.training.squad import locate, read_squad
+from bert_fast.training.words import read_words
 
 ROWS = [("a cat", "yes"), ('the "big" dog, barking', "no"), ("Zürich\u2028 sun", "yes")]
 

@@ -81,6 +81,7 @@ def spans(job: Job) -> Task:
         save,
         OBJECTIVE,
         notes,
+        tokenizer,
     )
 
 

@@ -28,6 +28,7 @@ RULES = "1"  # of files, sentences and what is stored: another number makes ever
 LONGEST = 128  # tokens of a sentence; a longer one, mostly a list or a table, is cut into several
 SHARD = 1 << 27  # tokens
 AT_ONCE = 256  # documents tokenised together
+PART = ".part-"  # before the name of a corpus that is being made
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def load_corpus(files: Sequence[Path], tokenizer: Any, folder: Path, text_field:
     target = folder / _fingerprint(files, tokenizer, text_field)
     if not target.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(dir=folder, prefix=".part-"))
+        part = Path(tempfile.mkdtemp(dir=folder, prefix=PART))
         try:
             _write(part, read_documents(files, text_field), tokenizer)
             part.rename(target)  # at once: an interrupted run leaves no half of a corpus
@@ -89,6 +90,12 @@ def load_corpus(files: Sequence[Path], tokenizer: Any, folder: Path, text_field:
     shards = [load_file(file)["ids"].numpy() for file in sorted(target.glob("tokens-*"))]
     starts = np.cumsum([0, *(len(shard) for shard in shards)])
     return Corpus(shards, starts, bounds["sentences"].numpy(), bounds["documents"].numpy())
+
+
+def remove_parts(folder: Path) -> None:
+    """Removes what killed runs have left of corpora in `folder`, while nobody makes one there."""
+    for part in folder.glob(f"{PART}*"):
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _fingerprint(files: Sequence[Path], tokenizer: Any, text_field: str) -> str:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from ..console import cannot_load, load_weights
+from ..console import cannot_load, check_tokenizer, load_weights
 from ..encode import sentence_modules
 from .items import Collate, Item, collator, item_of, outputs_of, tokenize, was_cut
 from .loop import Objective
@@ -60,11 +60,15 @@ def embedding(job: Job) -> Task:
         model = SentenceTransformer(
             str(job.model), device="cpu", model_kwargs={"dtype": torch.float32}
         )
-    if job.max_length is not None:
-        token_limit(model[0].auto_model, model.tokenizer, job.max_length)
-        model.max_seq_length = job.max_length
+    check_tokenizer(model.tokenizer, job.model, model[0].auto_model.config)
+    model.max_seq_length = token_limit(
+        model[0].auto_model, model.tokenizer, job.max_length, model.max_seq_length
+    )
     collate = collator(model.tokenizer)
     notes = [f"{len(train)} pairs {'with scores' if train.labels else 'that are alike'}"]
+    if train.unused:
+        columns = ", ".join(map(repr, train.unused))
+        notes.append(f"{train.table.file}: not used, as pairs have two texts: {columns}")
     loss = getattr(losses, LOSSES[bool(train.labels)])(model)
 
     def means(outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> tuple[Tensor]:
@@ -136,10 +140,15 @@ def _evaluation(
         if not examples.labels:
             assert examples.texts_b is not None
             partners = np.unique(examples.texts_b, return_inverse=True)[1]  # some may be the same
-            nearest = (first @ second.T).argmax(-1).numpy()
-            return {"accuracy": accuracy(partners[nearest], partners)}
+            return {"accuracy": accuracy(partners[_nearest(first, second)], partners)}
         cosines = (first * second).sum(-1).numpy()
         scores = np.array([item["labels"] for item in items])
         return {"pearson": pearson(cosines, scores), "spearman": spearman(cosines, scores)}
 
     return evaluate
+
+
+def _nearest(first: Tensor, second: Tensor) -> np.ndarray:
+    """Which row of `second` has the largest product with each of `first`."""
+    # By parts: all products of 100,000 pairs are 80 GB.
+    return torch.cat([(part @ second.T).argmax(-1) for part in first.split(1_000)]).numpy()

@@ -35,8 +35,9 @@ def finetune(job: Job, told: Callable[[str], None] = print) -> dict[str, Any]:
         told: called with what a user should know of the data, and at last with the metrics; by
             the main process only.
 
-    Returns: the metrics on the validation data: `accuracy`; `pearson`, `spearman` and `mse` for
-        scores; `exact_match` and `f1` in percent for spans; also `f1` of entities for BIO tags.
+    Returns: the metrics on the validation data: `accuracy`, with `macro_f1` and `matthews` for a
+        label for each text; `pearson`, `spearman` and `mse` for scores; `exact_match` and `f1` in
+        percent for spans; also `precision`, `recall` and `f1` of entities for BIO tags.
     Raises: ValueError for a wrong option or wrong data, with file, line and what is allowed;
         OSError for files that cannot be read or written.
     """
@@ -70,6 +71,7 @@ def finetune(job: Job, told: Callable[[str], None] = print) -> dict[str, Any]:
             evaluate=evaluate if task.evaluate is not None else None,
             objective=task.objective,
             about=job.to_json(),
+            tokenizer=task.tokenizer,
         )
     task.model.to(processes.device)
     if task.evaluate is not None and not last:  # no training, or a run that was done before

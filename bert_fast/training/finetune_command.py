@@ -49,7 +49,10 @@ def finetune(
         float, Option(help="How far 'no answer' has to be ahead of the best answer (spans).")
     ] = 0.0,
     text_column: Annotated[str | None, Option(help="Else text, or as in GLUE; tokens.")] = None,
-    text_b_column: Annotated[str | None, Option(help="Else text_b, or as in GLUE.")] = None,
+    text_b_column: Annotated[
+        str | None,
+        Option(help="Else text_b, or as in GLUE; with --text-column alone none, but for pairs."),
+    ] = None,
     label_column: Annotated[str | None, Option(help="Else label, or as in GLUE; labels.")] = None,
     regression: Annotated[
         bool | None, Option(help="Labels are scores; unless given, where some are no integers.")

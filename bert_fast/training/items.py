@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..encode import batches, evaluating
+from ..encode import batches, check_fast, evaluating
+from ..ops.masked_lm_loss import IGNORED
 
 Item = dict[str, Any]  # input_ids (and token_type_ids) int32 [L], and what the loss needs
 Collate = Callable[[Sequence[Item]], dict[str, Tensor]]
 
 TEXTS_AT_ONCE = 1000  # bounds the memory of the tokeniser's own encodings
 EVALUATION_TOKENS = 8192
-NO_LABEL = -100
 
 
 def lengths_of(items: Sequence[Item]) -> np.ndarray:
@@ -34,8 +34,7 @@ def tokenize(
 
     Raises: ValueError for a tokeniser that is not fast.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer (tokenizer.json)")
+    check_fast(tokenizer)
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         part = slice(start, start + TEXTS_AT_ONCE)
         encoded = tokenizer(
@@ -62,7 +61,7 @@ def was_cut(encoded: Any, i: int) -> bool:
 
 def collator(tokenizer: Any) -> Collate:
     """Pads on the right to a batch's longest; labels per token with -100."""
-    fill = {"input_ids": tokenizer.pad_token_id or 0, "labels": NO_LABEL}
+    fill = {"input_ids": tokenizer.pad_token_id or 0, "labels": IGNORED}
 
     def collate(items: Sequence[Item]) -> dict[str, Tensor]:
         lengths = lengths_of(items)

@@ -25,7 +25,10 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
+from ..console import check_choice
+from ..ops.masked_lm_loss import IGNORED
 from .batches import BalancedBatches
+from .checkpoints import Checkpoints, numbered
 from .lamb import Lamb
 from .monitor import Bar, Csv, Epochs, Speed
 from .throughput import gemm_peak, training_flops
@@ -33,7 +36,6 @@ from .throughput import gemm_peak, training_flops
 OPTIMIZERS = ("adamw", "lamb")
 DTYPES = ("fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,6 @@ class Settings:
     batch_size: int = 32
     batch_tokens: int | None = None
     accumulation: int = 1
-    max_grad_norm: float = 1.0
     seed: int = 0
     dtype: str = "fp32"
     optimizer: str = "adamw"
@@ -78,15 +79,12 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} is {value}, expected a positive number")
-        for name in ("warmup", "weight_decay", "max_grad_norm", "seed"):
+        for name in ("warmup", "weight_decay", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
         choices = (("dtype", DTYPES), ("optimizer", OPTIMIZERS), ("device", DEVICES))
         for name, allowed in choices:
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"unknown {name} {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
-                )
+            check_choice(name, getattr(self, name), allowed)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device is cuda, but torch sees no GPU here")
 
@@ -140,6 +138,7 @@ def train(
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     objective: Objective = MODEL_LOSS,
     about: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
 ) -> list[dict[str, float]]:
     """Trains `model` in place and saves it to `settings.output_dir`.
 
@@ -155,6 +154,7 @@ def train(
             what it returns is logged with `eval_` before the names.
         objective: how the loss is made of means; by default the model's own, over its labels.
         about: what else a resumed run has to agree with, by name: plain values.
+        tokenizer: the model's, which every checkpoint gets too.
 
     Returns: one dict per step (step, epoch, loss, learning_rate, grad_norm, tokens_per_second,
         num_input_tokens_seen) and per evaluation (step, epoch, eval_*); of a resumed run all.
@@ -175,6 +175,7 @@ def train(
     }
     checkpoint = _checkpoint(settings, json.loads(json.dumps(agreed)))
     trainer = _Trainer(model, arguments, dataset, settings, collate, lengths, evaluate, objective)
+    trainer.add_callback(Checkpoints(settings.output_dir, tokenizer))
     if arguments.should_save:
         (settings.output_dir / "settings.json").write_text(json.dumps(agreed) + "\n")
     if checkpoint and _done(checkpoint):  # Trainer would take one more step
@@ -320,7 +321,6 @@ def _arguments(settings: Settings) -> TrainingArguments:
         warmup_steps=settings.warmup,
         lr_scheduler_type="linear",
         weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
         gradient_accumulation_steps=settings.accumulation,
         seed=settings.seed,
         bf16=settings.dtype == "bf16",
@@ -334,7 +334,6 @@ def _arguments(settings: Settings) -> TrainingArguments:
         include_num_input_tokens_seen="non_padding",
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
-        save_total_limit=2,
         report_to=["tensorboard"] if is_tensorboard_available() else [],
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -349,12 +348,7 @@ def checkpoints_of(settings: Settings) -> list[Path]:
 
     Raises: ValueError where there are some, but no run is resumed.
     """
-    found = [
-        (int(step), path)
-        for path in settings.output_dir.glob("checkpoint-*")
-        if (step := path.name.removeprefix("checkpoint-")).isdecimal()
-    ]
-    checkpoints = [path for _, path in sorted(found)]
+    checkpoints = [path for _, path in numbered(settings.output_dir)]
     if checkpoints and not settings.resume:
         raise ValueError(
             f"{settings.output_dir} holds checkpoints of another run: resume it, or choose "

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-IGNORED = -100  # the label of a token that is not predicted
+from ..ops.masked_lm_loss import IGNORED
+
 SHARE = 0.15
 
 

@@ -138,13 +138,18 @@ class Csv(TrainerCallback):
 
 
 class Epochs(TrainerCallback):
-    """Tells data and sampler which epoch it is; asks for an evaluation at the end of each epoch.
+    """Tells data and sampler which epoch it is; asks for an evaluation at the end of each epoch;
+    and sees to it that steps are counted as this run has it, not as the one it resumes.
 
     Trainer tells them too, but not after it skipped the batches that a resumed run had done.
     """
 
     def __init__(self, listeners: Sequence[Any], eval_steps: int | None) -> None:
         self.listeners, self.eval_steps = listeners, eval_steps
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A resumed run's state is its checkpoint's, with the save_steps of that run.
+        state.compute_steps(args, state.max_steps)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Later versions of Trainer and accelerate do so too; earlier ones not for a sampler that

@@ -9,6 +9,7 @@ import functools
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +21,12 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, BertConfig, BertForPreTraining
 
 from .. import accelerate
-from ..console import cannot_load, load_weights
-from .corpus import load_corpus
+from ..console import load_tokenizer, load_weights
+from ..ops.masked_lm_loss import IGNORED
+from .corpus import load_corpus, remove_parts
 from .items import Collate, collator
 from .loop import Objective, Settings, checkpoints_of, train
-from .masking import IGNORED, SHARE, Masking
+from .masking import SHARE, Masking
 from .mimetic import start_mimetic
 from .monitor import write_metrics
 from .pairs import LEAST, SPECIALS, SentencePairs
@@ -33,6 +35,9 @@ from .tokenizer import train_tokenizer
 
 EVALUATED = 2_048  # pairs of held-back text, at most
 POSITIONS = 512  # of a new model, at least
+# How long processes wait for the main one to read the text: torch's 10 minutes end the run of a
+# large corpus. It holds for the training too, whose dead processes torchrun sees by itself.
+PATIENCE = timedelta(days=2)
 STARTS = ("bert", "mimetic")
 
 
@@ -120,6 +125,7 @@ def pretrain(recipe: Recipe, settings: Settings) -> dict[str, float]:
         evaluate=None if held is None else lambda model: evaluate(model, held, collate),
         objective=OBJECTIVE,
         about=recipe.to_json(),
+        tokenizer=prepared.tokenizer,
     )
     speed = next(row["tokens_per_second"] for row in reversed(history) if "loss" in row)
     values = {name[5:]: v for name, v in history[-1].items() if name.startswith("eval_")}
@@ -146,9 +152,14 @@ def prepare(recipe: Recipe, settings: Settings) -> Prepared:
     checkpoints_of(settings)  # a run that is refused must not write over the other's tokenizer
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     # The main process alone first; the others find it done.
-    with PartialState(cpu=settings.on_cpu).main_process_first():
+    processes = PartialState(cpu=settings.on_cpu, timeout=PATIENCE)
+    with processes.main_process_first():
+        if processes.is_main_process:
+            remove_parts(settings.output_dir / "corpus")
         tokenizer = _tokenizer(recipe, files, settings)
         corpus = load_corpus(files, tokenizer, settings.output_dir / "corpus", recipe.text_field)
+    # What it says a model takes, which may be less than this one has positions for.
+    tokenizer.model_max_length = max(tokenizer.model_max_length, recipe.max_length)
     model = new_model(recipe, tokenizer, settings.seed)
     kept, held = corpus.split(recipe.validation_fraction, settings.seed)
 
@@ -253,8 +264,7 @@ def _tokenizer(recipe: Recipe, files: Sequence[Path], settings: Settings) -> Any
     if folder is None and reused and made.is_dir():
         folder = made
     if folder is not None:
-        with cannot_load(Path(folder)):
-            return AutoTokenizer.from_pretrained(folder)
+        return load_tokenizer(AutoTokenizer, Path(folder))
     texts = functools.partial(read_documents, files, recipe.text_field)
     tokenizer = train_tokenizer(texts, recipe.vocab_size, max_length=POSITIONS)
     part = made.with_suffix(".part")

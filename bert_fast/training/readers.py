@@ -1,18 +1,21 @@
-"""What each fine-tuning task reads: texts with labels, pairs of texts, words with labels.
+"""What fine-tuning reads: texts with labels, and pairs of texts.
 
-Labels become ids here: names sorted (integers by value), or the order a model already has. SQuAD's
-files are read in `squad.py`.
+Labels become ids here: names sorted (integers by value), or the order a model already has. Words
+with labels are read in `words.py`, SQuAD's files in `squad.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .tables import READERS, Table, read_lines, read_table
+from ..ops.masked_lm_loss import IGNORED
+from .tables import Table, read_table
+from .text import whole
 
 # GLUE's own headers: text, second text, label. Looked for where the default names are absent.
 GLUE = (
@@ -24,14 +27,13 @@ GLUE = (
     ("sentence1", "sentence2", "label"),  # RTE, WNLI
     ("question", "sentence", "label"),  # QNLI
 )
+NO_LABEL = str(IGNORED)
 # Pairs that are alike, without a score.
 ALIKE = (
     ("text", "text_b", None),
     ("anchor", "positive", None),
     ("sentence1", "sentence2", None),
 )
-WORD_COLUMNS = ("tokens", "words", "text")
-TAG_COLUMNS = ("labels", "label", "ner_tags", "tags")
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,17 @@ class Columns:
 
 @dataclass(frozen=True)
 class Texts:
-    """Rows for a sequence-level task; `labels` as in the file, none where there are no labels."""
+    """Rows for a sequence-level task; `labels` as in the file, none where there are no labels.
+
+    unused: other columns of texts in the file.
+    """
 
     table: Table
     texts: list[str]
     texts_b: list[str] | None
     labels: list[Any]
     label_column: str | None
+    unused: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -60,26 +66,13 @@ class Texts:
         return f"{self.table.where(row)}, column {self.label_column!r}"
 
 
-@dataclass(frozen=True)
-class Words:
-    """Rows for token classification: the words of each and their labels' names."""
-
-    file: Path
-    words: list[list[str]]
-    labels: list[list[str]]
-    places: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.words)
-
-
 def read_texts(
     file: Path, pairs: bool | None, columns: Columns | None = None, labelled: bool = True
 ) -> Texts:
     """Texts with labels; labels may be absent unless `labelled`.
 
     The columns are those asked for, else `text`, `text_b` and `label`, else GLUE's names.
-    pairs: two texts a row; None: where the columns are so.
+    pairs: two texts a row; None: where the columns are so, and not only the first is asked for.
 
     Raises: ValueError naming file, line and column for a column that is absent, a text that is no
         string, and a label that is missing; OSError for a file that cannot be read.
@@ -88,34 +81,46 @@ def read_texts(
     text, text_b, label = _columns(table, columns or Columns(), pairs, labelled)
     labels = _labels(table, label) if label is not None else []
     texts_b = _texts(table, text_b) if text_b is not None else None
-    return Texts(table, _texts(table, text), texts_b, labels, label)
+    others = [name for name in table.columns if name not in (text, text_b, label)]
+    unused = [name for name in others if _is_text(table, name)]
+    return Texts(table, _texts(table, text), texts_b, labels, label, unused)
 
 
 def _columns(
     table: Table, asked: Columns, pairs: bool | None, labelled: bool
 ) -> tuple[str, str | None, str | None]:
+    """What was asked for, and for the rest the first usual names that are in the table with it."""
+    if asked.text_b:
+        pairs = True
+    elif pairs is None and asked.text:
+        pairs = False
     usual = (("text", "text_b", "label"), ("text", None, "label"))
-    if asked == Columns():
-        two_first = sorted(GLUE, key=lambda names: names[1] is None)
-        for names in (*usual, *two_first, *(() if labelled else ALIKE)):
-            wanted = pairs is None or pairs is (names[1] is not None)
-            if wanted and set(names) - {None} <= set(table.columns):
-                return names
-    text, label = asked.text or "text", asked.label or "label"
-    text_b = asked.text_b or ("text_b" if pairs else None)
-    options = {"--text-column": text, "--text-b-column": text_b, "--label-column": label}
-    if not labelled and asked.label is None and label not in table.columns:
-        del options["--label-column"]
-    for option, name in options.items():
-        if name is not None and name not in table.columns:
-            raise ValueError(
-                f"{table.file} has no column {name!r}; its columns are "
-                f"{', '.join(map(repr, table.columns))} (name one with {option})"
-            )
-    return text, text_b, options.get("--label-column")
+    two_first = sorted(GLUE, key=lambda names: names[1] is None)
+    for names in (*usual, *two_first, *(() if labelled else ALIKE)):
+        if pairs is (names[1] is None):
+            continue
+        found = (asked.text or names[0], asked.text_b or names[1], asked.label or names[2])
+        # Other texts than a task of GLUE has are not of that task: its label is not theirs.
+        agrees = names not in GLUE or found[:2] == names[:2]
+        if agrees and set(found) - {None} <= set(table.columns):
+            return found
+    options = {
+        "--text-column": asked.text or "text",
+        "--text-b-column": asked.text_b or ("text_b" if pairs else None),
+        "--label-column": asked.label or ("label" if labelled else None),
+    }
+    option, name = next(
+        (option, name)
+        for option, name in options.items()
+        if name is not None and name not in table.columns
+    )
+    raise ValueError(
+        f"{table.file} has no column {name!r}; its columns are "
+        f"{', '.join(map(repr, table.columns))} (name one with {option})"
+    )
 
 
-def _field(table: Table, row: int, column: str) -> Any:
+def field_of(table: Table, row: int, column: str) -> Any:
     try:
         return table.rows[row][column]
     except KeyError:
@@ -123,10 +128,12 @@ def _field(table: Table, row: int, column: str) -> Any:
 
 
 def _labels(table: Table, column: str) -> list[Any]:
-    labels = [_field(table, row, column) for row in range(len(table))]
+    labels = [field_of(table, row, column) for row in range(len(table))]
     for row, value in enumerate(labels):
         if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
             raise ValueError(f"{table.where(row)}, column {column!r}: no label")
+        if isinstance(value, str):
+            whole(value, f"{table.where(row)}, column {column!r}")
         if isinstance(value, list | dict) or (isinstance(value, float) and math.isinf(value)):
             raise ValueError(
                 f"{table.where(row)}, column {column!r}: label {value!r}, expected a string or a "
@@ -138,13 +145,18 @@ def _labels(table: Table, column: str) -> list[Any]:
 def _texts(table: Table, column: str) -> list[str]:
     texts = []
     for row in range(len(table)):
-        text = _field(table, row, column)
+        text = field_of(table, row, column)
         if not isinstance(text, str):
             raise ValueError(
                 f"{table.where(row)}, column {column!r}: {text!r} is no string, expected a text"
             )
-        texts.append(text)
+        texts.append(whole(text, f"{table.where(row)}, column {column!r}"))
     return texts
+
+
+def _is_text(table: Table, column: str) -> bool:
+    values = (row.get(column) for row in table.rows)
+    return all(isinstance(value, str) and _number(value) is None for value in values)
 
 
 # -- labels -------------------------------------------------------------------------------------
@@ -188,8 +200,8 @@ def labels_of(
         known: label2id of the model's config: its order is kept where it has all of them.
         regression: None decides: labels that are all numbers, not all of them whole, are scores.
 
-    Raises: ValueError where all labels are the same, and for a label that is no number though
-        `regression` was asked for.
+    Raises: ValueError where all labels are the same, for the label -100, and for one that is no
+        number though `regression` was asked for.
     """
     if regression is None:
         numbers = [_number(value) for value in examples.labels]
@@ -198,10 +210,52 @@ def labels_of(
         scores = Labels(())
         scores.encode(examples)
         return scores
-    names = {label_name(value) for value in examples.labels}
+    names = names_of(examples)
+    if NO_LABEL in names:
+        row = next(i for i, value in enumerate(examples.labels) if label_name(value) == NO_LABEL)
+        raise ValueError(f"{examples.where(row)}: label {NO_LABEL}, which is torch's for no label")
     if len(names) == 1:
         raise ValueError(f"{examples.table.file}: every label is {names.pop()!r}, expected two")
     return Labels(in_order(names, known))
+
+
+def names_of(examples: Texts) -> set[str]:
+    """The names of the labels that occur."""
+    return {label_name(value) for value in examples.labels}
+
+
+def classes_of(examples: Texts, known: Container[str]) -> set[str]:
+    """The labels that are classes. -1, by which the Hub means no label, is none where it is rarer
+    than a tenth of any other and not `known`: of sentiments -1, 0 and 1 it is one."""
+    counts = Counter(map(label_name, examples.labels))
+    least = min((n for name, n in counts.items() if name != "-1"), default=0)
+    return set(counts) - ({"-1"} if counts["-1"] < least / 10 and "-1" not in known else set())
+
+
+def labelled(examples: Texts, classes: Collection[str]) -> Texts:
+    """Without the rows whose label says that there is none: "-" in a column gold_label (annotators
+    disagreed), and -1 where the classes are numbers from 0 on and it is none of them.
+
+    Raises: ValueError where no row is left.
+    """
+    absent = {"-"} if examples.label_column == "gold_label" else set()
+    numbers = set(classes) - absent
+    # Of two classes -1 and 1, or -1 and 0, it is one.
+    if "-1" not in numbers and len(numbers) > 1 and all(map(str.isdecimal, numbers)):
+        absent.add("-1")
+    kept = [i for i, value in enumerate(examples.labels) if label_name(value) not in absent]
+    if not kept:
+        raise ValueError(f"{examples.table.file}: no row has a label")
+    table, texts_b = examples.table, examples.texts_b
+    return replace(
+        examples,
+        table=replace(
+            table, rows=[table.rows[i] for i in kept], places=[table.places[i] for i in kept]
+        ),
+        texts=[examples.texts[i] for i in kept],
+        texts_b=None if texts_b is None else [texts_b[i] for i in kept],
+        labels=[examples.labels[i] for i in kept],
+    )
 
 
 def in_order(names: set[str], known: Mapping[str, int] | None = None) -> tuple[str, ...]:
@@ -235,89 +289,6 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _listed(names: Sequence[str], most: int = 20) -> str:
-    shown = ", ".join(map(repr, names[:most]))
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
-
-
-# -- words with labels --------------------------------------------------------------------------
-
-
-def read_words(file: Path, columns: Columns | None = None) -> Words:
-    """Words with labels for the task `tokens`.
-
-    JSON lines, JSON and Parquet: two lists of one length in a row, in the columns asked for, else
-    in `tokens` and `labels` (or `ner_tags`). Any other file is CoNLL: a word a line, its label in
-    the line's last field, an empty line between sentences; lines of -DOCSTART- are left out.
-
-    Raises: ValueError naming file, line and column for lists of different lengths, an empty file,
-        and a line that has no label; OSError for a file that cannot be read.
-    """
-    if file.suffix.lower() in set(READERS) - {".csv", ".tsv"}:
-        return _words_of_table(read_table(file), columns or Columns())
-    if file.suffix.lower() == ".csv":
-        raise ValueError(f"{file}: words with labels come as CoNLL, .jsonl or .parquet, not .csv")
-    return _conll(file)
-
-
-def _words_of_table(table: Table, asked: Columns) -> Words:
-    def choose(name: str | None, usual: Sequence[str], option: str) -> str:
-        for column in (name,) if name else usual:
-            if column in table.columns:
-                return column
-        raise ValueError(
-            f"{table.file} has no column {name or usual[0]!r}; its columns are "
-            f"{', '.join(map(repr, table.columns))} (name one with {option})"
-        )
-
-    word_column = choose(asked.text, WORD_COLUMNS, "--text-column")
-    tag_column = choose(asked.label, TAG_COLUMNS, "--label-column")
-    words, labels, places = [], [], []
-    for row in range(len(table)):
-        pair = []
-        for column in (word_column, tag_column):
-            values = _field(table, row, column)
-            if not isinstance(values, list) or any(v is None or v == "" for v in values):
-                raise ValueError(
-                    f"{table.where(row)}, column {column!r}: {str(values)[:40]!r}, expected a "
-                    "list without empty values, one for each word"
-                )
-            pair.append([label_name(v) for v in values] if column == tag_column else values)
-        if not all(isinstance(word, str) for word in pair[0]):
-            raise ValueError(f"{table.where(row)}, column {word_column!r}: expected strings")
-        if len(pair[0]) != len(pair[1]):
-            raise ValueError(
-                f"{table.where(row)}: {len(pair[0])} words in {word_column!r} but {len(pair[1])} "
-                f"labels in {tag_column!r}, expected one for each"
-            )
-        if pair[0]:
-            words.append(pair[0])
-            labels.append(pair[1])
-            places.append(table.places[row])
-    if not words:
-        raise ValueError(f"{table.file} has no words")
-    return Words(table.file, words, labels, places)
-
-
-def _conll(file: Path) -> Words:
-    words: list[list[str]] = []
-    labels: list[list[str]] = []
-    places: list[int] = []
-    inside = False
-    for number, line in enumerate(read_lines(file), 1):
-        fields = line.split("\t") if "\t" in line else line.split()
-        if not line.strip() or fields[0] == "-DOCSTART-":
-            inside = False
-            continue
-        if len(fields) < 2 or not fields[0].strip() or not fields[-1].strip():
-            raise ValueError(f"{file}, line {number}: {line[:40]!r}, expected a word and its label")
-        if not inside:
-            words.append([])
-            labels.append([])
-            places.append(number)
-            inside = True
-        words[-1].append(fields[0].strip())
-        labels[-1].append(fields[-1].strip())
-    if not words:
-        raise ValueError(f"{file} has no words")
-    return Words(file, words, labels, places)
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:20]))
+    return shown if len(names) <= 20 else f"{shown} and {len(names) - 20} more"

@@ -1,4 +1,4 @@
-"""Metrics of the fine-tuning tasks: accuracy, correlations, and entities found."""
+"""Metrics of the fine-tuning tasks: accuracy, F1, correlations, and entities found."""
 
 from __future__ import annotations
 
@@ -10,6 +10,30 @@ import numpy as np
 def accuracy(predicted: np.ndarray, wanted: np.ndarray) -> float:
     """The share of equal ids."""
     return float(np.mean(predicted == wanted))
+
+
+def macro_f1(predicted: np.ndarray, wanted: np.ndarray) -> float:
+    """The mean of the F1 of every class that is predicted or wanted."""
+    table = _confusion(predicted, wanted)
+    return float(np.mean(2 * table.diagonal() / (table.sum(0) + table.sum(1))))
+
+
+def matthews(predicted: np.ndarray, wanted: np.ndarray) -> float:
+    """Matthews' correlation of classes, for any number of them (Gorodkin 2004); 0.0 where all
+    predicted or all wanted ones are the same.
+    """
+    table = _confusion(predicted, wanted)
+    found, true, n = table.sum(0), table.sum(1), table.sum()
+    size = float(np.sqrt((n * n - found @ found) * (n * n - true @ true)))
+    return float(n * table.trace() - found @ true) / size if size else 0.0
+
+
+def _confusion(predicted: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """How often class i was wanted and j predicted, for the classes that occur, [C, C]."""
+    both, ids = np.unique(np.concatenate([wanted, predicted]), return_inverse=True)
+    table = np.zeros((len(both), len(both)))
+    np.add.at(table, (ids[: len(wanted)], ids[len(wanted) :]), 1)
+    return table
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float:
@@ -53,10 +77,18 @@ def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     return found
 
 
-def entity_f1(predicted: Sequence[Sequence[str]], wanted: Sequence[Sequence[str]]) -> float:
-    """F1 of entities, right where kind and both ends are, over all sentences (CoNLL 2003)."""
+def entity_scores(
+    predicted: Sequence[Sequence[str]], wanted: Sequence[Sequence[str]]
+) -> dict[str, float]:
+    """Precision, recall and F1 of entities, right where kind and both ends are, over all sentences
+    (CoNLL 2003); 0.0 where there are none.
+    """
     right = found = true = 0
     for ours, gold in zip(predicted, wanted, strict=True):
         a, b = entities(ours), entities(gold)
         right, found, true = right + len(a & b), found + len(a), true + len(b)
-    return 2 * right / (found + true) if found + true else 0.0
+    return {
+        "precision": right / found if found else 0.0,
+        "recall": right / true if true else 0.0,
+        "f1": 2 * right / (found + true) if found + true else 0.0,
+    }

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..encode import check_fast
 from .squad import Question, locate
 
 QUESTIONS_AT_ONCE = 1000  # bounds the memory of the tokeniser's own encodings
@@ -77,8 +78,7 @@ def make_features(
 
     Raises: ValueError for a tokeniser that is not fast, and sizes that leave no room for windows.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer (tokenizer.json)")
+    check_fast(tokenizer)
     special = tokenizer.num_special_tokens_to_add(pair=True)
     if max_length < 4 * special:
         raise ValueError(f"--max-length is {max_length}, expected at least {4 * special}")

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .tables import parse_json, read_lines, read_table
+from .tables import read_table
+from .text import parse_json, read_lines, whole
 
 EXPECTED = 'expected SQuAD: {"data": [{"paragraphs": [{"context": ..., "qas": [...]}]}]}'
 
@@ -105,7 +106,7 @@ def _question(row: dict[str, Any], where: str) -> Question:
     if not isinstance(row.get("id", where), str | int):
         raise ValueError(f"{where}: id is {row['id']!r}, expected a string")
     return Question(
-        str(row.get("id", where)),
+        whole(str(row.get("id", where)), f"{where}.id"),
         _get(row, "question", str, where),
         _get(row, "context", str, where),
         tuple(answers),
@@ -119,7 +120,7 @@ def _get(value: Any, key: str, kind: type, where: str) -> Any:
     if not isinstance(value[key], kind):
         found = type(value[key]).__name__
         raise ValueError(f"{where}: {key} is {found}, expected {kind.__name__}")
-    return value[key]
+    return whole(value[key], f"{where}.{key}") if kind is str else value[key]
 
 
 def locate(context: str, text: str, start: int) -> tuple[int, int] | None:

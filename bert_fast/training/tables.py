@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .text import parse_json, read_lines
 
 Rows = tuple[list[dict[str, Any]], Sequence[int]]
 
@@ -55,30 +56,6 @@ def read_table(file: Path) -> Table:
     if not rows:
         raise ValueError(f"{file} has no rows")
     return Table(file, rows, places, "row" if isinstance(places, range) else "line")
-
-
-def read_lines(file: Path) -> list[str]:
-    """The lines of a UTF-8 file without their ends; ValueError naming the line that is not UTF-8.
-
-    Only \\n, \\r\\n end a line: Unicode's other line separators are part of a text.
-    """
-    data = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    if not data[-1]:
-        data.pop()  # what follows the last line's end
-    lines = []
-    for number, line in enumerate(data, 1):
-        try:
-            lines.append(line.removesuffix(b"\r").decode())
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}, line {number}: not UTF-8 ({error.reason})") from None
-    return lines
-
-
-def parse_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg}, column {error.colno})") from None
 
 
 def _csv(file: Path) -> Rows:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import transformers
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.pre_tokenizers import Sequence as Steps
 from torch import nn
 
-from ..console import cannot_load, load_weights
+from ..console import cannot_load, load_tokenizer, load_weights
+from ..inputs import most_tokens
+from ..ops.masked_lm_loss import IGNORED
 from .items import (
-    NO_LABEL,
     Collate,
     Item,
     collator,
@@ -23,8 +28,20 @@ from .items import (
     was_cut,
 )
 from .loop import MODEL_LOSS, Objective, Settings
-from .readers import Columns, Labels, Texts, Words, in_order, labels_of, read_texts, read_words
-from .scores import accuracy, entity_f1, is_bio, pearson, spearman
+from .readers import (
+    NO_LABEL,
+    Columns,
+    Labels,
+    Texts,
+    classes_of,
+    in_order,
+    labelled,
+    labels_of,
+    names_of,
+    read_texts,
+)
+from .scores import accuracy, entity_scores, is_bio, macro_f1, matthews, pearson, spearman
+from .words import Words, read_words
 
 Metrics = dict[str, float]
 
@@ -76,6 +93,7 @@ class Task:
     """A task made ready: all that the loop needs, and what comes of the trained model.
 
     encoder: the part of the model to accelerate.
+    tokenizer: what checkpoints get beside the weights; None where they are no folders of a model.
     evaluate: metrics of the model on the validation data, None where there is none.
     save: writes what the output folder gets beside the weights and metrics.json.
     notes: what a user should know of the data.
@@ -89,6 +107,7 @@ class Task:
     save: Callable[[Path], None]
     objective: Objective = MODEL_LOSS
     notes: Sequence[str] = ()
+    tokenizer: Any = None
 
 
 # -- a label for a text or a pair ---------------------------------------------------------------
@@ -100,7 +119,12 @@ def classification(job: Job) -> Task:
     two = train.texts_b is not None
     valid = read_texts(job.validation, two, job.columns) if job.validation else None
     config, tokenizer = load_config(job.model)
+    notes: list[str] = []
+    if not job.regression:
+        train = _labelled_only(train, classes_of(train, config.label2id), notes)
     labels = labels_of(train, config.label2id, job.regression)
+    if valid is not None and not labels.regression:
+        valid = _labelled_only(valid, labels.names, notes)
     # Before the model is loaded: a wrong label ends the run at once.
     wanted = [labels.encode(examples) for examples in (train, valid) if examples is not None]
     kind = {**label_settings(labels.names), "problem_type": "single_label_classification"}
@@ -108,12 +132,11 @@ def classification(job: Job) -> Task:
         kind = {"num_labels": 1, "problem_type": "regression"}
     model = load_model(transformers.AutoModelForSequenceClassification, job.model, kind)
     limit = token_limit(model, tokenizer, job.max_length)
-    notes: list[str] = []
-    items = _labelled(train, wanted[0], tokenizer, limit, notes)
+    items = _items(train, wanted[0], tokenizer, limit, notes)
     collate = collator(tokenizer)
     evaluate = None
     if valid is not None:
-        held_out = _labelled(valid, wanted[1], tokenizer, limit, notes)
+        held_out = _items(valid, wanted[1], tokenizer, limit, notes)
         evaluate = _evaluation(labels, held_out, collate)
     return Task(
         model,
@@ -123,6 +146,7 @@ def classification(job: Job) -> Task:
         evaluate,
         lambda folder: _saved(tokenizer, folder),
         notes=[f"{len(items)} examples, {_told(labels)}", *notes],
+        tokenizer=tokenizer,
     )
 
 
@@ -132,7 +156,17 @@ def _told(labels: Labels) -> str:
     return f"{len(labels.names)} labels"
 
 
-def _labelled(
+def _labelled_only(examples: Texts, classes: Collection[str], notes: list[str]) -> Texts:
+    kept = labelled(examples, classes)
+    if gone := len(examples) - len(kept):
+        notes.append(
+            f"{examples.table.file}: {gone} of {len(examples)} rows left out: their label "
+            f"{' or '.join(sorted(names_of(examples) - names_of(kept)))} says that there is none"
+        )
+    return kept
+
+
+def _items(
     examples: Texts, wanted: Sequence[Any], tokenizer: Any, limit: int, notes: list[str]
 ) -> list[Item]:
     items, cut = [], 0
@@ -159,7 +193,12 @@ def _evaluation(
                 "spearman": spearman(predicted, wanted),
                 "mse": float(np.mean((predicted - wanted) ** 2)),
             }
-        return {"accuracy": accuracy(logits.argmax(-1), wanted)}
+        predicted = logits.argmax(-1)
+        return {
+            "accuracy": accuracy(predicted, wanted),
+            "macro_f1": macro_f1(predicted, wanted),
+            "matthews": matthews(predicted, wanted),
+        }
 
     return evaluate
 
@@ -171,15 +210,15 @@ def tokens(job: Job) -> Task:
     """Task `tokens`: each word's first piece carries its label, the others none."""
     train = read_words(job.training_file(), job.columns)
     valid = read_words(job.validation, job.columns) if job.validation else None
-    config, tokenizer = load_config(job.model)
-    if getattr(tokenizer, "add_prefix_space", True) is False:
-        # RoBERTa's pieces of a word differ where no space is before it, as in a list of words.
-        with cannot_load(job.model):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(job.model, add_prefix_space=True)
-    names = in_order({label for row in train.labels for label in row}, config.label2id)
-    ids = {name: i for i, name in enumerate(names)}
+    config, _ = load_config(job.model)
+    tokenizer = spaced(job.model, config)
+    found = {label for row in train.labels for label in row} - {NO_LABEL}
+    if not found:
+        raise ValueError(f"{train.file}: no word has a label")
+    names = in_order(found, config.label2id)
     if valid is not None:
-        _check_known(valid, ids)
+        _check_known(valid, names)
+    ids = {**{name: i for i, name in enumerate(names)}, NO_LABEL: IGNORED}
     model = load_model(
         transformers.AutoModelForTokenClassification, job.model, label_settings(names)
     )
@@ -196,11 +235,11 @@ def tokens(job: Job) -> Task:
             predicted, wanted = [], []
             logits = outputs_of(model, held_out, collate, "logits")
             for item, (found,) in zip(held_out, logits, strict=True):
-                scored = np.flatnonzero(item["labels"] != NO_LABEL)
+                scored = np.flatnonzero(item["labels"] != IGNORED)
                 predicted.append([names[i] for i in found[scored].argmax(-1)])
                 wanted.append([names[i] for i in item["labels"][scored]])
             flat = [np.array([tag for row in rows for tag in row]) for rows in (predicted, wanted)]
-            entity = {"f1": entity_f1(predicted, wanted)} if is_bio(names) else {}
+            entity = entity_scores(predicted, wanted) if is_bio(names) else {}
             return {"accuracy": accuracy(*flat), **entity}
 
     return Task(
@@ -211,16 +250,18 @@ def tokens(job: Job) -> Task:
         evaluate,
         lambda folder: _saved(tokenizer, folder),
         notes=notes,
+        tokenizer=tokenizer,
     )
 
 
-def _check_known(examples: Words, ids: Mapping[str, int]) -> None:
+def _check_known(examples: Words, names: Sequence[str]) -> None:
+    known = {*names, NO_LABEL}
     for row, place in zip(examples.labels, examples.places, strict=True):
         for label in row:
-            if label not in ids:
+            if label not in known:
                 raise ValueError(
                     f"{examples.file}, sentence at {place}: label {label!r}, expected one of "
-                    f"{', '.join(map(repr, ids))}"
+                    f"{', '.join(map(repr, names))}"
                 )
 
 
@@ -231,13 +272,13 @@ def _tagged(
     encodings = tokenize(tokenizer, examples.words, None, limit, is_split_into_words=True)
     for (encoded, i), names in zip(encodings, examples.labels, strict=True):
         item = item_of(encoded, i)
-        labels = np.full(len(item["input_ids"]), NO_LABEL, np.int32)
+        labels = np.full(len(item["input_ids"]), IGNORED, np.int32)
         before = None
         for position, word in enumerate(encoded.word_ids(i)):
             if word is not None and word != before:
                 labels[position] = ids[names[word]]
             before = word
-        if (labels != NO_LABEL).any():  # else no word of it is known to the tokeniser
+        if (labels != IGNORED).any():  # else no word of it is known to the tokeniser
             items.append({**item, "labels": labels})
         cut += was_cut(encoded, i)
     if cut:
@@ -257,7 +298,34 @@ def load_config(folder: Path) -> tuple[Any, Any]:
     transformers.logging.disable_progress_bar()
     with cannot_load(folder):
         config = transformers.AutoConfig.from_pretrained(folder)
-        return config, transformers.AutoTokenizer.from_pretrained(folder)
+    return config, load_tokenizer(transformers.AutoTokenizer, folder, config)
+
+
+def spaced(folder: Path, config: Any) -> Any:
+    """The tokenizer, for lists of words: the bytes of a word differ where no space is before it.
+
+    Raises: ValueError where it goes on without the space.
+    """
+    kind = transformers.AutoTokenizer
+    tokenizer = load_tokenizer(kind, folder, config, add_prefix_space=True)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    bytewise = list(_byte_levels(getattr(backend, "pre_tokenizer", None)))
+    for part in bytewise:  # where the class is no model's own, the argument sets an attribute only
+        part.add_prefix_space = True
+    if bytewise:
+        listed, written = tokenizer(["a", "b"], is_split_into_words=True), tokenizer(" a b")
+        if listed["input_ids"] != written["input_ids"]:
+            raise ValueError(f"{folder}: its tokenizer puts no space before the words of a list")
+    return tokenizer
+
+
+def _byte_levels(part: Any) -> Iterator[ByteLevel]:
+    if isinstance(part, ByteLevel):
+        yield part
+    elif isinstance(part, Steps):
+        with suppress(IndexError):  # it has no length
+            for i in count():
+                yield from _byte_levels(part[i])
 
 
 def load_model(kind: Any, folder: Path, settings: Mapping[str, Any]) -> nn.Module:
@@ -274,19 +342,17 @@ def label_settings(names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def token_limit(model: nn.Module, tokenizer: Any, asked: int | None, usual: int = 512) -> int:
-    """Tokens kept of a text: those asked for, or what model and tokenizer take, at most `usual`.
+def token_limit(
+    model: nn.Module, tokenizer: Any, asked: int | None, usual: int | None = 512
+) -> int:
+    """Tokens kept of a text: those asked for, or at most `usual` of what model and tokenizer take.
 
-    Raises: ValueError for fewer than 8 or more than the model takes.
+    Raises: ValueError for fewer than 8 or more than the model has positions.
     """
-    most = min(int(tokenizer.model_max_length), int(model.config.max_position_embeddings))
-    for name, table in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(table, nn.Embedding):
-            # RoBERTa's positions begin behind that of padding.
-            first = 0 if table.padding_idx is None else table.padding_idx + 1
-            most = min(most, table.num_embeddings - first)
+    base = getattr(model, "base_model", model)
+    most = min(most_tokens(getattr(base, "embeddings", None)), model.config.max_position_embeddings)
     if asked is None:
-        return min(most, usual)
+        return min(most, int(tokenizer.model_max_length), usual or most)
     if not 8 <= asked <= most:
         raise ValueError(f"--max-length is {asked}, expected 8 to {most} for this model")
     return asked

@@ -1,4 +1,4 @@
-"""Documents and sentences out of text files.
+"""Lines, documents and sentences out of text files.
 
 A document is a block of lines that ends at a blank line, or a row of a .csv or .jsonl file. Any of
 them may be compressed (.gz). Lines of a block are joined: text may be wrapped, or hold one sentence
@@ -13,10 +13,11 @@ import gzip
 import io
 import json
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 # The end of a sentence: a stop, closing quotes, and space (none after CJK stops).
 _STOP = re.compile(
@@ -62,17 +63,56 @@ def read_documents(files: Iterable[Path], text_field: str = "text") -> Iterator[
                 raise ValueError(f"{file}: {error}") from None
 
 
+def read_lines(file: Path | None) -> list[str]:
+    """The lines of a UTF-8 file, None: of stdin, without their ends.
+
+    Only \\n, \\r\\n end a line: Unicode's other line separators are part of a text.
+
+    Raises: ValueError naming the line that is not UTF-8; OSError for a file that cannot be read.
+    """
+    data = sys.stdin.buffer.read() if file is None else file.read_bytes()
+    found, lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), []
+    if not found[-1]:
+        found.pop()  # what follows the last line's end
+    for number, line in enumerate(found, 1):
+        try:
+            lines.append(line.removesuffix(b"\r").decode())
+        except UnicodeDecodeError as error:
+            name = file or "stdin"
+            raise ValueError(f"{name}, line {number}: not UTF-8 ({error.reason})") from None
+    return lines
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value that `text` is; ValueError, with `where`, if it is no JSON."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg}, column {error.colno})") from None
+
+
 def text_of(line: str, field: str, where: str) -> str:
     """The text in a line of JSON; ValueError, with `where`, for a line that has none."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg})") from None
+    row = parse_json(line, where)
     if not isinstance(row, dict) or field not in row:
         raise ValueError(f"{where}: no field {field!r}")
     text = row[field]
     if not isinstance(text, str):
         raise ValueError(f"{where}: field {field!r} is {text!r}, expected a string")
+    return whole(text, f"{where}, field {field!r}")
+
+
+def whole(text: str, where: str) -> str:
+    """The text; ValueError, with `where`, for half of a character: JSON can spell a lone surrogate
+    (\\ud83d without what follows it), which no tokenizer takes and no file.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise ValueError(
+            f"{where}: {half} at character {error.start} is half of one, expected text"
+        ) from None
     return text
 
 
@@ -83,7 +123,7 @@ def split_sentences(text: str) -> list[str]:
     """
     sentences, start = [], 0
     for stop in _STOP.finditer(text):
-        following = text[stop.end() :][:8].lstrip(_OPENING)
+        following = text[stop.end() : stop.end() + 8].lstrip(_OPENING)
         if not following[:1].islower():
             sentences.append(text[start : stop.end()].strip())
             start = stop.end()

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..ops.masked_lm_loss import IGNORED
+
 
 @functools.cache
 def gemm_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -49,7 +51,7 @@ def training_flops(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     config = model.config
     body, head = _weights(model)
     labels = inputs.get("labels")
-    scored = int((labels != -100).sum()) if head and labels is not None else 0
+    scored = int((labels != IGNORED).sum()) if head and labels is not None else 0
     attention = 4 * config.num_hidden_layers * config.hidden_size * pairs
     return 3 * (2 * body * tokens + 2 * head * scored + attention)
 

@@ -1,0 +1,132 @@
+"""Words with labels, for the task `tokens`: CoNLL, and lists in the rows of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .readers import Columns, field_of, label_name
+from .tables import READERS, Table, read_table
+from .text import read_lines, whole
+
+WORD_COLUMNS = ("tokens", "words", "text")
+TAG_COLUMNS = ("labels", "label", "ner_tags", "tags")
+
+
+@dataclass(frozen=True)
+class Words:
+    """Rows for token classification: the words of each and their labels' names."""
+
+    file: Path
+    words: list[list[str]]
+    labels: list[list[str]]
+    places: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+
+def read_words(file: Path, columns: Columns | None = None) -> Words:
+    """Words with labels for the task `tokens`.
+
+    JSON lines, JSON and Parquet: two lists of one length in a row, in the columns asked for, else
+    in `tokens` and `labels` (or `ner_tags`). Any other file is CoNLL: a word a line, its label in
+    the line's last field, an empty line between sentences; lines of -DOCSTART- are left out, and so
+    are comments: lines before a sentence that begin with # and have other fields than words do.
+
+    Raises: ValueError naming file, line and column for lists of different lengths, an empty file,
+        a line that has no label, and one of another number of fields than the first; OSError for a
+        file that cannot be read.
+    """
+    if file.suffix.lower() in set(READERS) - {".csv", ".tsv"}:
+        return _words_of_table(read_table(file), columns or Columns())
+    if file.suffix.lower() == ".csv":
+        raise ValueError(f"{file}: words with labels come as CoNLL, .jsonl or .parquet, not .csv")
+    return _conll(file)
+
+
+def _words_of_table(table: Table, asked: Columns) -> Words:
+    def choose(name: str | None, usual: Sequence[str], option: str) -> str:
+        for column in (name,) if name else usual:
+            if column in table.columns:
+                return column
+        raise ValueError(
+            f"{table.file} has no column {name or usual[0]!r}; its columns are "
+            f"{', '.join(map(repr, table.columns))} (name one with {option})"
+        )
+
+    word_column = choose(asked.text, WORD_COLUMNS, "--text-column")
+    tag_column = choose(asked.label, TAG_COLUMNS, "--label-column")
+    words, labels, places = [], [], []
+    for row in range(len(table)):
+        pair = []
+        for column in (word_column, tag_column):
+            values = field_of(table, row, column)
+            if not isinstance(values, list) or any(v is None or v == "" for v in values):
+                raise ValueError(
+                    f"{table.where(row)}, column {column!r}: {str(values)[:40]!r}, expected a "
+                    "list without empty values, one for each word"
+                )
+            pair.append([label_name(v) for v in values] if column == tag_column else values)
+        if not all(isinstance(word, str) for word in pair[0]):
+            raise ValueError(f"{table.where(row)}, column {word_column!r}: expected strings")
+        for column, values in zip((word_column, tag_column), pair, strict=True):
+            for value in values:
+                whole(value, f"{table.where(row)}, column {column!r}")
+        if len(pair[0]) != len(pair[1]):
+            raise ValueError(
+                f"{table.where(row)}: {len(pair[0])} words in {word_column!r} but {len(pair[1])} "
+                f"labels in {tag_column!r}, expected one for each"
+            )
+        if pair[0]:
+            words.append(pair[0])
+            labels.append(pair[1])
+            places.append(table.places[row])
+    if not words:
+        raise ValueError(f"{table.file} has no words")
+    return Words(table.file, words, labels, places)
+
+
+def _conll(file: Path) -> Words:
+    words: list[list[str]] = []
+    labels: list[list[str]] = []
+    places: list[int] = []
+    lines = [line.split("\t") if "\t" in line else line.split() for line in read_lines(file)]
+    usual, width = _width(lines)
+    inside = False
+    for number, fields in enumerate(lines, 1):
+        if _no_word(fields):
+            inside = False
+            continue
+        if not inside and fields[0].startswith("#") and len(fields) != width:
+            continue  # a comment
+        if len(fields) < 2 or not fields[0].strip() or not fields[-1].strip():
+            line = " ".join(fields)
+            raise ValueError(f"{file}, line {number}: {line[:40]!r}, expected a word and its label")
+        if len(fields) != width:
+            raise ValueError(
+                f"{file}, line {number}: {len(fields)} fields, expected {width} as in line {usual}"
+            )
+        if not inside:
+            words.append([])
+            labels.append([])
+            places.append(number)
+            inside = True
+        words[-1].append(fields[0].strip())
+        labels[-1].append(fields[-1].strip())
+    if not words:
+        raise ValueError(f"{file} has no words")
+    return Words(file, words, labels, places)
+
+
+def _no_word(fields: Sequence[str]) -> bool:
+    return not "".join(fields).strip() or fields[0] == "-DOCSTART-"
+
+
+def _width(lines: Sequence[Sequence[str]]) -> tuple[int, int]:
+    """The first line that is no comment for sure, and its number of fields."""
+    found = [(number, fields) for number, fields in enumerate(lines, 1) if not _no_word(fields)]
+    plain = [(number, fields) for number, fields in found if not fields[0].startswith("#")]
+    number, fields = next(iter(plain or found), (0, ()))
+    return number, len(fields)
