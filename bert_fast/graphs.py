@@ -276,7 +276,8 @@ class Graphs:
     def _stamp(self) -> Any:
         """What a graph has inside beside its inputs: copies of weights, and settings."""
         weights = (*map(_version, self.parameters), *map(Tensor.data_ptr, self.parameters))
-        return weights, [*map(_eps, self.norms)], torch.backends.cuda.matmul.fp32_precision
+        scales = [layer.scale(1) for layer in self.structure.layers]
+        return weights, [*map(_eps, self.norms)], scales, torch.backends.cuda.matmul.fp32_precision
 
 
 _graphs: WeakKeyDictionary[nn.Module, Graphs] = WeakKeyDictionary()

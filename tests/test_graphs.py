@@ -91,7 +91,7 @@ def test_results_are_the_callers_own() -> None:
     assert len(model.graphs.kept) == 1
 
 
-@pytest.mark.parametrize("change", ["weight", "eps"])
+@pytest.mark.parametrize("change", ["weight", "eps", "scale"])
 def test_what_is_written_to_is_seen(change: str) -> None:
     model, recorded = Model(), []
     model.graphs.capture = lambda *args: (recorded.append(1), run_again(*args))[1]
@@ -100,6 +100,8 @@ def test_what_is_written_to_is_seen(change: str) -> None:
     if change == "weight":
         with torch.no_grad():
             layer.attention.self.query.weight.mul_(3.0)
+    elif change == "scale":
+        layer.attention.self.scaling *= 3
     else:
         layer.output.LayerNorm.eps = 0.5
     found, expected = model(padded(2, 9))

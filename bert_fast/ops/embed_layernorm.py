@@ -7,8 +7,8 @@ by dropout):
     dword[v] = sum of dz over tokens with ids == v (padding_idx excluded, as nn.Embedding does),
     dposition, dtoken_type likewise;  dweight, dbias as in add_layernorm.
 
-Kernels return dz; the scatter into the tables is ATen's. Saved: the inputs, mean and rstd.
-Given embeddings instead of ids: pass them as `word` with ids 0..T-1.
+Kernels return dz; the scatter into the tables is ATen's, or a product's. Saved: the inputs, mean
+and rstd. Given embeddings instead of ids: pass them as `word` with ids 0..T-1.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ from torch import Tensor
 
 from . import checks
 from .backends import cpu_kernels, cuda_kernel, triton_kernel, widest_row
+from .products import product_fp32
 from .registry import Chooser, Kernel, Op, Sample
 from .rng import dropout
+
+SMALL_TABLE = 1_024  # rows: of positions and types, not of words
 
 
 def reference(
@@ -101,12 +104,29 @@ def _scattering(kernel: Kernel) -> Kernel:
                 tables.append(None)
                 continue
             ids = torch.zeros_like(input_ids) if ids is None else ids
-            tables.append(
-                torch.ops.aten.embedding_dense_backward(dz, ids, table.shape[0], skip, False)
-            )
+            tables.append(_scattered(dz, ids, table.shape[0], skip))
         return (*tables, dweight, dbias)
 
     return replace(kernel, backward=backward)
+
+
+def _scattered(dz: Tensor, ids: Tensor, rows: int, skip: int) -> Tensor:
+    """[rows, H]: row r is the sum of dz [T, H] over tokens with ids == r; zeros for row `skip`."""
+    # On a GPU ATen sorts the ids first, which takes longer than all else here. In fp32 that stays:
+    # its products may be TF32's.
+    on_tensor_cores = dz.is_cuda and dz.dtype != torch.float32
+    if on_tensor_cores and skip < 0 and rows <= SMALL_TABLE and dz.shape[0]:
+        return summed_by_product(dz, ids, rows)
+    return torch.ops.aten.embedding_dense_backward(dz, ids, rows, skip, False)
+
+
+def summed_by_product(dz: Tensor, ids: Tensor, rows: int) -> Tensor:
+    """The same as a product with a matrix of zeros and ones: sums in fp32, always in one order.
+
+    What is no number in one row of dz, comes into all that are summed, as in any weight's gradient.
+    """
+    each = torch.arange(rows, dtype=ids.dtype, device=ids.device)
+    return product_fp32((each.unsqueeze(1) == ids).to(dz.dtype), dz).to(dz.dtype)
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
