@@ -104,10 +104,14 @@ def ended(command: Sequence[str], seconds: float) -> tuple[int, str]:
     pytest then writes its report of what it has run. Workers that outlive it would disturb the
     timings.
     """
-    with subprocess.Popen(
+    # What a shell started with `&` ignores interrupts, and so would all that it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    running = subprocess.Popen(
         command, cwd=results.ROOT, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    ) as running:  # fmt: skip
+    )  # fmt: skip
+    signal.signal(signal.SIGINT, before)
+    with running:
         try:
             told, _ = running.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
