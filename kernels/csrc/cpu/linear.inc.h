@@ -75,8 +75,8 @@ void copy_groups(
 }
 
 // How rows and columns are dealt to threads: `across` shares of the rows, `along` of the columns, so
-// that the largest share is done first; it waits for its panels as long as `least_rows` take. Of two
-// ways alike, the one with more shares of the rows.
+// that the largest share is done first; it waits for its panels as long as `least_rows` take. Of ways
+// nearly alike, the one with most shares of the rows.
 struct Lanes {
   int64_t across = 1, along = 1;
   Lanes(int64_t rows, int64_t least_rows, int64_t step, int64_t work, int64_t panels) {
@@ -86,7 +86,8 @@ struct Lanes {
       const int64_t columns = larger<int64_t>(1, smaller(threads / i, panels));
       const int64_t tallest = round_up(ceil_div(rows, i), step);
       const int64_t time = ceil_div(panels, columns) * larger(tallest, least_rows);
-      if (i == 1 || time <= best) best = time, across = i, along = columns;
+      if (i == 1 || 16 * time <= 17 * best) across = i, along = columns;
+      best = i == 1 ? time : smaller(best, time);
     }
   }
 };
