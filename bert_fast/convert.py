@@ -16,7 +16,14 @@ from . import ops
 from .attention_interface import accelerate_attention, restore_attention
 from .families import ATTENTION_ONLY, BY_CLASS, REFUSED, Family, family_of
 from .graphs import kept_of
-from .masked_lm import PackedHead, is_head, reasons_against_head, restore_head, swap_head
+from .masked_lm import (
+    PackedHead,
+    is_head,
+    reasons_against_head,
+    reasons_against_loss,
+    restore_head,
+    swap_head,
+)
 from .modeling import CHECKPOINTS
 from .notice import warn_once
 from .packed import (
@@ -80,8 +87,8 @@ def accelerate(
             torch.export). Cosine similarities to fp32 are about 0.999 in int8, 0.997 in fp8;
             `verify` tells yours.
         graphs: in inference on a GPU, batches of up to 8,192 tokens replay CUDA graphs, recorded at
-            their first use for buckets of like sizes (at most 32; then at the third use of late, in
-            the place of the one not used for longest). Elsewhere it changes nothing.
+            their first use for buckets of like sizes (at most 32; then where one came three times
+            since the graph was used whose place it takes). Elsewhere it changes nothing.
         keep_padding: padded positions are computed too, as queries, as transformers computes them;
             for a head of yours that reads them. Those known to read them (question answering,
             ColBERT's query expansion) get them without being told; in evaluation without labels
@@ -196,7 +203,7 @@ def report(model: Any) -> Report:
         row, name = family_of(module), name or type(module).__name__
         replaced = [REPLACED] if "forward" in module.__dict__ else []
         if isinstance(module, PackedHead):
-            if why := reasons_against_head(module) + replaced:
+            if why := reasons_against_head(module) + reasons_against_loss(module) + replaced:
                 result.skipped[name] = why
             else:
                 result.swapped[name] = "loss on scored tokens only"

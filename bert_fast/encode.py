@@ -310,6 +310,9 @@ def _packable(model: nn.Module) -> nn.Module:
         raise ValueError(f"{type(model).__name__} is more than its encoder: {told}")
     if why := why_not_packed(encoder, family):
         raise ValueError(f"{type(model).__name__} cannot run packed: {'; '.join(why)}")
+    if type(encoder.embeddings).__module__ != family.module:
+        own = type(encoder.embeddings).__qualname__
+        raise ValueError(f"{type(model).__name__}: its {own} may count positions by itself")
     return encoder
 
 

@@ -12,7 +12,7 @@ reads what becomes of either.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from operator import attrgetter
@@ -32,9 +32,9 @@ from .structure import Structure
 MOST_TOKENS = 8_192  # more keep a GPU busy for longer than their launches take
 KEPT = 32  # graphs of a model, the last used
 # Recording takes as long as ten replays save, or more. So once KEPT are there, a bucket has to come
-# so many times before it takes a place, and of those that wait only the last few are counted: where
-# more than these take turns, each would lose its place before its graph had paid.
-SIGHTINGS, WAITING = 3, 4
+# so often since the graph was used whose place it takes: where more than KEPT take turns, each
+# would lose its place before its graph had paid.
+SIGHTINGS = 3
 
 Run = Callable[[Batch, Tensor | None], Tensor]
 # Records `run` and returns how to run it again on the same memory, and where its result then is.
@@ -212,7 +212,10 @@ class Graphs:
         self.norms = [*structure.norms, structure.embeddings.norm]
         self.capture, self.lock = capture, threading.Lock()
         self.kept: OrderedDict[Bucket, _Graph] = OrderedDict()
-        self.waiting: OrderedDict[Bucket, int] = OrderedDict()  # how often each came
+        self.calls = 0
+        self.used: dict[Bucket, int] = {}  # the last call of each that is kept
+        # The last calls of others.
+        self.waiting: OrderedDict[Bucket, deque[int]] = OrderedDict()
         self.stamp: Any = None
         # Recording failed twice, as an op waits for values (once, it may be another thread that
         # did); or nothing would tell of a changed weight.
@@ -237,11 +240,12 @@ class Graphs:
             if (stamp := self._stamp()) != self.stamp:
                 self.kept.clear()
                 self.stamp, self.place = stamp, self._place()
+            self.calls += 1
             graph = self.kept.pop(bucket, None)
             if graph is None and self._has_place(bucket):
                 graph = self._record(bucket, run, device)
             if graph is not None:
-                self.kept[bucket] = graph
+                self.kept[bucket], self.used[bucket] = graph, self.calls
                 found = graph(batch, rows)
                 if self.done:
                     self.done.record()
@@ -250,19 +254,22 @@ class Graphs:
 
     def _has_place(self, bucket: Bucket) -> bool:
         """Whether a bucket is to be recorded now: while there is room at once, then if it came
-        often of late."""
-        sightings = self.waiting.pop(bucket, 0) + 1
-        if len(self.kept) < KEPT or sightings >= SIGHTINGS:
+        often since the graph that was not used for longest."""
+        seen = self.waiting.pop(bucket, deque(maxlen=SIGHTINGS))
+        seen.append(self.calls)
+        if len(self.kept) < KEPT:
             return True
-        self.waiting[bucket] = sightings
-        while len(self.waiting) > WAITING:
+        if len(seen) == SIGHTINGS and seen[0] > self.used[next(iter(self.kept))]:
+            return True
+        self.waiting[bucket] = seen
+        while len(self.waiting) > KEPT:
             self.waiting.popitem(last=False)
         return False
 
     def _record(self, bucket: Bucket, run: Run, device: torch.device) -> _Graph | None:
         """A new graph, in the place of the one that was not used for longest; None if it fails."""
         while len(self.kept) >= KEPT:
-            self.kept.popitem(last=False)
+            del self.used[self.kept.popitem(last=False)[0]]
         try:
             return _Graph(bucket, run, device, self.capture, self.place)
         except RuntimeError as error:

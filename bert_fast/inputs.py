@@ -53,7 +53,8 @@ class Batch:
             "position_ids": self.position_ids,
             **self.extra,
         }
-        return {name: value for name, value in named.items() if value is not None}
+        # Of positions None is told, as transformers does.
+        return {n: value for n, value in named.items() if value is not None or n == "position_ids"}
 
 
 def read_batch(

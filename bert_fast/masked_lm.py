@@ -115,20 +115,28 @@ def reasons_against_head(model: Any) -> list[str]:
             continue
         if hooked(child) or hooked_inside(child):
             return [f"a hook or a replaced forward sits on the head's {type(child).__name__}"]
-        if found := foreign(child, leaves, row.module):
+        # Others (a metric, a teacher) take no part.
+        of_head = not leaves.isdisjoint(child.modules())
+        if of_head and (found := foreign(child, leaves, row.module)):
             return [f"a {type(found).__qualname__} in its head is not transformers'"]
-        if isinstance(child, nn.CrossEntropyLoss) and not _is_plain(child):
-            return [f"its loss is {child}"]
     return []
 
 
-def _is_plain(loss: nn.CrossEntropyLoss) -> bool:
-    settings = (loss.weight, loss.ignore_index, loss.reduction, loss.label_smoothing)
-    return settings == (None, IGNORED, "mean", 0.0)
+def reasons_against_loss(model: Any) -> list[str]:
+    """Why its loss is not the mean cross-entropy (DistilBERT's is a module)."""
+    loss = model._modules.get("mlm_loss_fct")
+    if loss is None:
+        return []
+    plain = type(loss) is nn.CrossEntropyLoss and not hooked(loss)
+    if plain:
+        settings = (loss.weight, loss.ignore_index, loss.reduction, loss.label_smoothing)
+        plain = settings == (None, IGNORED, "mean", 0.0)
+    return [] if plain else [f"its loss is {loss}"]
 
 
 def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if why := reasons_against_head(model) or reasons_against_now():
+    why = reasons_against_head(model) or reasons_against_loss(model) or reasons_against_now()
+    if why:
         tell(why)
         return model.bert_fast_original.forward(model, *args, **kwargs)
     row, given = model.bert_fast_head, arguments(model, args, kwargs)

@@ -33,6 +33,7 @@ from .paths import (
     in_one_call,
     like,
     reasons_against_fp8,
+    reasons_against_one_call,
     reasons_against_plain,
 )
 from .structure import Embeddings, Structure, activation_name, structure_of
@@ -61,7 +62,7 @@ def encode(
         cu_seqlens: [B + 1] int32, where each sequence starts, and T.
         max_seqlen: an upper bound of the longest sequence.
         token_type_ids: [T] or None (type 0).
-        position_ids: [T] or None (counted within each sequence).
+        position_ids: [T] or None (counted within each sequence, as transformers' embeddings do).
         backend: "auto", one backend for every op, or a mapping from op to backend.
         rows: [R] int64, distinct, the tokens whose states are wanted; None: all.
         dtype: of products, as `accelerate` has it.
@@ -190,6 +191,7 @@ def run_layers(
     if dtype == "fp8":
         why = why or reasons_against_fp8(structure.plain, h, backend)
     else:
+        why = why or reasons_against_one_call(structure)
         if not why and chosen(backend, "encoder") == "reference":
             why = ["backends of single ops are asked for"]
         if not why and (int8 or preferred(h) or chosen(backend, "encoder") in ISAS):

@@ -307,7 +307,10 @@ def reasons_against_kind(model: Any) -> list[str]:
 
 
 def _somebodys(registry: Mapping[Any, Any], name: Any) -> bool:
-    """Whether what transformers calls by this name was registered by somebody else."""
+    """Whether what transformers calls by this name was registered by somebody else, and is not a
+    kernel of the Hub ("owner/repository"), which computes the same."""
+    if name and "/" in name:
+        return False
     found = registry.get(name)
     home = getattr(getattr(found, "func", found), "__module__", None) or ""
     return found is not None and not home.startswith(("transformers.", "bert_fast."))

@@ -51,6 +51,13 @@ def reasons_against_plain(structure: Structure, dropping: bool, h: Tensor) -> li
         return ["it trains or records gradients (torch.inference_mode() stops that)"]
     if tracing() or torch.is_autocast_enabled(h.device.type):
         return ["it is traced, or autocast is on"]
+    return []
+
+
+def reasons_against_one_call(structure: Structure) -> list[str]:
+    """What was set on plain layers that `ops.encoder` has one value of for all, or none."""
+    plain = structure.plain
+    assert plain is not None
     if any(norm.eps != plain.eps for norm in structure.norms):
         return ["an eps was set since"]
     if any(m.scale(plain.width) != plain.width**-0.5 for m in structure.layers):

@@ -47,7 +47,8 @@ class Embeddings(NamedTuple):
     """The embedding layer: modules, for what may be set on them, and their tensors.
 
     known: whether it is transformers' own, which counts positions as `inputs` does.
-    fused: whether `ops.embed_layernorm` computes it; else what comes after has no meaning.
+    tables: of words, positions and types, where it has no other parts than those that
+        `ops.embed_layernorm` computes; empty: what comes after has no meaning.
     """
 
     module: nn.Module
@@ -56,12 +57,19 @@ class Embeddings(NamedTuple):
     words: Tensor
     positions: Tensor | None
     known: bool
-    fused: bool
+    tables: tuple[nn.Embedding, ...] = ()
     types: Tensor | None = None
     norm: Any = None
     scale: Any = None
     shift: Any = None
     dropout: Any = None
+
+    @property
+    def fused(self) -> bool:
+        """Whether `ops.embed_layernorm` computes it, as its tables are set now."""
+        return bool(self.tables) and not any(
+            t.max_norm is not None or t.scale_grad_by_freq or t.sparse for t in self.tables
+        )
 
 
 class Plain(NamedTuple):
@@ -182,13 +190,12 @@ def _embeddings(module: nn.Module, family: Family) -> Embeddings:
     known = type(module).__module__ == family.module
     parts = module, word, position, word.weight, getattr(position, "weight", None), known
     children = dict(module.named_children())
-    tables = [m for m in children.values() if isinstance(m, nn.Embedding)]
-    fused = known and all(type(m) is _FUSED_EMBEDDINGS.get(name) for name, m in children.items())
-    if not fused or any(m.max_norm is not None or m.scale_grad_by_freq or m.sparse for m in tables):
-        return Embeddings(*parts, fused=False)
+    if not known or any(type(m) is not _FUSED_EMBEDDINGS.get(n) for n, m in children.items()):
+        return Embeddings(*parts)
+    tables = tuple(m for m in children.values() if isinstance(m, nn.Embedding))
     types, norm = getattr(module, "token_type_embeddings", None), module.LayerNorm
     table = None if types is None else types.weight
-    return Embeddings(*parts, True, table, norm, norm.weight, norm.bias, module.dropout)
+    return Embeddings(*parts, tables, table, norm, norm.weight, norm.bias, module.dropout)
 
 
 def _plain(layers: list[LayerParts]) -> Plain | None:

@@ -296,7 +296,7 @@ MUTANTS = [
            "if position_ids is None and embeddings.known:", "if position_ids is None:",
            (*OWN, "-k", "count_positions")),
     Mutant("own parts: a head is bypassed", "bert_fast/masked_lm.py",
-           "if found := foreign(child, leaves, row.module):", "if found := None:",
+           "if of_head and (found := foreign(", "if False and (found := foreign(",
            (*OWN, "-k", "head_of_ones_own")),
     Mutant("own parts: a class on a packed one is told", "bert_fast/packed.py",
            "        and _runs_ours(type(encoder))\n", "", (*OWN, "-k", "class_on_a_packed_one")),

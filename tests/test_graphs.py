@@ -131,7 +131,7 @@ def test_the_last_used_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_where_too_many_take_turns_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "KEPT", 1)
+    monkeypatch.setattr(graphs, "KEPT", 4)
     model = Model()
     turns = [padded(batch, length, "none") for batch in (1, 2, 3) for length in (5, 20)]
     for inputs in turns:
@@ -139,7 +139,21 @@ def test_where_too_many_take_turns_nothing_is_recorded(monkeypatch: pytest.Monke
     model.graphs.capture = lambda *args: pytest.fail("recorded")
     for inputs in turns * graphs.SIGHTINGS:
         torch.testing.assert_close(*model(inputs))
-    assert len(model.graphs.waiting) == graphs.WAITING < len(turns) - 1
+    assert len(model.graphs.waiting) == len(turns) - 4
+
+
+def test_graphs_nobody_uses_give_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "KEPT", 4)
+    model = Model()
+    turns = [padded(batch, length, "none") for batch in (1, 2, 3) for length in (5, 20)]
+    for inputs in turns[:4]:
+        model(inputs)
+    for inputs in turns[2:] * graphs.SIGHTINGS:
+        model(inputs)
+    model.graphs.capture = lambda *args: pytest.fail("recorded")
+    for inputs in turns[2:]:
+        torch.testing.assert_close(*model(inputs))
+    assert len(model.graphs.kept) == 4 and not model.graphs.waiting
 
 
 def test_where_nothing_can_be_recorded() -> None:

@@ -32,6 +32,7 @@ from transformers.models.bert import modeling_bert as hf
 
 import bert_fast
 from bert_fast import ops
+from bert_fast.encode import token_limit
 from bert_fast.modeling import encode
 
 from .models import ids, masks, small, tiny
@@ -116,6 +117,17 @@ def test_another_loss_is_taken() -> None:
         alike(outputs(ours, labels=IDS, attention_mask=None).loss, expected, None)
 
 
+def test_children_that_are_no_part_of_the_head() -> None:
+    model = tiny(BertForMaskedLM)
+    ours = bert_fast.accelerate(copy.deepcopy(model), sparse_logits=True)
+    ours.teacher, ours.metric, ours.spare = tiny(seed=1), Soft(nn.Embedding(2, 2)), nn.NLLLoss()
+    assert MASK is not None
+    labels = IDS.masked_fill(MASK.to(DEVICE) == 0, -100)
+    found = outputs(ours, labels=labels)
+    assert found.logits.shape == (MASK.sum(), 99)
+    alike(found.loss, outputs(model, labels=labels).loss, None)
+
+
 class Mean(bert_fast.BertModel):  # type: ignore[misc, name-defined]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = super().forward(*args, **kwargs)
@@ -164,6 +176,13 @@ def test_embeddings_of_ones_own_count_positions() -> None:
         outputs(ours, attention_mask=None, cu_seq_lens_q=torch.tensor([0, 12]), input_ids=IDS[:1])
 
 
+def test_embeddings_of_ones_own_are_not_handed_a_corpus() -> None:
+    model = tiny()
+    model.embeddings = FromTheFirstReal(model.config).to(DEVICE).eval()
+    with pytest.raises(ValueError, match="its FromTheFirstReal may count positions by itself"):
+        token_limit(model, None)
+
+
 class Sinusoidal(nn.Module):
     def forward(self, position_ids: Tensor) -> Tensor:
         return torch.sin(position_ids.unsqueeze(-1) / torch.arange(1, 65, device=DEVICE))
@@ -198,10 +217,14 @@ def test_word_embeddings_put_in_later(cls: type) -> None:
     assert "another layout" in str(bert_fast.report(ours))
 
 
-def test_an_embedding_that_bounds_its_rows() -> None:
+@pytest.mark.parametrize("first", [True, False])
+def test_an_embedding_that_bounds_its_rows(first: bool) -> None:
     model = tiny()
-    model.embeddings.word_embeddings.max_norm = 0.5
     ours = bert_fast.accelerate(copy.deepcopy(model))
+    if not first:
+        outputs(ours)
+    for one in (model, ours):
+        one.embeddings.word_embeddings.max_norm = 0.5
     alike(outputs(ours).last_hidden_state, outputs(model).last_hidden_state)
 
 
@@ -285,7 +308,7 @@ def test_a_bias_that_wants_a_gradient_is_refused() -> None:
 
 def test_a_long_mask_is_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A float mask [B, 1, 1, S], as older code makes it: a row for each query, but once."""
-    seen = set()
+    seen, ours = set(), bert_fast.accelerate(tiny())
     whole = ops.attention
 
     def watched(*args: Any, **kwargs: Any) -> Tensor:
@@ -295,7 +318,7 @@ def test_a_long_mask_is_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "attention", watched)
     assert MASK is not None
     mask = (1.0 - MASK.float())[:, None, None] * -1e4
-    bert_fast.accelerate(tiny())(IDS, mask).last_hidden_state.sum().backward()
+    ours(IDS, mask).last_hidden_state.sum().backward()
     assert len(seen) == 1 and next(iter(seen))[1]
 
 

@@ -62,7 +62,7 @@ def test_minus_one_may_be_a_class(tmp_path):
 def test_sentiments_are_three_classes(tmp_path):
     examples = read(with_labels(tmp_path, [-1, 0, 1] * 12))
     assert classes_of(examples, {}) == {"-1", "0", "1"}
-    examples = read(with_labels(tmp_path, [0, 1] * 12 + [-1]))
+    examples = read(with_labels(tmp_path, [0, 1] * 101 + [-1]))
     assert classes_of(examples, {}) == {"0", "1"}
     assert classes_of(examples, {"-1": 0}) == {"-1", "0", "1"}
 
@@ -81,22 +81,22 @@ def test_torchs_label_for_none(tmp_path):
 
 
 def test_rows_left_out_are_counted(tmp_path):
-    train = with_labels(tmp_path, [0, 1] * 11 + [-1])
+    train = with_labels(tmp_path, [0, 1] * 101 + [-1])
     dev = with_labels(tmp_path, [-1, -1, 0], name="dev.jsonl")
     line = ["finetune", "--task", "classification", "--train", train, "--validation", dev]
     line += ["--model", tiny.save(tmp_path / "model"), "--output", tmp_path / "out"]
     result = CliRunner().invoke(app, [*map(str, line), "--max-steps", "1"])
     assert result.exit_code == 0, result.output
-    assert "rows.jsonl: 1 of 23 rows left out: their label -1 says" in result.stderr
+    assert "rows.jsonl: 1 of 203 rows left out: their label -1 says" in result.stderr
     assert "dev.jsonl: 2 of 3 rows left out" in result.stderr
-    assert "22 examples, 2 labels" in result.stderr
+    assert "202 examples, 2 labels" in result.stderr
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["label2id"] == {"0": 0, "1": 1}
     # A model that has learnt it as a class goes on with it.
     config |= {"label2id": {"-1": 0, "0": 1, "1": 2}, "id2label": {0: "-1", 1: "0", 2: "1"}}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     result = CliRunner().invoke(app, [*map(str, line), "--max-steps", "1"])
-    assert "23 examples, 3 labels" in result.stderr, result.output
+    assert "203 examples, 3 labels" in result.stderr, result.output
     line[4] = with_labels(tmp_path, [0, -100, 1], name="hundred.jsonl")
     refused(CliRunner().invoke(app, [*map(str, line)]), "hundred.jsonl, line 2", "label -100")
 

@@ -1,6 +1,7 @@
 """What several processes of a training share: how long they wait, and who tidies up."""
 
 import datetime
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from bert_fast.training.loop import Settings
-from bert_fast.training.pretrain import Recipe, prepare
+from bert_fast.training.pretrain import Recipe, main_first, prepare
 
 from . import prose
 
@@ -39,11 +40,21 @@ def recipe(tmp_path):
     return Recipe([text], vocab_size=100, layers=1, hidden=32, heads=2)
 
 
-def test_others_wait_for_days_while_a_corpus_is_read(first_of_two, recipe, tmp_path):
-    prepare(recipe, Settings(tmp_path / "out", device="cpu"))
-    group = dist.distributed_c10d._get_default_group()
-    assert PartialState().distributed_type == "MULTI_CPU"
-    assert group._get_backend(torch.device("cpu")).options._timeout == datetime.timedelta(days=2)
+@pytest.mark.parametrize("main", [True, False])
+def test_others_wait_for_days_while_a_corpus_is_read(first_of_two, monkeypatch, main):
+    """And for all else as long as torch has it: a process that hangs ends the run."""
+    events = []
+
+    def timeout(group):
+        return group._get_backend(torch.device("cpu")).options._timeout
+
+    PartialState(cpu=True)
+    monkeypatch.setattr(dist, "barrier", lambda group: events.append(timeout(group)))
+    with main_first(SimpleNamespace(num_processes=2, is_main_process=main)):
+        events.append("read")
+    days = datetime.timedelta(days=2)
+    assert events == (["read", days] if main else [days, "read"])
+    assert timeout(dist.distributed_c10d._get_default_group()) < datetime.timedelta(days=1)
 
 
 def test_what_a_killed_run_left_of_a_corpus_is_removed(recipe, tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import checks
 from .backends import cpu_kernels, cuda_kernel, triton_kernel, widest_row
-from .products import product_fp32
+from .products import product_fp32, sums_as_fp32
 from .registry import Chooser, Kernel, Op, Sample
 from .rng import dropout
 
@@ -114,7 +114,7 @@ def _scattered(dz: Tensor, ids: Tensor, rows: int, skip: int) -> Tensor:
     """[rows, H]: row r is the sum of dz [T, H] over tokens with ids == r; zeros for row `skip`."""
     # On a GPU ATen sorts the ids first, which takes longer than all else here. In fp32 that stays:
     # its products may be TF32's.
-    on_tensor_cores = dz.is_cuda and dz.dtype != torch.float32
+    on_tensor_cores = dz.dtype in (torch.float16, torch.bfloat16) and sums_as_fp32(dz)
     if on_tensor_cores and skip < 0 and rows <= SMALL_TABLE and dz.shape[0]:
         return summed_by_product(dz, ids, rows)
     return torch.ops.aten.embedding_dense_backward(dz, ids, rows, skip, False)

@@ -36,12 +36,20 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
+def sums_as_fp32(x: Tensor) -> bool:
+    """Whether this GPU's GEMM of x's 16 bits returns its sums in fp32."""
+    if torch.version.hip or torch.backends.cuda.matmul.allow_fp16_accumulation:
+        return False
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
 def product_fp32(a: Tensor, b: Tensor) -> Tensor:
     """a b in fp32 (fp64 for fp64), as near to unrounded as the device's GEMM gives it."""
     if a.dtype in (torch.float32, torch.float64):
         return a @ b
     if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
+        wide = sums_as_fp32(a)
+        return torch.mm(a, b, out_dtype=torch.float32) if wide else a.float() @ b.float()
     # fp16 would overflow where sums are rounded to it.
     return a.float() @ b.float() if in_fp32(a) or a.dtype == torch.float16 else (a @ b).float()
 

@@ -22,7 +22,7 @@ from ..console import cannot_load, check_tokenizer, load_weights
 from ..encode import sentence_modules
 from .items import Collate, Item, collator, item_of, outputs_of, tokenize, was_cut
 from .loop import Objective
-from .readers import Labels, Texts, read_texts
+from .readers import Labels, Texts, other_texts, read_texts
 from .scores import accuracy, pearson, spearman
 from .tasks import Job, Metrics, Task, token_limit
 
@@ -66,8 +66,8 @@ def embedding(job: Job) -> Task:
     )
     collate = collator(model.tokenizer)
     notes = [f"{len(train)} pairs {'with scores' if train.labels else 'that are alike'}"]
-    if train.unused:
-        columns = ", ".join(map(repr, train.unused))
+    if unused := other_texts(train):
+        columns = ", ".join(map(repr, unused))
         notes.append(f"{train.table.file}: not used, as pairs have two texts: {columns}")
     loss = getattr(losses, LOSSES[bool(train.labels)])(model)
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -35,8 +36,8 @@ from .tokenizer import train_tokenizer
 
 EVALUATED = 2_048  # pairs of held-back text, at most
 POSITIONS = 512  # of a new model, at least
-# How long processes wait for the main one to read the text: torch's 10 minutes end the run of a
-# large corpus. It holds for the training too, whose dead processes torchrun sees by itself.
+# How long processes wait for the main one to read the text: torch's own 10 minutes would end a run
+# on a large corpus.
 PATIENCE = timedelta(days=2)
 STARTS = ("bert", "mimetic")
 
@@ -146,14 +147,28 @@ class Prepared(NamedTuple):
     collate: Collate
 
 
+@contextmanager
+def main_first(processes: PartialState) -> Iterator[None]:
+    """The main process alone; then the others, which find what it has done."""
+    if processes.num_processes == 1:
+        yield
+        return
+    group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+    if not processes.is_main_process:
+        torch.distributed.barrier(group)
+    yield
+    if processes.is_main_process:
+        torch.distributed.barrier(group)
+    torch.distributed.destroy_process_group(group)
+
+
 def prepare(recipe: Recipe, settings: Settings) -> Prepared:
     """Reads the text, learns or loads the tokenizer, makes the model: transformers' own."""
     files = find_files(recipe.sources)
     checkpoints_of(settings)  # a run that is refused must not write over the other's tokenizer
     settings.output_dir.mkdir(parents=True, exist_ok=True)
-    # The main process alone first; the others find it done.
-    processes = PartialState(cpu=settings.on_cpu, timeout=PATIENCE)
-    with processes.main_process_first():
+    processes = PartialState(cpu=settings.on_cpu)
+    with main_first(processes):
         if processes.is_main_process:
             remove_parts(settings.output_dir / "corpus")
         tokenizer = _tokenizer(recipe, files, settings)

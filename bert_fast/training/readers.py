@@ -49,7 +49,7 @@ class Columns:
 class Texts:
     """Rows for a sequence-level task; `labels` as in the file, none where there are no labels.
 
-    unused: other columns of texts in the file.
+    columns: those that were read.
     """
 
     table: Table
@@ -57,7 +57,7 @@ class Texts:
     texts_b: list[str] | None
     labels: list[Any]
     label_column: str | None
-    unused: Sequence[str] = ()
+    columns: Sequence[str | None] = ()
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -81,9 +81,7 @@ def read_texts(
     text, text_b, label = _columns(table, columns or Columns(), pairs, labelled)
     labels = _labels(table, label) if label is not None else []
     texts_b = _texts(table, text_b) if text_b is not None else None
-    others = [name for name in table.columns if name not in (text, text_b, label)]
-    unused = [name for name in others if _is_text(table, name)]
-    return Texts(table, _texts(table, text), texts_b, labels, label, unused)
+    return Texts(table, _texts(table, text), texts_b, labels, label, (text, text_b, label))
 
 
 def _columns(
@@ -154,9 +152,15 @@ def _texts(table: Table, column: str) -> list[str]:
     return texts
 
 
-def _is_text(table: Table, column: str) -> bool:
-    values = (row.get(column) for row in table.rows)
-    return all(isinstance(value, str) and _number(value) is None for value in values)
+def other_texts(examples: Texts) -> list[str]:
+    """Columns of texts in the file that are not among those read."""
+
+    def is_text(column: str) -> bool:
+        values = (row.get(column) for row in examples.table.rows)
+        return all(isinstance(value, str) and _number(value) is None for value in values)
+
+    others = [name for name in examples.table.columns if name not in examples.columns]
+    return list(filter(is_text, others))
 
 
 # -- labels -------------------------------------------------------------------------------------
@@ -226,10 +230,10 @@ def names_of(examples: Texts) -> set[str]:
 
 def classes_of(examples: Texts, known: Container[str]) -> set[str]:
     """The labels that are classes. -1, by which the Hub means no label, is none where it is rarer
-    than a tenth of any other and not `known`: of sentiments -1, 0 and 1 it is one."""
+    than a hundredth of any other and not `known`: of sentiments -1, 0 and 1 it is one."""
     counts = Counter(map(label_name, examples.labels))
     least = min((n for name, n in counts.items() if name != "-1"), default=0)
-    return set(counts) - ({"-1"} if counts["-1"] < least / 10 and "-1" not in known else set())
+    return set(counts) - ({"-1"} if counts["-1"] < least / 100 and "-1" not in known else set())
 
 
 def labelled(examples: Texts, classes: Collection[str]) -> Texts:

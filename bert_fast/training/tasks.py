@@ -218,6 +218,8 @@ def tokens(job: Job) -> Task:
     names = in_order(found, config.label2id)
     if valid is not None:
         _check_known(valid, names)
+        if all(label == NO_LABEL for row in valid.labels for label in row):
+            raise ValueError(f"{valid.file}: no word has a label")
     ids = {**{name: i for i, name in enumerate(names)}, NO_LABEL: IGNORED}
     model = load_model(
         transformers.AutoModelForTokenClassification, job.model, label_settings(names)

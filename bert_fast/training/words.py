@@ -99,8 +99,8 @@ def _conll(file: Path) -> Words:
         if _no_word(fields):
             inside = False
             continue
-        if not inside and fields[0].startswith("#") and len(fields) != width:
-            continue  # a comment
+        if not inside and _is_comment(fields, width):
+            continue
         if len(fields) < 2 or not fields[0].strip() or not fields[-1].strip():
             line = " ".join(fields)
             raise ValueError(f"{file}, line {number}: {line[:40]!r}, expected a word and its label")
@@ -118,6 +118,12 @@ def _conll(file: Path) -> Words:
     if not words:
         raise ValueError(f"{file} has no words")
     return Words(file, words, labels, places)
+
+
+def _is_comment(fields: Sequence[str], width: int) -> bool:
+    """A word may begin with # too; `# sent_id = 1` is none, however many fields words have."""
+    setting = fields[0] == "#" and fields[2:3] == ["="]
+    return setting or (fields[0].startswith("#") and len(fields) != width)
 
 
 def _no_word(fields: Sequence[str]) -> bool:
