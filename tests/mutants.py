@@ -27,6 +27,7 @@ TRAINING = "bert_fast/training/"
 LOOP, PRETRAINING = ("tests/test_training_loop.py",), ("tests/test_pretraining.py",)
 SPANS, FINETUNE = ("tests/test_spans.py",), ("tests/test_finetune.py",)
 ENCODER, OWN = ("tests/test_encoder.py",), ("tests/test_own_parts.py",)
+SETTINGS = ("tests/test_own_settings.py",)
 EMULATED = ("tests/test_emulation.py",)
 COPIES = "bert_fast/ops/weight_copies.py"
 MUTANTS = [
@@ -302,9 +303,10 @@ MUTANTS = [
            "        and _runs_ours(type(encoder))\n", "", (*OWN, "-k", "class_on_a_packed_one")),
     Mutant("own parts: registered attention is ignored", "bert_fast/packed.py",
            "found is not None and not home.startswith", "False and not home.startswith",
-           (*OWN, "-k", "attention_of_ones_own")),
+           (*SETTINGS, "-k", "attention_of_ones_own")),
     Mutant("own parts: a scale is not seen in one call", "bert_fast/paths.py",
-           "m.scale(plain.width) != plain.width**-0.5", "False", (*OWN, "-k", "scale_of_ones_own")),
+           "m.scale(plain.width) != plain.width**-0.5", "False",
+           (*SETTINGS, "-k", "scale_of_ones_own")),
     Mutant("roberta: the padding position is trained", "bert_fast/modeling.py",
            "return torch.where(rows == row, table.detach(), table)", "return table",
            (*FAMILIES, "-k", "gradients and RobertaModel and float32")),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,27 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AlbertConfig,
-    AlbertModel,
-    AttentionInterface,
-    AttentionMaskInterface,
     BertForMaskedLM,
     BertForPreTraining,
     BertForSequenceClassification,
     DistilBertConfig,
     DistilBertForMaskedLM,
-    MPNetConfig,
-    MPNetForSequenceClassification,
-    MPNetModel,
     RobertaForMaskedLM,
     RobertaModel,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 from transformers.models.bert import modeling_bert as hf
 
 import bert_fast
-from bert_fast import ops
 from bert_fast.encode import token_limit
 from bert_fast.modeling import encode
 
@@ -238,189 +227,3 @@ def test_padding_in_a_text_has_no_position() -> None:
         found = encode(model, tokens, bounds, 6)
         one, other = (model(part[None]).last_hidden_state[0] for part in tokens.split([5, 6]))
     torch.testing.assert_close(found, torch.cat([one, other]), rtol=1e-4, atol=1e-5)
-
-
-# -- attention ------------------------------------------------------------------------------------
-
-
-def halved(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return sdpa_attention_forward(module, query * 0.5, *args, **kwargs)
-
-
-def first_three(**given: Any) -> Tensor:
-    mask = sdpa_mask(**{**given, "allow_is_bidirectional_skip": False})
-    return mask & (torch.arange(mask.shape[-1], device=mask.device) < 3)
-
-
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("kind", ["attention", "mask"])
-def test_attention_of_ones_own_runs(kind: str, first: bool) -> None:
-    """What transformers' registries hold of somebody's is what `set_attn_implementation` means."""
-    attention, mask = (halved, sdpa_mask) if kind == "attention" else (None, first_three)
-    AttentionInterface.register("own", attention or sdpa_attention_forward)
-    AttentionMaskInterface.register("own", mask)
-    model = tiny()
-    ours = bert_fast.accelerate(copy.deepcopy(model))
-    for one in (model, ours):
-        one.set_attn_implementation("own")
-    with pytest.warns(UserWarning, match="its attention is 'own'"):
-        alike(outputs(ours).last_hidden_state, outputs(model).last_hidden_state)
-    if first:
-        with pytest.raises(ValueError, match="its attention is 'own'"):
-            bert_fast.accelerate(model)
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_a_scale_of_ones_own(first: bool) -> None:
-    model = tiny()
-    ours = bert_fast.accelerate(copy.deepcopy(model))
-    if not first:
-        outputs(ours)
-    for one in (model, ours):
-        one.encoder.layer[1].attention.self.scaling *= 3
-    alike(outputs(ours).last_hidden_state, outputs(model).last_hidden_state)
-    assert not torch.allclose(outputs(tiny()).last_hidden_state, outputs(ours).last_hidden_state)
-
-
-def test_attentions_asked_for_by_the_config() -> None:
-    model = small("transformers.models.esm.modeling_esm", "EsmModel")
-    model.set_attn_implementation("eager")
-    model.config.output_attentions = True
-    ours = bert_fast.accelerate(copy.deepcopy(model))
-    found, expected = outputs(ours).attentions, outputs(model).attentions
-    assert len(found) == len(expected) == 2
-    alike(found[1], expected[1], None)
-
-
-def test_a_bias_that_wants_a_gradient_is_refused() -> None:
-    qkv = torch.randn(6, 3, 2, 16, device=DEVICE)
-    bounds = torch.tensor([0, 6], dtype=torch.int32, device=DEVICE)
-    bias = torch.zeros(1, 1, 6, 6, device=DEVICE, requires_grad=True)
-    for wanted in (qkv, qkv.clone().requires_grad_()):
-        with pytest.raises(ValueError, match="bias wants a gradient"):
-            ops.attention(wanted, bounds, 6, 0.25, bias=bias)
-    with torch.no_grad():
-        ops.attention(qkv, bounds, 6, 0.25, bias=bias)
-    model = MPNetModel(mpnet()).to(DEVICE).eval()
-    with pytest.raises(ValueError, match="relative position bias wants a gradient"):
-        encode(model, ids(1, 6)[0], bounds, 6)
-
-
-def test_a_long_mask_is_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A float mask [B, 1, 1, S], as older code makes it: a row for each query, but once."""
-    seen, ours = set(), bert_fast.accelerate(tiny())
-    whole = ops.attention
-
-    def watched(*args: Any, **kwargs: Any) -> Tensor:
-        seen.add((args[5].data_ptr(), args[5].is_contiguous()))
-        return whole(*args, **kwargs)
-
-    monkeypatch.setattr(ops, "attention", watched)
-    assert MASK is not None
-    mask = (1.0 - MASK.float())[:, None, None] * -1e4
-    ours(IDS, mask).last_hidden_state.sum().backward()
-    assert len(seen) == 1 and next(iter(seen))[1]
-
-
-# -- settings -------------------------------------------------------------------------------------
-
-
-def mpnet() -> MPNetConfig:
-    return MPNetConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-                       intermediate_size=37, max_position_embeddings=24)  # fmt: skip
-
-
-def test_a_tuple_of_mpnet_has_its_pooler_s_place() -> None:
-    model = MPNetForSequenceClassification(mpnet()).to(DEVICE).eval()
-    ours = bert_fast.accelerate(copy.deepcopy(model))
-    given = {"output_hidden_states": True, "return_dict": False}
-    for one, other in ((ours, model), (ours.mpnet, model.mpnet)):
-        found, expected = outputs(one, **given), outputs(other, **given)
-        assert [type(part) for part in found] == [type(part) for part in expected]
-        assert len(found[-1]) == len(expected[-1]) == 3
-
-
-def test_albert_with_fewer_layers_since() -> None:
-    torch.manual_seed(0)
-    config = AlbertConfig(vocab_size=99, embedding_size=16, hidden_size=32, num_hidden_layers=4,
-                          num_attention_heads=2, intermediate_size=37)  # fmt: skip
-    model = AlbertModel(config).to(DEVICE).eval()
-    ours = bert_fast.accelerate(copy.deepcopy(model))
-    for layers in (4, 2):
-        for one in (model, ours):
-            one.config.num_hidden_layers = layers
-        found = outputs(ours, output_hidden_states=True)
-        alike(found.last_hidden_state, outputs(model).last_hidden_state)
-        assert len(found.hidden_states) == layers + 1
-
-
-def test_no_layers_at_all() -> None:
-    model = tiny(BertForSequenceClassification)
-    ours = bert_fast.accelerate(copy.deepcopy(model))
-    for one in (model, ours):
-        one.bert.encoder.layer = one.bert.encoder.layer[:0]
-    alike(outputs(ours).logits, outputs(model).logits, None)
-
-
-# -- those who watch ------------------------------------------------------------------------------
-
-
-def test_global_backward_hooks_are_called() -> None:
-    seen: list[str] = []
-
-    def note(module: nn.Module, *grads: Any) -> None:
-        seen.append(type(module).__name__)
-
-    ours = bert_fast.accelerate(tiny())
-    handle = nn.modules.module.register_module_full_backward_hook(note)
-    try:
-        with pytest.warns(UserWarning, match="global module hooks"):
-            ours(IDS, MASK).last_hidden_state.sum().backward()
-    finally:
-        handle.remove()
-    assert "BertSelfOutput" in seen
-
-
-@pytest.mark.parametrize("grad", [True, False])
-def test_a_trace_of_a_head_knows_no_ops_of_ours(grad: bool) -> None:
-    model = tiny(BertForMaskedLM)
-    ours = bert_fast.accelerate(copy.deepcopy(model))
-    with torch.set_grad_enabled(grad), pytest.warns(UserWarning, match="a trace is made"):
-        traced = torch.jit.trace(ours, (IDS, MASK), strict=False, check_trace=False)
-    kinds = {node.kind() for node in traced.inlined_graph.nodes()}
-    assert "aten::gelu" in kinds
-    assert not [kind for kind in kinds if not kind.startswith(("aten::", "prim::"))]
-    assert "prim::PythonOp" not in kinds
-    file = io.BytesIO()
-    torch.jit.save(traced, file)
-    alike(traced(IDS, MASK)["logits"], outputs(model).logits)
-
-
-def test_derivatives_of_a_head_by_torch_func() -> None:
-    model = tiny(BertForMaskedLM)
-    ours = bert_fast.accelerate(copy.deepcopy(model))
-    states = torch.randn(1, 5, 64, device=DEVICE)
-
-    def loss(of: nn.Module) -> Any:
-        return torch.func.grad(lambda x: of(inputs_embeds=x).logits.square().sum())(states)
-
-    with pytest.warns(UserWarning, match=r"torch\.func"):
-        torch.testing.assert_close(loss(ours), loss(model), rtol=1e-3, atol=1e-3)
-
-
-def test_forward_derivatives() -> None:
-    model = tiny().requires_grad_(False)
-    ours = bert_fast.accelerate(copy.deepcopy(model))
-    for one in (model, ours):
-        one.set_attn_implementation("eager")
-    x, v = torch.randn(2, 1, 5, 64, device=DEVICE)
-
-    def tangent(of: nn.Module) -> Any:
-        with torch.autograd.forward_ad.dual_level():
-            dual = torch.autograd.forward_ad.make_dual(x, v)
-            out = of(inputs_embeds=dual).last_hidden_state
-            return torch.autograd.forward_ad.unpack_dual(out).tangent
-
-    with pytest.warns(UserWarning, match="forward-mode"):
-        found = tangent(ours)
-    torch.testing.assert_close(found, tangent(model), rtol=1e-4, atol=1e-4)
