@@ -16,14 +16,13 @@ row is kept as a query, first in its sequence, and is no key.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .backends import cpu_kernels, cuda_kernel, triton_kernel, triton_missing
-from .registry import Chooser, Kernel, Op, Sample
+from .backends import cpu_kernels, cuda_kernel, triton_kernel, with_tritons_backward
+from .registry import Chooser, Op, Sample
 from .rng import keep_mask
 
 
@@ -119,14 +118,6 @@ def _cuda_limits(qkv: Tensor, cu_seqlens, key_start, bias, max_seqlen, scale, *r
     return found
 
 
-def _cuda() -> Kernel:
-    """The CUDA forward; its residuals are those of the Triton kernel, whose backward it takes."""
-    forward = cuda_kernel("attention", limits=_cuda_limits, has_backward=False)
-    if triton_missing():
-        return forward
-    return replace(forward, backward=triton_kernel("attention").backward, backward_by="triton")
-
-
 def samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
     generator = torch.Generator().manual_seed(0)
     infinity = torch.inf
@@ -186,7 +177,9 @@ OP = Op(
     fake=fake,
     kernels=(
         *cpu_kernels("attention", limits=_width),
-        _cuda(),
+        with_tritons_backward(
+            cuda_kernel("attention", limits=_cuda_limits, has_backward=False), "attention"
+        ),
         triton_kernel("attention", limits=_triton_limits),
     ),
     samples=samples,

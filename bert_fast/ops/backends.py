@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -175,6 +176,14 @@ def triton_kernel(op: str, lead: int = 0, limits: Limits = no_limits) -> Kernel:
             return _tuple(module().backward(*args, needs=needs))
 
     return Kernel("triton", forward, backward, why_not)
+
+
+def with_tritons_backward(kernel: Kernel, op: str) -> Kernel:
+    """A CUDA kernel with the backward of the Triton kernel, whose residuals are the same, where
+    Triton is installed."""
+    if triton_missing():
+        return kernel
+    return replace(kernel, backward=triton_kernel(op).backward, backward_by="triton")
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[None]:
