@@ -101,6 +101,7 @@ def op_cases(model: Model, tokens: int, device: torch.device, dtype: torch.dtype
     yield case("linear", "out", lambda draw: linear(draw, hidden))
     yield case("linear_gelu", "", lambda draw: (*linear(draw, inner), "gelu"))
     yield case("linear_int8", "up", lambda draw: (*linear(draw, inner), "gelu"))
+    yield case("linear_row_int8", "up", lambda draw: (*linear(draw, inner), "gelu"))
     yield case("linear_fp8", "up", lambda draw: linear(draw, inner))
     yield case("feed_forward", "", lambda draw: (
         *linear(draw, inner), draw.normal(hidden, inner, scale=inner**-0.5), "gelu", False

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bert_fast.ops.backends import best_isa
+from bert_fast.ops.backends import best_isa, triton_missing
 from bert_fast.verification import IN_8_BITS
 
 from . import peers_exported as exported
@@ -41,7 +41,7 @@ ABOUT = {
 DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
-    "int8": torch.float32,
+    "int8": torch.bfloat16 if torch.cuda.is_available() else torch.float32,
     "fp8": torch.bfloat16,
 }
 
@@ -86,9 +86,11 @@ def _never_missing() -> str | None:
 
 
 def _bert_fast_missing(precision: str) -> str | None:
-    if precision == "int8" and best_isa() == 0:
-        return "8-bit products need a processor with AVX2, and the C++ extension"
     there = torch.cuda.is_available()
+    if precision == "int8" and there and triton_missing():
+        return "8-bit products need Triton on a GPU"
+    if precision == "int8" and not there and best_isa() == 0:
+        return "8-bit products need a processor with AVX2, and the C++ extension"
     if precision == "fp8" and not (there and torch.cuda.get_device_capability() >= (8, 9)):
         return "8-bit floats need an NVIDIA GPU of compute capability 8.9 or more"
     return None

@@ -53,7 +53,7 @@ QUICK = {
     ("gfx942", "bf16"): -1,
 }
 # Modules whose block sizes depend on the target; of the others one NVIDIA target is enough.
-SIZED = ("attention", "feed_forward_fp8", "linear", "linear_fp8", "linear_gelu")
+SIZED = ("attention", "feed_forward_fp8", "linear", "linear_fp8", "linear_gelu", "linear_row_int8")
 # Spilled bytes (registers on AMD) that are no fault: ptxas parks a value or two in order to end on
 # a register count that lets one more block run, which it deems the better bargain.
 SLACK = 32

@@ -38,7 +38,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 NARROW = {"int8": "float32", "fp8": "bfloat16"}  # of products; and what all else is in
 MODES = {**DTYPES, **NARROW}
 ModelDtype = Annotated[
-    str, typer.Option(help="fp32, bf16, fp16; products in 8 bits: int8 on a CPU, fp8 on a GPU.")
+    str, typer.Option(help="fp32, bf16, fp16; products in 8 bits: int8, or fp8 on a GPU.")
 ]
 DEVICES = ("auto", "cpu", "cuda")
 POOLINGS = ("mean", "cls")

@@ -41,8 +41,10 @@ def cannot_load(folder: Path) -> Iterator[None]:
         raise ValueError(f"cannot load {folder}: {reason[0]}") from None
 
 
-def load_weights(kind: Any, folder: Path, **settings: Any) -> Any:
+def load_weights(kind: Any, folder: Path, no_head: str | None = None, **settings: Any) -> Any:
     """kind.from_pretrained(folder); new may be a head, or a pooler, and nothing else.
+
+    no_head: given, these may not be new either, and it says why.
 
     Raises: ValueError for a folder that cannot be loaded, and where weights of the encoder are not
         in it, or of another size: transformers warns, and leaves random ones.
@@ -57,15 +59,17 @@ def load_weights(kind: Any, folder: Path, **settings: Any) -> Any:
     }
     inside = hasattr(model, model.base_model_prefix)
     prefix = f"{model.base_model_prefix}." if inside else ""
-    lacking = sorted(
-        name
-        for name in {*told["missing_keys"], *sizes}
-        if name.startswith(prefix) and not name.startswith(f"{prefix}pooler.")
-    )
+    new = sorted({*told["missing_keys"], *sizes})
+    lacking = [
+        name for name in new if name.startswith(prefix) and not name.startswith(f"{prefix}pooler.")
+    ]
+    why = ""
+    if new and not lacking and no_head:
+        lacking, why = new, f"{no_head}: "
     if lacking:
         what = sizes.get(lacking[0], "not in its weights")
         more = f"; so for {len(lacking) - 1} more" if lacking[1:] else ""
-        raise ValueError(f"cannot load {folder}: {lacking[0]} is {what}{more}")
+        raise ValueError(f"cannot load {folder}: {why}{lacking[0]} is {what}{more}")
     return model
 
 

@@ -79,13 +79,13 @@ def accelerate(
             network, a third less memory for about a tenth more time (`python -m bench.training`).
             "full": every layer from its input. Hugging Face's `gradient_checkpointing_enable()`
             works as well.
-        dtype: None: the model's own everywhere. "int8": in inference on a CPU, products with the
-            layers' weights in 8 bits (`ops.linear_int8`), all else in the model's dtype. "fp8":
-            the same on a GPU that has e4m3, of a model in bf16 or fp16 (`ops.linear_fp8`,
-            `ops.feed_forward_fp8`). The weights stay as they are. Where that cannot be, the model's
-            dtype is used, with the reason said once (but not inside torch.compile and
-            torch.export). Cosine similarities to fp32 are about 0.999 in int8, 0.997 in fp8;
-            `verify` tells yours.
+        dtype: None: the model's own everywhere. "int8": in inference, products with the layers'
+            weights in 8 bits (on a CPU `ops.linear_int8`, on a GPU `ops.linear_row_int8`), all else
+            in the model's dtype. "fp8": the same on a GPU that has e4m3, of a model in bf16 or fp16
+            (`ops.linear_fp8`, `ops.feed_forward_fp8`). The weights stay as they are. Where that
+            cannot be, the model's dtype is used, with the reason said once (but not inside
+            torch.compile and torch.export). Cosine similarities to fp32 are about 0.999 in int8,
+            0.997 in fp8; `verify` tells yours.
         graphs: in inference on a GPU, batches of up to 8,192 tokens replay CUDA graphs, recorded at
             their first use for buckets of like sizes (at most 32; then where one came three times
             since the graph was used whose place it takes). Elsewhere it changes nothing.

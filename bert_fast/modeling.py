@@ -32,7 +32,7 @@ from .paths import (
     chosen,
     in_one_call,
     like,
-    reasons_against_fp8,
+    reasons_against_8_bits,
     reasons_against_one_call,
     reasons_against_plain,
 )
@@ -187,10 +187,9 @@ def run_layers(
     if recompute and not h.requires_grad:
         h = h.detach().requires_grad_()  # reentrant checkpoints need an input with a gradient
     dropping = any(switch.training and dropout.p for switch, dropout in structure.dropouts)
-    why, int8 = reasons_against_plain(structure, dropping, h), dtype == "int8"
-    if dtype == "fp8":
-        why = why or reasons_against_fp8(structure.plain, h, backend)
-    else:
+    why = other = reasons_against_plain(structure, dropping, h)
+    if dtype != "fp8":
+        int8 = dtype == "int8"
         why = why or reasons_against_one_call(structure)
         if not why and chosen(backend, "encoder") == "reference":
             why = ["backends of single ops are asked for"]
@@ -199,8 +198,12 @@ def run_layers(
             if isinstance(found, Tensor):
                 return found
             why = found
-    if dtype and why and not tracing():
-        warn_once(f"bert_fast: the layers run in {h.dtype}, not in 8 bits: {'; '.join(why)}")
+    if dtype and not other:
+        other = reasons_against_8_bits(dtype, structure.plain, h, backend)
+    narrow = None if other else dtype
+    if dtype and not narrow and not tracing():
+        told = "; ".join(why if dtype == "int8" and not h.is_cuda else other)
+        warn_once(f"bert_fast: the layers run in {h.dtype}, not in 8 bits: {told}")
     seeds = draw_seeds(3 * len(layers), h.device) if dropping else None
     h = h if between is None else between(h)
     for i, (module, layer) in enumerate(zip(modules, layers, strict=True)):
@@ -211,7 +214,7 @@ def run_layers(
             seeds=None if seeds is None else seeds[3 * i : 3 * i + 3],
             backend=backend,
             recompute=checkpoint == "selective",
-            fp8=dtype == "fp8" and not why,
+            narrow=narrow,
             rows=rows if i == len(layers) - 1 else None,
         )
         if recompute and module.gradient_checkpointing:
@@ -231,20 +234,20 @@ def layer_forward(
     seeds: Tensor | None,
     backend: Backend,
     recompute: bool = False,
-    fp8: bool = False,
+    narrow: str | None = None,
     rows: Tensor | None = None,
 ) -> Tensor:
     """One post-LN encoder layer on packed tokens [T, H] -> [T, H], or [R, H] of `rows`.
 
-    fp8: its products with weights are those of `ops.linear_fp8` and `feed_forward_fp8`; its linears
-        must be plain ones.
+    narrow: "fp8": its products with weights are those of `ops.linear_fp8` and `feed_forward_fp8`;
+        "int8": those of `ops.linear_row_int8`. Its linears must be plain ones.
     """
     m = layer
     s0, s1, s2 = (None, None, None) if seeds is None else seeds.split(1)
     p0 = m.attention_dropout.p if m.attention.training else 0.0
     p1, p2 = rate(m.out_dropout), rate(m.down_dropout)
 
-    qkv = project_qkv(m, h, backend, fp8)  # [T, 3, N, D]
+    qkv = project_qkv(m, h, backend, narrow)  # [T, 3, N, D]
     context = ops.attention(
         qkv, sequences.cu_seqlens, sequences.max_seqlen, m.scale(qkv.shape[3]),
         sequences.key_start, like(sequences.bias, qkv), p0, s0 if p0 else None,
@@ -253,8 +256,8 @@ def layer_forward(
     if rows is not None:
         use = chosen(backend, "unpad")
         context, h = ops.unpad(context, rows, use), ops.unpad(h, rows, use)
-    h = add_norm(*without_bias(m.out, context, backend, fp8), h, m.out_norm, p1, s1, backend)
-    y, bias = feed_forward(m, h, backend, recompute, fp8)
+    h = add_norm(*without_bias(m.out, context, backend, narrow), h, m.out_norm, p1, s1, backend)
+    y, bias = feed_forward(m, h, backend, recompute, narrow)
     return add_norm(y, bias, h, m.down_norm, p2, s2, backend)
 
 
@@ -262,12 +265,12 @@ def layer_forward(
 # -- its dtype and norms in that of the weights, as torch.autocast has it for their ATen forms
 
 
-def project_qkv(m: LayerParts, h: Tensor, backend: Backend, fp8: bool = False) -> Tensor:
+def project_qkv(m: LayerParts, h: Tensor, backend: Backend, narrow: str | None = None) -> Tensor:
     """[T, H] -> queries, keys and values [T, 3, N, D]."""
     three = (m.query, m.key, m.value)
-    if fp8:
+    if narrow:
         one, bias = packed([part.weight for part in three] + [part.bias for part in three], True)
-        qkv = ops.linear_fp8(h, one, bias, chosen(backend, "linear_fp8"))
+        qkv = narrow_linear(h, one, bias, backend, narrow)
     elif all(type(part) is nn.Linear for part in three):
         q, k, v = (cast(part.weight) for part in three)
         q_bias, k_bias, v_bias = (cast(part.bias) for part in three)
@@ -300,12 +303,17 @@ def normalized(x: Tensor, norm: nn.Module, backend: Backend) -> Tensor:
 
 
 def feed_forward(
-    m: LayerParts, h: Tensor, backend: Backend, recompute: bool, fp8: bool = False
+    m: LayerParts, h: Tensor, backend: Backend, recompute: bool, narrow: str | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """[T, H] -> [T, H] and the bias that is still to be added."""
     name = activation_name(m.activation)
     plain = type(m.up) is type(m.down) is nn.Linear
-    if fp8:
+    if narrow == "int8":
+        assert name is not None
+        use = chosen(backend, "linear_row_int8")
+        inner = ops.linear_row_int8(h, m.up.weight, m.up.bias, name, use)
+        return ops.linear_row_int8(inner, m.down.weight, None, "none", use), m.down.bias
+    if narrow:
         assert name is not None
         weights, use = (m.up.weight, m.up.bias, m.down.weight), chosen(backend, "feed_forward_fp8")
         return ops.feed_forward_fp8(h, *weights, name, use), m.down.bias
@@ -317,15 +325,24 @@ def feed_forward(
 
 
 def without_bias(
-    part: nn.Module, x: Tensor, backend: Backend, fp8: bool = False
+    part: nn.Module, x: Tensor, backend: Backend, narrow: str | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """A projection and its bias, which is added in the norm; of another module, all at once."""
-    if fp8:
-        return ops.linear_fp8(x, part.weight, None, chosen(backend, "linear_fp8")), part.bias
+    if narrow:
+        return narrow_linear(x, part.weight, None, backend, narrow), part.bias
     if type(part) is not nn.Linear:
         return linear(part, x, backend), None
     y = ops.linear(cast(x), cast(part.weight), None, chosen(backend, "linear"))
     return y, part.bias
+
+
+def narrow_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, backend: Backend, narrow: str
+) -> Tensor:
+    """A projection in 8 bits."""
+    if narrow == "fp8":
+        return ops.linear_fp8(x, weight, bias, chosen(backend, "linear_fp8"))
+    return ops.linear_row_int8(x, weight, bias, "none", chosen(backend, "linear_row_int8"))
 
 
 def add_norm(

@@ -12,6 +12,7 @@ from torch import Tensor
 from .ops.encoder import LAYER
 from .ops.encoder import OP as ENCODER
 from .ops.linear_fp8 import OP as LINEAR_FP8
+from .ops.linear_row_int8 import OP as LINEAR_ROW_INT8
 from .ops.registry import Chooser, Op, tracing
 from .structure import Plain, Structure
 
@@ -83,15 +84,17 @@ def _exports_to_onnx() -> bool:
     return "torch.onnx._internal.exporter" in sys.modules and torch.onnx.is_in_onnx_export()
 
 
-def reasons_against_fp8(plain: Plain | None, h: Tensor, backend: Backend) -> list[str]:
-    """Why the products of plain layers cannot be those of `ops.linear_fp8`."""
+def reasons_against_8_bits(
+    dtype: str, plain: Plain | None, h: Tensor, backend: Backend
+) -> list[str]:
+    """Why the products of plain layers cannot be those of `ops.linear_fp8`, `linear_row_int8`."""
     assert plain is not None
-    args = (h, plain.weights[LAYER.index("up")], None)
+    op, rest = (LINEAR_FP8, ()) if dtype == "fp8" else (LINEAR_ROW_INT8, ("none",))
+    args = (h, plain.weights[LAYER.index("up")], None, *rest)
     # Not asked through what watches the choices (`explain`): this one runs nothing.
-    asked = getattr(backend, "backend", backend)
-    if LINEAR_FP8.choose(args, chosen(asked, "linear_fp8")).backend != "reference":
-        return []
-    return _told(LINEAR_FP8, args)
+    asked = chosen(getattr(backend, "backend", backend), op.name)
+    runs = not all(why for _, why in op.reasons(args)[:-1])
+    return [] if runs and op.choose(args, asked).backend != "reference" else _told(op, args)
 
 
 def _told(op: Op, args: tuple[Any, ...]) -> list[str]:

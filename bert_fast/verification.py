@@ -29,7 +29,7 @@ MAX_TEXTS = 64
 SENTENCE, TOKEN = 0.998, 0.98  # least cosines to the truth with products in 8 bits
 # How `explain` tells that they were.
 IN_8_BITS = {
-    "int8": lambda choice: "int8" in choice.on,
+    "int8": lambda choice: "int8" in choice.on or choice.op.endswith("_int8"),
     "fp8": lambda choice: choice.op.endswith("_fp8"),
 }
 

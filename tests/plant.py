@@ -1,4 +1,4 @@
-"""Plants the bugs of `mutants.py` one at a time and checks that tests see each: `make mutants`.
+"""Plants the bugs of `mutants` and `mutants_models` and checks that tests see each: `make mutants`.
 
 A test that cannot fail is a defect. Every mutant replaces one piece of text in a copy of the
 checkout (the extension is rebuilt for C++), runs the tests that guard that place, and is caught
@@ -18,8 +18,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from .mutants import EMULATED, MUTANTS
+from .mutants import EMULATED, KERNELS
+from .mutants_models import MODELS
 
+MUTANTS = [*KERNELS, *MODELS]
 ROOT = Path(__file__).resolve().parents[1]
 
 

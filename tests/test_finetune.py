@@ -15,7 +15,8 @@ from bert_fast.cli import app
 from bert_fast.training import finetune_command
 from bert_fast.training.finetune import TASKS
 from bert_fast.training.loop import Settings
-from bert_fast.training.tasks import Job, tokens
+from bert_fast.training.tags import tokens
+from bert_fast.training.tasks import Job
 
 from . import spy, tiny
 
@@ -412,7 +413,7 @@ def test_tasks_of_command_and_library():
         ("pairs", (), ["no column 'text_b'", "'text', 'label'"]),
         ("tokens", (), ["column 'text'", "list"]),
         ("spans", (), ["no 'question'"]),
-        ("classification", ("--predict", "x.json"), ["--predict", "--task spans"]),
+        ("classification", ("--predict", "x.json"), ["x.json: No such file"]),
         ("classification", ("--regression",), ["'cat', expected a number"]),
     ],
 )
@@ -434,7 +435,7 @@ def test_files_and_folders_refused(finetune, sentences, tmp_path):
     (other / "config.json").write_text(json.dumps({**config, "hidden_size": 16}))
     labels = ["other.jsonl, line 1", "'owl'", "'cat', 'dog'"]
     for files, words in [
-        ({}, ["needs --train"]),
+        ({}, ["nothing to do", "--train, --validation or --predict"]),
         ({"train": tmp_path / "absent.csv"}, ["absent.csv: No such file"]),
         ({"train": sentences, "validation": wrong}, labels),
         ({"train": sentences, "output": "a_file"}, ["a_file is a file"]),

@@ -90,6 +90,7 @@ CASES = {
     "linear": ("linear", lambda d: d.linear(4096, 512, 2304)),
     "linear_gelu": ("linear_gelu", lambda d: (*d.linear(4096, 512, 2304), "gelu")),
     "linear_fp8": ("linear_fp8", lambda d: d.linear(4096, 512, 2304)),
+    "linear_row_int8": ("linear_row_int8", lambda d: (*d.linear(4096, 512, 2304), "gelu")),
     "feed_forward_fp8": ("feed_forward_fp8", lambda d: (
         *d.linear(4096, 512, 2048), d(512, 2048, scale=0.02), "gelu")),
 }  # fmt: skip

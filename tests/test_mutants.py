@@ -1,7 +1,6 @@
 """The planted bugs of `make mutants`, which takes hours, still fit the code they are planted in."""
 
-from .mutants import MUTANTS
-from .plant import ROOT
+from .plant import MUTANTS, ROOT
 
 
 def test_every_bug_can_be_planted() -> None:

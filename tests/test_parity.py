@@ -30,6 +30,7 @@ from .parity import (
 
 OF_CPUS = (*ISAS, "onednn")
 LARGE = (("feed_forward", "blocks"), ("attention", "longer_than_a_block"))
+NARROW = (("attention", "alike"),)  # what only an output rounded to 16 bits upsets
 CASES = [
     pytest.param(op, kernel.backend, sample, id=f"{op}-{kernel.backend}-{sample}")
     for op in OPS
@@ -77,7 +78,8 @@ def test_eager(name: str, backend: str, sample: str, dtype: torch.dtype) -> None
     if interpreted(backend) and (name, sample) in LARGE:
         pytest.skip("larger than the blocks of C++ kernels; what is interpreted has smaller ones")
     few = {torch.bfloat16: smallest_samples(name), torch.float16: [smallest_sample(name)]}
-    if interpreted(backend) and sample not in few.get(dtype, [sample]):
+    narrow = dtype == torch.bfloat16 and (name, sample) in NARROW
+    if interpreted(backend) and not narrow and sample not in few.get(dtype, [sample]):
         pytest.skip("interpreted, 16 bits are computed in fp32: a sample of each mode in bf16")
     with guarded_allocations() as guard:
         wanted = trainable(op, backend, expected.args)

@@ -20,7 +20,7 @@ from bert_fast.training import pretrain as pretraining
 from bert_fast.training.corpus import load_corpus
 from bert_fast.training.loop import Settings
 from bert_fast.training.masking import Masking
-from bert_fast.training.pairs import SentencePairs
+from bert_fast.training.pairs import Plan, SentencePairs, _exchange
 from bert_fast.training.pretrain import Recipe, prepare
 from bert_fast.training.text import find_files, read_documents, split_sentences
 from bert_fast.training.tokenizer import train_tokenizer
@@ -166,6 +166,14 @@ def test_pairs(corpus, tokenizer):
     for one, other in zip(plan, again.plan(0), strict=True):
         np.testing.assert_array_equal(one, other)
     assert not np.array_equal(plan.a_start, pairs.plan(1).a_start)
+
+
+def test_of_one_document_no_b_is_foreign():
+    starts = np.arange(0, 60, 10)
+    plan = Plan(starts, starts + 4, starts + 4, starts + 9, np.zeros(6, dtype=bool))
+    found = _exchange(np.random.default_rng(0), np.zeros(6, dtype=np.int64), plan)
+    for one, other in zip(found, plan, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_lengths_do_not_tell_whether_b_follows(corpus, tokenizer):

@@ -160,6 +160,15 @@ def kept(model: Any) -> int:
     return total
 
 
+def test_a_trained_weight_written_to_is_seen() -> None:
+    """Through `.data` and off the diagonal, of which nothing tells: no copy is kept of it."""
+    model = bert_fast.accelerate(tiny()).eval()
+    batch = {"input_ids": ids(2, 9)}
+    before = model(**batch).last_hidden_state
+    model.encoder.layer[0].attention.self.value.weight.data[0, -1] += 5.0
+    assert (model(**batch).last_hidden_state - before).abs().max() > 1e-3
+
+
 def test_what_training_keeps() -> None:
     """Per token and layer, in hidden sizes: 8 and the inner width once, 8, or 1."""
     tokens, hidden, layers, inner = 4 * 32, 64, 6, 4 * 64

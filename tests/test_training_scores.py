@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 
+from bert_fast.training.classes import classification
 from bert_fast.training.embedding import embedding
 from bert_fast.training.loop import Settings
 from bert_fast.training.scores import entity_scores, macro_f1, matthews
-from bert_fast.training.tasks import Job, classification, tokens
+from bert_fast.training.tags import tokens
+from bert_fast.training.tasks import Job
 
 from . import tiny
 

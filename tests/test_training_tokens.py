@@ -11,7 +11,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
 from bert_fast.training.loop import Settings
-from bert_fast.training.tasks import Job, tokens
+from bert_fast.training.tags import tokens
+from bert_fast.training.tasks import Job
 from bert_fast.training.words import read_words
 
 from . import tiny

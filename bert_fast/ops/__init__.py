@@ -11,6 +11,7 @@ from .linear import linear
 from .linear_fp8 import linear_fp8
 from .linear_gelu import linear_gelu
 from .linear_int8 import linear_int8
+from .linear_row_int8 import linear_row_int8
 from .masked_lm_loss import masked_lm_loss
 from .padding import pad, unpad
 from .pool import pool
@@ -31,6 +32,7 @@ __all__ = [
     "linear_fp8",
     "linear_gelu",
     "linear_int8",
+    "linear_row_int8",
     "masked_lm_loss",
     "pad",
     "pool",

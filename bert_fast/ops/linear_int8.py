@@ -40,37 +40,40 @@ def _grouped(x: Tensor) -> Tensor:
     return F.pad(x, (0, -x.shape[1] % GROUP))
 
 
-def _rotated(x: Tensor) -> Tensor:
-    """[T, K] -> [T, groups, 128], four times as long as a rotation leaves it."""
-    rows = _grouped(x).unflatten(1, (-1, GROUP // APART, APART))
-    for half in (1, 2, 4, 8):
-        a, b = rows.unflatten(2, (-1, 2, half)).unbind(3)
-        rows = torch.stack((a + b, a - b), 3).flatten(2, 4)
-    return rows.flatten(2)
+def rotated(x: Tensor, distances: Iterable[int] = (8, 16, 32, 64)) -> Tensor:
+    """[T, K] -> [T, groups, 128]: of elements so far apart in a group, sums and differences.
+
+    Every distance makes rows sqrt(2) times as long; the same again is the inverse, but for that.
+    """
+    rows = _grouped(x)
+    for apart in distances:
+        a, b = rows.unflatten(1, (-1, 2, apart)).unbind(2)
+        rows = torch.stack((a + b, a - b), 2).flatten(1)
+    return rows.unflatten(1, (-1, GROUP))
 
 
-def _inverse(step: Tensor) -> Tensor:
+def inverse(step: Tensor) -> Tensor:
     """1 / step; 0 where that would be infinite."""
     return torch.where(step >= torch.finfo(step.dtype).tiny, 1 / step, 0)
 
 
 def _rounded_x(x: Tensor) -> Tensor:
     """[T, groups, 128] as 7 bits tell it, in the dtype of sums."""
-    rows = _rotated(x.float())
+    rows = rotated(x.float())
     low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
     step = (high - low) / LEVELS
-    q = torch.round((rows - low) * _inverse(step))
+    q = torch.round((rows - low) * inverse(step))
     wide = sums_dtype(x)
     return low.to(wide) + step.to(wide) * q.to(wide)
 
 
 def _rounded_weight(weight: Tensor) -> Tensor:
-    rows = _rotated(weight.float()) / (GROUP // APART)
+    rows = rotated(weight.float()) / (GROUP // APART)
     eights = rows.unflatten(-1, (-1, 4, 2, 2)).transpose(-2, -3).flatten(-2)  # [.., 8, 2, 8]
     parts = [sign.clamp_min(0).unbind(-1) for sign in (eights, -eights)]
     sums = torch.stack([sum(part[1:], part[0]) for part in parts]).amax((0, -1, -2))
     scale = torch.maximum(rows.abs().amax(-1) / LEVELS, sums / EIGHT).unsqueeze(-1)
-    p = torch.round(rows * _inverse(scale))
+    p = torch.round(rows * inverse(scale))
     wide = sums_dtype(weight)
     return scale.to(wide) * p.to(wide)
 
@@ -81,14 +84,13 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -
         w = _rounded_weight(weight).flatten(1)
         rounded = _rounded_x(x).flatten(1) @ w.t()
     if exact.requires_grad:  # the same value, with the gradient of x times W's rounded form
-        turned = _grouped(exact) @ _rotated(w).flatten(1).t()  # turned back: it is its own inverse
+        turned = _grouped(exact) @ rotated(w).flatten(1).t()  # turned back: it is its own inverse
         rounded = rounded + (turned - turned.detach())
     y = rounded if bias is None else rounded + bias.to(wide)
     return (y if activation == "none" else activate(y, activation)).to(x.dtype)
 
 
-def check(x, weight, bias, activation) -> None:
-    op = "linear_int8"
+def check(x, weight, bias, activation, op: str = "linear_int8") -> None:
     check_linear(x, weight, bias, op)
     if activation != "none":
         checks.activation(op, activation)

@@ -30,14 +30,13 @@ CONFIG_KEY = "spans"  # what config.json keeps of the training, for predictions 
 
 
 def spans(job: Job) -> Task:
-    """Task `spans`; without training data it answers with a model that was trained before."""
+    """Task `spans`; without training data it answers with the model as it is."""
     files = {name: getattr(job, name) for name in ("train", "validation", "predict")}
     squads = {name: read_squad(file) for name, file in files.items() if file is not None}
     train, held_out = squads.get("train"), squads.get("predict", squads.get("validation"))
-    if train is None and held_out is None:
-        raise ValueError("--task spans needs --train, --validation or --predict")
     _, tokenizer = load_config(job.model)
-    model = load_model(transformers.AutoModelForQuestionAnswering, job.model, {"num_labels": 2})
+    kind = transformers.AutoModelForQuestionAnswering
+    model = load_model(kind, job.model, {"num_labels": 2}, trained=train is None)
     limit = token_limit(model, tokenizer, job.max_length, MAX_LENGTH)
     stride = limit // 3 if job.doc_stride is None else job.doc_stride
 
@@ -65,12 +64,9 @@ def spans(job: Job) -> Task:
     }
     scored = next((a for a in asked.values() if a.labelled), None)
 
-    def save(folder: Path) -> None:
-        if train is not None:
-            tokenizer.save_pretrained(folder)
-        if held_out is not None:
-            last = asked["predict" if "predict" in asked else "validation"]
-            write_predictions(folder, last.squad, last.predictions(model), answering)
+    def write(model: nn.Module, folder: Path) -> None:
+        last = asked["predict" if "predict" in asked else "validation"]
+        write_predictions(folder, last.squad, last.predictions(model), answering)
 
     return Task(
         model,
@@ -78,7 +74,8 @@ def spans(job: Job) -> Task:
         items,
         collator(tokenizer),
         scored.evaluate if scored is not None else None,
-        save,
+        lambda folder: tokenizer.save_pretrained(folder),
+        write if held_out is not None else None,
         OBJECTIVE,
         notes,
         tokenizer,

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from ..console import cannot_load, check_tokenizer, load_weights
 from ..encode import sentence_modules
 from .items import Collate, Item, collator, item_of, outputs_of, tokenize, was_cut
-from .loop import Objective
+from .loop import MODEL_LOSS, Objective
+from .monitor import write_rows
 from .readers import Labels, Texts, other_texts, read_texts
 from .scores import accuracy, pearson, spearman
 from .tasks import Job, Metrics, Task, token_limit
@@ -44,14 +45,16 @@ class _Embedder(nn.Module):
 
 
 def embedding(job: Job) -> Task:
-    """Task `embedding`: pairs of texts, with scores or without."""
+    """Task `embedding`: pairs of texts, with scores or without; what is predicted is cosines."""
     try:
         from sentence_transformers import SentenceTransformer
         from sentence_transformers.sentence_transformer import losses
     except ImportError:
         raise ValueError("--task embedding needs sentence-transformers (pip install it)") from None
-    train = _read(job.training_file(), job)
-    valid = _read(job.validation, job) if job.validation else None
+    train, valid, asked = (
+        read_texts(file, True, job.columns, labelled) if file is not None else None
+        for file, labelled in ((job.train, False), (job.validation, False), (job.predict, None))
+    )
     transformers.logging.set_verbosity_error()
     modules = sentence_modules(job.model)
     load_weights(transformers.AutoModel, job.model / modules.get("Transformer", ""))  # all there?
@@ -65,30 +68,42 @@ def embedding(job: Job) -> Task:
         model[0].auto_model, model.tokenizer, job.max_length, model.max_seq_length
     )
     collate = collator(model.tokenizer)
-    notes = [f"{len(train)} pairs {'with scores' if train.labels else 'that are alike'}"]
-    if unused := other_texts(train):
-        columns = ", ".join(map(repr, unused))
-        notes.append(f"{train.table.file}: not used, as pairs have two texts: {columns}")
-    loss = getattr(losses, LOSSES[bool(train.labels)])(model)
+    notes: list[str] = []
+    items: list[Item] = []
+    objective = MODEL_LOSS
+    if train is not None:
+        notes.append(f"{len(train)} pairs {'with scores' if train.labels else 'that are alike'}")
+        if unused := other_texts(train):
+            columns = ", ".join(map(repr, unused))
+            notes.append(f"{train.table.file}: not used, as pairs have two texts: {columns}")
+        objective = _objective(getattr(losses, LOSSES[bool(train.labels)])(model))
+        items = _items(train, model, notes)
+    evaluate = predict = None
+    if valid is not None:
+        evaluate = _evaluation(valid, _items(valid, model, notes), collate)
+    if asked is not None:
+        predict = _prediction(_items(asked, model, notes), collate)
+    return Task(
+        _Embedder(model),
+        model,
+        items,
+        lambda items: _collate(items, collate),
+        evaluate,
+        lambda folder: model.save(str(folder)),
+        predict,
+        objective,
+        notes,
+    )
+
+
+def _objective(loss: Any) -> Objective:
+    """One of sentence-transformers' losses, a mean over pairs."""
 
     def means(outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> tuple[Tensor]:
         halves = list(outputs["embeddings"].chunk(2))
         return (loss.compute_loss_from_embeddings(halves, inputs.get("labels")),)
 
-    return Task(
-        _Embedder(model),
-        model,
-        _items(train, model, notes),
-        lambda items: _collate(items, collate),
-        _evaluation(valid, _items(valid, model, notes), collate) if valid is not None else None,
-        lambda folder: model.save(str(folder)),
-        Objective(("loss",), lambda inputs: (len(inputs["input_ids"]) // 2,), means),
-        notes,
-    )
-
-
-def _read(file: Path, job: Job) -> Texts:
-    return read_texts(file, pairs=True, columns=job.columns, labelled=False)
+    return Objective(("loss",), lambda inputs: (len(inputs["input_ids"]) // 2,), means)
 
 
 def _items(examples: Texts, model: Any, notes: list[str]) -> list[Item]:
@@ -134,9 +149,7 @@ def _evaluation(
     """Correlation of cosines and scores; how often a text's own partner is nearest, without."""
 
     def evaluate(model: nn.Module) -> Metrics:
-        found = outputs_of(model, _halves(items), collate, "embeddings")
-        vectors = F.normalize(torch.from_numpy(np.stack([row[0] for row in found])).double())
-        first, second = vectors.chunk(2)
+        first, second = _vectors(model, items, collate)
         if not examples.labels:
             assert examples.texts_b is not None
             partners = np.unique(examples.texts_b, return_inverse=True)[1]  # some may be the same
@@ -146,6 +159,21 @@ def _evaluation(
         return {"pearson": pearson(cosines, scores), "spearman": spearman(cosines, scores)}
 
     return evaluate
+
+
+def _prediction(items: Sequence[Item], collate: Collate) -> Callable[[nn.Module, Path], object]:
+    def predict(model: nn.Module, folder: Path) -> object:
+        first, second = _vectors(model, items, collate)
+        cosines = (first * second).sum(-1).tolist()
+        return write_rows(folder, ({"cosine": cosine} for cosine in cosines))
+
+    return predict
+
+
+def _vectors(model: nn.Module, items: Sequence[Item], collate: Collate) -> tuple[Tensor, ...]:
+    """The embeddings of first and second texts, of unit length, fp64 [N, H] each."""
+    found = outputs_of(model, _halves(items), collate, "embeddings")
+    return F.normalize(torch.from_numpy(np.stack([row[0] for row in found])).double()).chunk(2)
 
 
 def _nearest(first: Tensor, second: Tensor) -> np.ndarray:

@@ -1,20 +1,23 @@
-"""finetune(job): a checkpoint and a file in, a trained checkpoint and its metrics out."""
+"""finetune(job): a checkpoint and files in; a trained one, its metrics and predictions out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import transformers
 from accelerate import PartialState
 
 from ..convert import accelerate
 from .answers import spans
+from .classes import classification
 from .embedding import embedding
 from .items import lengths_of
 from .loop import train
 from .monitor import write_metrics
-from .tasks import Job, Task, classification, tokens
+from .tags import tokens
+from .tasks import Job, Task
 
 TASKS: dict[str, Callable[[Job], Task]] = {
     "classification": classification,
@@ -26,10 +29,13 @@ TASKS: dict[str, Callable[[Job], Task]] = {
 
 
 def finetune(job: Job, told: Callable[[str], None] = print) -> dict[str, Any]:
-    """Trains as `job` says and writes to its settings' output_dir.
+    """Trains as `job` says, evaluates, predicts, and writes to its settings' output_dir.
 
-    There: the checkpoint as transformers saves it, with tokenizer; metrics.json; metrics.csv; for
-    spans predictions.json, nbest_predictions.json and null_odds.json.
+    There: the checkpoint as transformers saves it, with tokenizer, and metrics.csv, where there is
+    training data; metrics.json, where there is some or data to evaluate on; and predictions.jsonl,
+    a line for each row of `job.predict`, in their order: {"label", "probabilities": by label}, or
+    {"score"} where labels are scores; {"tokens", "labels"}; {"cosine"} for embedding; for spans
+    predictions.json, nbest_predictions.json and null_odds.json instead.
 
     Args:
         told: called with what a user should know of the data, and at last with the metrics; by
@@ -43,8 +49,8 @@ def finetune(job: Job, told: Callable[[str], None] = print) -> dict[str, Any]:
     """
     if job.task not in TASKS:
         raise ValueError(f"unknown task {job.task!r}, expected one of {', '.join(TASKS)}")
-    if job.predict is not None and job.task != "spans":
-        raise ValueError(f"--predict answers questions (--task spans), not --task {job.task}")
+    if job.train is None and job.validation is None and job.predict is None:
+        raise ValueError("nothing to do: give --train, --validation or --predict")
     transformers.set_seed(job.settings.seed)  # a new head is a function of the seed
     task = TASKS[job.task](job)
     if job.accelerate:
@@ -61,7 +67,7 @@ def finetune(job: Job, told: Callable[[str], None] = print) -> dict[str, Any]:
         last.update(task.evaluate(model))
         return last
 
-    if task.items:
+    if job.train is not None:
         history = train(
             task.model,
             task.items,
@@ -74,13 +80,23 @@ def finetune(job: Job, told: Callable[[str], None] = print) -> dict[str, Any]:
             tokenizer=task.tokenizer,
         )
     task.model.to(processes.device)
+    # What Trainer has seen to where it trained.
+    bf16 = torch.autocast(
+        processes.device.type, torch.bfloat16, enabled=job.settings.dtype == "bf16"
+    )
     if task.evaluate is not None and not last:  # no training, or a run that was done before
-        evaluate(task.model)
+        with bf16:
+            evaluate(task.model)
     if processes.is_main_process:
         folder = job.settings.output_dir
         folder.mkdir(parents=True, exist_ok=True)
-        task.save(folder)
-        write_metrics(folder, history, task=job.task, seed=job.settings.seed, **last)
+        if job.train is not None:
+            task.save(folder)
+        if history or last:
+            write_metrics(folder, history, task=job.task, seed=job.settings.seed, **last)
+        if task.predict is not None:
+            with bf16:
+                task.predict(task.model, folder)
         found = ", ".join(f"{name} {value:.4g}" for name, value in last.items())
-        told(f"{found or 'trained'}; {folder}")
+        told(f"{found or ('predicted' if job.train is None else 'trained')}; {folder}")
     return last

@@ -16,15 +16,19 @@ TASKS = ("classification", "pairs", "spans", "tokens", "embedding")
 def finetune(
     task: Annotated[str, Option(help=", ".join(TASKS) + ".")],
     model: Annotated[Path, Option(help="Folder with config.json, weights and tokenizer.")],
-    output: Annotated[Path, Option(help="Folder for the trained model and its metrics.")],
+    output: Annotated[
+        Path, Option(help="Folder for the trained model, its metrics and its predictions.")
+    ],
     train: Annotated[
-        Path | None, Option(help="CSV, TSV, JSON(L), Parquet; SQuAD JSON; CoNLL.")
+        Path | None,
+        Option(help="CSV, TSV, JSON(L), Parquet; SQuAD JSON; CoNLL. Without, nothing is trained."),
     ] = None,
     validation: Annotated[
-        Path | None, Option(help="The same; evaluated on after every epoch.")
+        Path | None, Option(help="The same; evaluated on after every epoch, or once.")
     ] = None,
     predict: Annotated[
-        Path | None, Option(help="SQuAD file to answer, into predictions.json.")
+        Path | None,
+        Option(help="The same, labels or not; into predictions.jsonl (spans: predictions.json)."),
     ] = None,
     epochs: Annotated[int, Option(help="Passes over the training data.")] = 3,
     max_steps: Annotated[
@@ -69,7 +73,8 @@ def finetune(
     """Trains a checkpoint for a task: text and label in, a checkpoint for transformers out.
 
     --output gets model.safetensors, config.json, the tokenizer, metrics.json (accuracy; exact_match
-    and f1 in percent for spans; the history of the loss) and metrics.csv, one row per step.
+    and f1 in percent for spans; the history of the loss) and metrics.csv, one row per step. Without
+    --train the model is evaluated, or predicts, as it is: one that was trained before.
     """
     with one_line_errors():
         need_accelerate()

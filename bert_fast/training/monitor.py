@@ -1,4 +1,6 @@
-"""What a run tells: a progress line, metrics.csv while it runs, metrics.json when it is done."""
+"""What a run tells: a progress line, metrics.csv while it runs; when it is done metrics.json and
+predictions.jsonl.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import csv
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,27 @@ def write_metrics(folder: Path, history: Sequence[Mapping[str, Any]], **values: 
 
     Returns: the file.
     """
-    file, part = folder / "metrics.json", folder / ".metrics.json.part"
     rows = {**values, "history": list(history)}
-    part.write_text(json.dumps(_finite(rows), indent=1, allow_nan=False) + "\n")
+    return _whole(folder / "metrics.json", _json(rows, indent=1))
+
+
+def write_rows(folder: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Writes predictions.jsonl, a row a line, whole or not at all.
+
+    Returns: the file.
+    """
+    return _whole(folder / "predictions.jsonl", "".join(map(_json, rows)))
+
+
+def _whole(file: Path, text: str) -> Path:
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(text, encoding="utf-8")
     return part.replace(file)
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    text = json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return f"{text}\n"
 
 
 def _finite(value: Any) -> Any:

@@ -67,9 +67,9 @@ class Texts:
 
 
 def read_texts(
-    file: Path, pairs: bool | None, columns: Columns | None = None, labelled: bool = True
+    file: Path, pairs: bool | None, columns: Columns | None = None, labelled: bool | None = True
 ) -> Texts:
-    """Texts with labels; labels may be absent unless `labelled`.
+    """Texts with labels; labels may be absent unless `labelled`, and are not read where it is None.
 
     The columns are those asked for, else `text`, `text_b` and `label`, else GLUE's names.
     pairs: two texts a row; None: where the columns are so, and not only the first is asked for.
@@ -85,19 +85,22 @@ def read_texts(
 
 
 def _columns(
-    table: Table, asked: Columns, pairs: bool | None, labelled: bool
+    table: Table, asked: Columns, pairs: bool | None, labelled: bool | None
 ) -> tuple[str, str | None, str | None]:
     """What was asked for, and for the rest the first usual names that are in the table with it."""
     if asked.text_b:
         pairs = True
     elif pairs is None and asked.text:
         pairs = False
+    if labelled is None:
+        asked = replace(asked, label=None)
     usual = (("text", "text_b", "label"), ("text", None, "label"))
     two_first = sorted(GLUE, key=lambda names: names[1] is None)
     for names in (*usual, *two_first, *(() if labelled else ALIKE)):
         if pairs is (names[1] is None):
             continue
-        found = (asked.text or names[0], asked.text_b or names[1], asked.label or names[2])
+        label = asked.label or (None if labelled is None else names[2])
+        found = (asked.text or names[0], asked.text_b or names[1], label)
         # Other texts than a task of GLUE has are not of that task: its label is not theirs.
         agrees = names not in GLUE or found[:2] == names[:2]
         if agrees and set(found) - {None} <= set(table.columns):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .readers import Columns, field_of, label_name
+from .readers import NO_LABEL, Columns, field_of, label_name
 from .tables import READERS, Table, read_table
 from .text import read_lines, whole
 
@@ -27,8 +27,9 @@ class Words:
         return len(self.words)
 
 
-def read_words(file: Path, columns: Columns | None = None) -> Words:
-    """Words with labels for the task `tokens`.
+def read_words(file: Path, columns: Columns | None = None, labelled: bool = True) -> Words:
+    """Words with labels for the task `tokens`; unless `labelled`, labels may be absent and are not
+    read, and rows without a word are kept.
 
     JSON lines, JSON and Parquet: two lists of one length in a row, in the columns asked for, else
     in `tokens` and `labels` (or `ner_tags`). Any other file is CoNLL: a word a line, its label in
@@ -40,13 +41,13 @@ def read_words(file: Path, columns: Columns | None = None) -> Words:
         file that cannot be read.
     """
     if file.suffix.lower() in set(READERS) - {".csv", ".tsv"}:
-        return _words_of_table(read_table(file), columns or Columns())
+        return _words_of_table(read_table(file), columns or Columns(), labelled)
     if file.suffix.lower() == ".csv":
         raise ValueError(f"{file}: words with labels come as CoNLL, .jsonl or .parquet, not .csv")
-    return _conll(file)
+    return _conll(file, labelled)
 
 
-def _words_of_table(table: Table, asked: Columns) -> Words:
+def _words_of_table(table: Table, asked: Columns, labelled: bool) -> Words:
     def choose(name: str | None, usual: Sequence[str], option: str) -> str:
         for column in (name,) if name else usual:
             if column in table.columns:
@@ -57,38 +58,39 @@ def _words_of_table(table: Table, asked: Columns) -> Words:
         )
 
     word_column = choose(asked.text, WORD_COLUMNS, "--text-column")
-    tag_column = choose(asked.label, TAG_COLUMNS, "--label-column")
+    tag_column = choose(asked.label, TAG_COLUMNS, "--label-column") if labelled else None
+    columns = [name for name in (word_column, tag_column) if name is not None]
     words, labels, places = [], [], []
     for row in range(len(table)):
-        pair = []
-        for column in (word_column, tag_column):
+        found = []
+        for column in columns:
             values = field_of(table, row, column)
             if not isinstance(values, list) or any(v is None or v == "" for v in values):
                 raise ValueError(
                     f"{table.where(row)}, column {column!r}: {str(values)[:40]!r}, expected a "
                     "list without empty values, one for each word"
                 )
-            pair.append([label_name(v) for v in values] if column == tag_column else values)
-        if not all(isinstance(word, str) for word in pair[0]):
+            found.append([label_name(v) for v in values] if column == tag_column else values)
+        if not all(isinstance(word, str) for word in found[0]):
             raise ValueError(f"{table.where(row)}, column {word_column!r}: expected strings")
-        for column, values in zip((word_column, tag_column), pair, strict=True):
+        for column, values in zip(columns, found, strict=True):
             for value in values:
                 whole(value, f"{table.where(row)}, column {column!r}")
-        if len(pair[0]) != len(pair[1]):
+        if len(found[0]) != len(found[-1]):
             raise ValueError(
-                f"{table.where(row)}: {len(pair[0])} words in {word_column!r} but {len(pair[1])} "
-                f"labels in {tag_column!r}, expected one for each"
+                f"{table.where(row)}: {len(found[0])} words in {word_column!r} but "
+                f"{len(found[-1])} labels in {tag_column!r}, expected one for each"
             )
-        if pair[0]:
-            words.append(pair[0])
-            labels.append(pair[1])
+        if found[0] or not labelled:
+            words.append(found[0])
+            labels.append(found[1] if labelled else [NO_LABEL] * len(found[0]))
             places.append(table.places[row])
-    if not words:
+    if not any(words):
         raise ValueError(f"{table.file} has no words")
     return Words(table.file, words, labels, places)
 
 
-def _conll(file: Path) -> Words:
+def _conll(file: Path, labelled: bool) -> Words:
     words: list[list[str]] = []
     labels: list[list[str]] = []
     places: list[int] = []
@@ -101,9 +103,10 @@ def _conll(file: Path) -> Words:
             continue
         if not inside and _is_comment(fields, width):
             continue
-        if len(fields) < 2 or not fields[0].strip() or not fields[-1].strip():
-            line = " ".join(fields)
-            raise ValueError(f"{file}, line {number}: {line[:40]!r}, expected a word and its label")
+        lacks_label = labelled and (len(fields) < 2 or not fields[-1].strip())
+        if lacks_label or not fields[0].strip():
+            line, wanted = " ".join(fields), "a word and its label" if labelled else "a word"
+            raise ValueError(f"{file}, line {number}: {line[:40]!r}, expected {wanted}")
         if len(fields) != width:
             raise ValueError(
                 f"{file}, line {number}: {len(fields)} fields, expected {width} as in line {usual}"
@@ -114,7 +117,7 @@ def _conll(file: Path) -> Words:
             places.append(number)
             inside = True
         words[-1].append(fields[0].strip())
-        labels[-1].append(fields[-1].strip())
+        labels[-1].append(fields[-1].strip() if labelled else NO_LABEL)
     if not words:
         raise ValueError(f"{file} has no words")
     return Words(file, words, labels, places)

@@ -66,6 +66,22 @@ FP8 = {
     },
     "interpreter": HALF["interpreter"],
 }
+# int8 is as wide, on more GPUs; its sums are exact in one chain, but sm100 has no such instruction
+# for wide tiles.
+INT8 = FP8 | {
+    "sm80": {
+        "large": (128, 128, 128, 8, 3),
+        "medium": (128, 128, 64, 8, 4),
+        "small": (32, 32, 128, 4, 4),
+    },
+    "sm90": FP8["sm90"] | {"large": (128, 256, 128, 8, 3)},
+    "sm100": FP8["sm100"] | {"large": (128, 128, 128, 8, 3)},
+    "gfx9": {
+        "large": (128, 128, 64, 4, 2),
+        "medium": (128, 128, 64, 4, 2),
+        "small": (32, 32, 128, 4, 2),
+    },
+}
 # float32 without TF32 runs on the ordinary cores: what limits a tile is registers.
 FLOAT = {
     "large": (64, 64, 16, 8, 3),
@@ -82,6 +98,8 @@ TF32 = {
 def table(family: str, dtype: torch.dtype, precision: str) -> Mapping[str, tuple[int, ...]]:
     if dtype == torch.float8_e4m3fn:
         return FP8[family]
+    if dtype == torch.int8:
+        return INT8[family]
     if dtype != torch.float32 or family == "interpreter":
         return HALF[family]
     return TF32 if precision == "tf32" else FLOAT
@@ -153,8 +171,8 @@ def _finish(
 def gemm_kernel(
     a,  # [m, k], strides a_m, a_k
     b,  # [k, n], strides b_k, b_n
-    a_scale,  # [m] float32, of the rows of an e4m3 a; or None
-    b_scale,  # [n] float32, of the columns of an e4m3 b; or None
+    a_scale,  # [m] float32, of the rows of an a of 8 bits; or None
+    b_scale,  # [n] float32, of the columns of a b of 8 bits; or None
     y_scale,  # [m] float32, powers of two that the rows of an e4m3 y are divided by; or None
     bias,  # [n] or None
     y,  # [m, n] output: act(a b + bias); float32 [splits, m, n] shares where SPLIT
@@ -197,7 +215,8 @@ def gemm_kernel(
     o_k = k_first + tl.arange(0, BK)
     p_a = a + o_m.to(tl.int64)[:, None] * a_m + o_k.to(tl.int64)[None, :] * a_k
     p_b = b + o_k.to(tl.int64)[:, None] * b_k + o_n.to(tl.int64)[None, :] * b_n
-    acc = tl.zeros((BM, BN), tl.float32)
+    EXACT: tl.constexpr = a.dtype.element_ty == tl.int8
+    acc = tl.zeros((BM, BN), tl.int32 if EXACT else tl.float32)
     for i_k in range(k_first, k_last, BK):
         if EVEN_K:
             b_a = tiles.load_operand(p_a, m_m[:, None])
@@ -206,7 +225,9 @@ def gemm_kernel(
             m_k = i_k + tl.arange(0, BK) < k_last
             b_a = tiles.load_operand(p_a, m_m[:, None] & m_k[None, :])
             b_b = tiles.load_operand(p_b, m_k[:, None] & m_n[None, :])
-        if a_scale is not None:
+        if EXACT:
+            acc = tl.dot(b_a, b_b, acc, out_dtype=tl.int32)
+        elif a_scale is not None:
             # Hopper's sums of e4m3 products have 14 bits: none is longer than one step
             acc = tl.dot(b_a, b_b, acc, max_num_imprecise_acc=BK)
         elif PRECISION == "ieee" and a.dtype.element_ty == tl.float32:
@@ -218,6 +239,8 @@ def gemm_kernel(
         p_a += BK * a_k
         p_b += BK * b_k
 
+    if EXACT:
+        acc = acc.to(tl.float32)
     if SPLIT:
         y += tl.program_id(1).to(tl.int64) * m * n
     if BN == 256:
@@ -238,11 +261,11 @@ def gemm(
     u: torch.Tensor | None = None,  # [m, n] contiguous output
     act: str = "none",
     split: bool = False,
-    a_scale: torch.Tensor | None = None,  # [m] float32, where a and b are e4m3
+    a_scale: torch.Tensor | None = None,  # [m] float32, where a and b are of 8 bits
     b_scale: torch.Tensor | None = None,  # [n] float32
     y_scale: torch.Tensor | None = None,  # [m] float32 powers of two, where y is e4m3
 ) -> None:
-    """y = act(a b + bias), u = a b + bias; of e4m3 factors, and as e4m3, with their scales."""
+    """y = act(a b + bias), u = a b + bias; of factors in 8 bits, and as e4m3, with their scales."""
     m, k = a.shape
     n = b.shape[1]
     if not m or not n:

@@ -33,12 +33,12 @@ def load_operand(
     p_x,  # block of pointers
     mask,  # block of booleans, or None
 ):
-    """x in its own dtype for the tensor cores, 0 where masked (float32 where interpreted)."""
+    """x in its own dtype for tensor cores, 0 where masked (floats as float32 when interpreted)."""
     if mask is None:
         x = tl.load(p_x)
     else:
         x = tl.load(p_x, mask=mask, other=0.0)
-    if INTERPRET:
+    if INTERPRET and x.dtype != tl.int8:
         x = x.to(tl.float32)
     return x
 
@@ -69,6 +69,14 @@ def inverse_of_power(
 ):
     """1 / p, exactly, which a division on a GPU does not promise."""
     return (0x7F000000 - p.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def round_to_int(
+    x,  # float32 of magnitudes below 2^22
+):
+    """The nearest integer, of two the even one, as float32: above 2^23 there are no others."""
+    return x + 12582912.0 - 12582912.0
 
 
 # ------------------------------------------------------------------------- activations
