@@ -118,7 +118,7 @@ class _Watch:
         kernel = op.choose(args, chosen(self.backend, op.name))
         tensors = [a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
         on = "x".join(map(str, tensors[0].shape)) + f" {tensors[0].dtype}".replace("torch.", "")
-        # Where no kernel takes the layers as a whole, their ops follow, which have no int8.
+        # Where no kernel takes the layers as a whole, their ops follow, and tell of themselves.
         by_ops = op is ENCODER and kernel.backend == "reference"
         if op is ENCODER and args[-1] and not by_ops:
             on += " in int8"

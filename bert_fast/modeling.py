@@ -202,8 +202,8 @@ def run_layers(
         other = reasons_against_8_bits(dtype, structure.plain, h, backend)
     narrow = None if other else dtype
     if dtype and not narrow and not tracing():
-        told = "; ".join(why if dtype == "int8" and not h.is_cuda else other)
-        warn_once(f"bert_fast: the layers run in {h.dtype}, not in 8 bits: {told}")
+        told = other if h.is_cuda else dict.fromkeys([*why, *other])
+        warn_once(f"bert_fast: the layers run in {h.dtype}, not in 8 bits: {'; '.join(told)}")
     seeds = draw_seeds(3 * len(layers), h.device) if dropping else None
     h = h if between is None else between(h)
     for i, (module, layer) in enumerate(zip(modules, layers, strict=True)):

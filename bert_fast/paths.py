@@ -14,6 +14,7 @@ from .ops.encoder import OP as ENCODER
 from .ops.linear_fp8 import OP as LINEAR_FP8
 from .ops.linear_row_int8 import OP as LINEAR_ROW_INT8
 from .ops.registry import Chooser, Op, tracing
+from .ops.weight_copies import reasons_against_copies
 from .structure import Plain, Structure
 
 Backend = str | Mapping[str, str] | Chooser
@@ -89,12 +90,20 @@ def reasons_against_8_bits(
 ) -> list[str]:
     """Why the products of plain layers cannot be those of `ops.linear_fp8`, `linear_row_int8`."""
     assert plain is not None
-    op, rest = (LINEAR_FP8, ()) if dtype == "fp8" else (LINEAR_ROW_INT8, ("none",))
-    args = (h, plain.weights[LAYER.index("up")], None, *rest)
+    if why := reasons_against_copies(*plain.weights):
+        return why
+    up, down = (plain.weights[LAYER.index(name)] for name in ("up", "down"))
+    op, calls = LINEAR_FP8, [(h, up, None)]
+    if dtype == "int8":  # its kernels hold whole rows, of the inner states too
+        inner = h.new_empty((0, down.shape[1]))
+        op, calls = LINEAR_ROW_INT8, [(h, up, None, "none"), (inner, down, None, "none")]
     # Not asked through what watches the choices (`explain`): this one runs nothing.
     asked = chosen(getattr(backend, "backend", backend), op.name)
-    runs = not all(why for _, why in op.reasons(args)[:-1])
-    return [] if runs and op.choose(args, asked).backend != "reference" else _told(op, args)
+    for args in calls:
+        runs = not all(why for _, why in op.reasons(args)[:-1])
+        if not runs or op.choose(args, asked).backend == "reference":
+            return _told(op, args)
+    return []
 
 
 def _told(op: Op, args: tuple[Any, ...]) -> list[str]:

@@ -155,13 +155,23 @@ def test_a_head_gets_int8_states() -> None:
     assert (found - expected).abs().max() < 0.05 and not torch.equal(found, other)
 
 
-@pytest.mark.parametrize("reason", ["gradients", "reference"])
+@pytest.mark.parametrize("reason", ["gradients", "weights", "reference", "wide"])
 def test_where_not_says_why(reason: str) -> None:
-    backend = {"linear_row_int8": "reference"} if reason == "reference" else BACKEND
-    told = "records gradients" if reason == "gradients" else "asked for"
-    ours = bert_fast.accelerate(tiny(), backend, dtype="int8")
-    plain = bert_fast.accelerate(tiny())
-    with torch.set_grad_enabled(reason == "gradients"):
+    sizes, backend = {"num_hidden_layers": 2}, BACKEND
+    if reason == "reference":
+        backend, told = {"linear_row_int8": "reference"}, "asked for"
+    elif reason == "wide":
+        sizes, told = {"num_hidden_layers": 1, "intermediate_size": 8200}, "hidden size is 8200"
+    else:
+        told = "records gradients" if reason == "gradients" else "the weight is being trained"
+    model = tiny(**sizes)
+    if reason == "weights":  # no state wants a gradient before the second layer
+        model.requires_grad_(False)
+        model.encoder.layer[1].attention.self.requires_grad_(True)
+    ours = bert_fast.accelerate(copy.deepcopy(model), backend, dtype="int8")
+    plain = bert_fast.accelerate(model)
+    with torch.set_grad_enabled(reason in ("gradients", "weights")):
         with pytest.warns(UserWarning, match=f"not in 8 bits: .*{told}"):
             found = ours(**INPUTS)
         torch.testing.assert_close(real(found), real(plain(**INPUTS)))
+    assert found.last_hidden_state.requires_grad == (reason in ("gradients", "weights"))
