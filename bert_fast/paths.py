@@ -93,7 +93,8 @@ def reasons_against_8_bits(
     if why := reasons_against_copies(*plain.weights):
         return why
     up, down = (plain.weights[LAYER.index(name)] for name in ("up", "down"))
-    op, calls = LINEAR_FP8, [(h, up, None)]
+    op = LINEAR_FP8
+    calls: list[tuple[Any, ...]] = [(h, up, None)]
     if dtype == "int8":  # its kernels hold whole rows, of the inner states too
         inner = h.new_empty((0, down.shape[1]))
         op, calls = LINEAR_ROW_INT8, [(h, up, None, "none"), (inner, down, None, "none")]

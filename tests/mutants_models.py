@@ -218,8 +218,10 @@ MODELS = [
            (*PRETRAINING, "-k", "one_document")),
     # Fine-tuning
     Mutant("tokens: a word's label from the window it is cut off in", TRAINING + "tags.py",
-           "= max(places[-1][word], (room, len(windows), position))",
-           "= (room, len(windows), position)", (*PREDICT, "-k", "every_word")),
+           "if room > places[-1][word][0]:", "if True:", (*PREDICT, "-k", "every_word")),
+    Mutant("tokens: a long word's label from a later piece of it", TRAINING + "tags.py",
+           "if room > places[-1][word][0]:", "if room >= places[-1][word][0]:",
+           (*PREDICT, "-k", "every_word")),
     Mutant("finetune: a head of another task is taken", TRAINING + "tasks.py",
            "if trained and named and wanted not in named:", "if False:",
            (*PREDICT, "-k", "refused")),

@@ -1,6 +1,7 @@
 """`bert-fast finetune --predict`, and without --train: as stock transformers has it, row by row."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ import transformers
 from typer.testing import CliRunner
 
 from bert_fast.cli import app
+from bert_fast.training import classes, embedding
+from bert_fast.training.items import outputs_of
 
 from . import tiny
 from .test_cli import refused
@@ -160,18 +163,6 @@ def test_evaluation_alone(run, trained, tmp_path):
     refused(result, "a.jsonl, line 3", "'bird'", "'owl', 'cat', 'dog'")
 
 
-def test_a_model_without_names_of_labels_has_their_numbers(run, trained, tmp_path):
-    model = trained(names=("LABEL_0", "LABEL_1"))
-    rows = [
-        {"text": text, "label": int(logits.argmax())}
-        for text, logits in zip(TEXTS, logits_of(model, TEXTS), strict=True)
-    ]
-    file = lines(tmp_path / "a.jsonl", rows)
-    _, found, folder = run("classification", model, validation=file, predict=file)
-    assert metrics_of(folder)["accuracy"] == 1.0
-    assert [row["label"] for row in found] == [str(row["label"]) for row in rows]
-
-
 # -- a label for each word ----------------------------------------------------------------------
 
 TAGS = ("O", "B-PET", "I-PET")
@@ -182,12 +173,13 @@ SENTENCES = [
     # Windows begin at first pieces and at later ones of these.
     "a cats dogs the running sun mats mats rain in under the cat cats dogs sat on mats".split() * 3,
     ["dog", "\u200b", "ran"],  # the second has no token
+    ["cat" + "s" * 40],  # whole windows are inside of it
 ]
 
 
 def tags_by_hand(folder, sentences, length):
     """Every word's tag by stock transformers, of windows of `length` tokens that share a third:
-    from the one in which the nearer end is farther away, the later one of equals.
+    from the one in which the nearer end is farther away, the first one of equals.
     """
     room, shared = length - 2, length // 3
     model = transformers.AutoModelForTokenClassification.from_pretrained(folder).eval()
@@ -206,8 +198,8 @@ def tags_by_hand(folder, sentences, length):
             for i, word in enumerate(pieces):
                 at = places[i] - start
                 if word and 0 <= at < len(part):
-                    found[i].append((min(at, len(part) - 1 - at), start, TAGS[best[at]]))
-        return [max(rows)[2] if rows else None for rows in found]
+                    found[i].append((min(at, len(part) - 1 - at), TAGS[best[at]]))
+        return [max(rows, key=lambda row: row[0])[1] if rows else None for rows in found]
 
     return [tags(words) for words in sentences]
 
@@ -221,7 +213,7 @@ def test_every_word_gets_its_label(run, trained, tmp_path):
     assert [row["labels"] for row in found] == tags_by_hand(model, SENTENCES, 14)
     assert None not in found[3]["labels"] and found[4]["labels"][1] is None
     assert len(set(found[3]["labels"])) > 1
-    assert "1 of 5 sentences have more than 14 tokens and are read in windows" in result.stderr
+    assert "2 of 6 sentences have more than 14 tokens and are read in windows" in result.stderr
     assert "1 words have no token in this model, and so no label" in result.stderr
     assert {file.name for file in folder.iterdir()} == {"predictions.jsonl"}
     # What the windows say is what is measured, of all words.
@@ -242,24 +234,41 @@ def test_conll_with_and_without_labels(run, trained, tmp_path, fields):
     result, found, _ = run("tokens", model, predict=tmp_path / "a.conll")
     assert [row["tokens"] for row in found] == words, result.output
     assert [row["labels"] for row in found] == tags_by_hand(model, words, 24)
+    told = f"2 sentences; of the {3 if fields else 1} fields of a line the first is its word"
+    assert (told in result.stderr) == bool(fields)
 
 
 # -- a cosine for each pair ---------------------------------------------------------------------
 
 
-def test_cosines(run, tmp_path):
+def test_cosines(run, tmp_path, monkeypatch):
     library = pytest.importorskip("sentence_transformers")
     model = tiny.save(tmp_path / "model")
     rows = [{"text": a, "text_b": b, "label": "none"} for a, b in PAIRS]
     file = lines(tmp_path / "pairs.jsonl", rows)
+    at_once = []
+    monkeypatch.setattr(embedding, "PAIRS_AT_ONCE", 2)
+    monkeypatch.setattr(
+        embedding,
+        "outputs_of",
+        lambda model, items, *more: at_once.append(len(items)) or outputs_of(model, items, *more),
+    )
     result, found, folder = run("embedding", model, predict=file)
     assert result.exit_code == 0, result.output
-    encode = library.SentenceTransformer(str(model), device="cpu").encode
-    first, second = (encode(part, normalize_embeddings=True) for part in zip(*PAIRS, strict=True))
+    assert at_once == [4] * (len(PAIRS) // 2)  # both texts of two pairs
+    whole = library.SentenceTransformer(str(model), device="cpu")
+    first, second = (
+        whole.encode(part, normalize_embeddings=True) for part in zip(*PAIRS, strict=True)
+    )
     np.testing.assert_allclose(
         [row["cosine"] for row in found], (first * second).sum(-1), atol=1e-5
     )
     assert {file.name for file in folder.iterdir()} == {"predictions.jsonl"}
+    told = "is no folder of sentence-transformers': the mean of all tokens is taken"
+    assert f"{model} {told}" in result.stderr
+    whole.save(str(tmp_path / "whole"))
+    result, again, _ = run("embedding", tmp_path / "whole", output="again", predict=file)
+    assert again == found and told not in result.stderr
     rows = [{**row, "label": cosine["cosine"]} for row, cosine in zip(rows, found, strict=True)]
     _, _, folder = run("embedding", model, output="measured", validation=lines(file, rows))
     assert metrics_of(folder)["pearson"] == pytest.approx(1)
@@ -298,7 +307,38 @@ def test_a_new_head_is_not_measured(run, tmp_path):
     refused(run("classification", model)[0], "nothing to do", "--validation or --predict")
 
 
-def test_several_labels_for_a_text_are_refused(run, trained, tmp_path):
-    model = trained(problem_type="multi_label_classification")
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("multi_label_classification", "any number of labels"), ("regression", "3 scores for a text")],
+)
+def test_several_answers_for_a_text_are_refused(run, trained, tmp_path, kind, words):
     file = lines(tmp_path / "a.jsonl", [{"text": "a"}])
-    refused(run("classification", model, predict=file)[0], "any number of labels", "expected one")
+    result, _, _ = run("classification", trained(problem_type=kind), predict=file)
+    refused(result, words, "expected one")
+
+
+def test_refused_before_the_work_is_done(run, trained, tmp_path, monkeypatch):
+    model = trained()
+    file = lines(tmp_path / "a.jsonl", [{"text": "a", "label": "cat"}])
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(classes, "outputs_of", None)  # called, it ends in a TypeError
+    result, _, _ = run("classification", model, output="file/out", validation=file)
+    refused(result, tmp_path / "file", "Not a directory")
+    monkeypatch.setattr("os.access", lambda _, mode: mode != os.W_OK)
+    result, _, _ = run("classification", model, validation=file, predict=file)
+    refused(result, tmp_path / "out", "is not writable")
+    result, _, _ = run("classification", model, "--resume", predict=file)
+    refused(result, "--resume", "give --train")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused(run("classification", model, predict=file)[0], "finetune need accelerate")
+
+
+def test_a_models_own_metrics_stay(run, trained, tmp_path):
+    model = trained()
+    (model / "metrics.json").write_text("of its training")
+    file = lines(tmp_path / "a.jsonl", [{"text": "a", "label": "cat"}])
+    result, _, _ = run("classification", model, output="model", validation=file)
+    refused(result, "the model's own folder", "choose another --output")
+    result, found, _ = run("classification", model, output="model", predict=file)
+    assert len(found) == 1, result.output
+    assert (model / "metrics.json").read_text() == "of its training"

@@ -24,6 +24,7 @@ from .tasks import (
     label_settings,
     load_config,
     load_model,
+    spelling,
     token_limit,
 )
 
@@ -44,10 +45,13 @@ def classification(job: Job) -> Task:
         if not job.regression:
             train = _labelled_only(train, classes_of(train, config.label2id), notes)
         labels = labels_of(train, config.label2id, job.regression)
+    spelt = labels
     if valid is not None and not labels.regression:
-        valid = _labelled_only(valid, labels.names, notes)
+        if train is None:
+            spelt = Labels(spelling(valid.table.file, names_of(valid), labels.names, notes))
+        valid = _labelled_only(valid, spelt.names, notes)
     # Before a model is loaded to train it: a wrong label ends the run at once.
-    wanted = [None if given is None else labels.encode(given) for given in (train, valid)]
+    wanted = [None if given is None else spelt.encode(given) for given in (train, valid)]
     if train is not None:
         model = load_model(kind, job.model, _settings(labels))
     limit = token_limit(model, tokenizer, job.max_length)
@@ -87,6 +91,8 @@ def _labels_of_model(job: Job, config: Any) -> Labels:
     """As transformers has it: a head of one output gives scores."""
     if config.problem_type == "multi_label_classification":
         raise ValueError(f"{job.model} has any number of labels for a text, expected one")
+    if config.problem_type == "regression" and config.num_labels > 1:
+        raise ValueError(f"{job.model} has {config.num_labels} scores for a text, expected one")
     labels = Labels(() if config.num_labels == 1 else known_labels(config))
     if job.regression is not None and job.regression != labels.regression:
         option = "--regression" if job.regression else "--no-regression"

@@ -131,7 +131,7 @@ def train_tokenizer(
 def need_accelerate() -> None:
     """Raises: ValueError where the package that transformers' Trainer runs on is missing."""
     if importlib.util.find_spec("accelerate") is None:
-        raise ValueError("training needs accelerate (pip install accelerate)")
+        raise ValueError("pretrain and finetune need accelerate (pip install accelerate)")
 
 
 def tell(output: Path, metrics: dict[str, Any]) -> None:

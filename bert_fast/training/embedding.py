@@ -8,7 +8,7 @@ the encoder as one batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from .scores import accuracy, pearson, spearman
 from .tasks import Job, Metrics, Task, token_limit
 
 LOSSES = {True: "CoSENTLoss", False: "MultipleNegativesRankingLoss"}  # by: there are scores
+PAIRS_AT_ONCE = 4_096  # bounds the memory of their vectors
 
 
 class _Embedder(nn.Module):
@@ -69,6 +70,10 @@ def embedding(job: Job) -> Task:
     )
     collate = collator(model.tokenizer)
     notes: list[str] = []
+    if not modules:
+        notes.append(
+            f"{job.model} is no folder of sentence-transformers': the mean of all tokens is taken"
+        )
     items: list[Item] = []
     objective = MODEL_LOSS
     if train is not None:
@@ -149,12 +154,12 @@ def _evaluation(
     """Correlation of cosines and scores; how often a text's own partner is nearest, without."""
 
     def evaluate(model: nn.Module) -> Metrics:
-        first, second = _vectors(model, items, collate)
         if not examples.labels:
+            first, second = _vectors(model, items, collate)
             assert examples.texts_b is not None
             partners = np.unique(examples.texts_b, return_inverse=True)[1]  # some may be the same
             return {"accuracy": accuracy(partners[_nearest(first, second)], partners)}
-        cosines = (first * second).sum(-1).numpy()
+        cosines = np.array(list(_cosines(model, items, collate)))
         scores = np.array([item["labels"] for item in items])
         return {"pearson": pearson(cosines, scores), "spearman": spearman(cosines, scores)}
 
@@ -163,11 +168,16 @@ def _evaluation(
 
 def _prediction(items: Sequence[Item], collate: Collate) -> Callable[[nn.Module, Path], object]:
     def predict(model: nn.Module, folder: Path) -> object:
-        first, second = _vectors(model, items, collate)
-        cosines = (first * second).sum(-1).tolist()
+        cosines = _cosines(model, items, collate)
         return write_rows(folder, ({"cosine": cosine} for cosine in cosines))
 
     return predict
+
+
+def _cosines(model: nn.Module, items: Sequence[Item], collate: Collate) -> Iterator[float]:
+    for start in range(0, len(items), PAIRS_AT_ONCE):
+        first, second = _vectors(model, items[start : start + PAIRS_AT_ONCE], collate)
+        yield from (first * second).sum(-1).tolist()
 
 
 def _vectors(model: nn.Module, items: Sequence[Item], collate: Collate) -> tuple[Tensor, ...]:

@@ -9,6 +9,7 @@ import torch
 import transformers
 from accelerate import PartialState
 
+from ..console import check_output
 from ..convert import accelerate
 from .answers import spans
 from .classes import classification
@@ -51,13 +52,25 @@ def finetune(job: Job, told: Callable[[str], None] = print) -> dict[str, Any]:
         raise ValueError(f"unknown task {job.task!r}, expected one of {', '.join(TASKS)}")
     if job.train is None and job.validation is None and job.predict is None:
         raise ValueError("nothing to do: give --train, --validation or --predict")
+    if job.train is None and job.settings.resume:
+        raise ValueError("--resume goes on with training: give --train")
     transformers.set_seed(job.settings.seed)  # a new head is a function of the seed
     task = TASKS[job.task](job)
+    folder = job.settings.output_dir
+    evaluates_only = job.train is None and task.evaluate is not None
+    if evaluates_only and folder.resolve() == job.model.resolve():
+        raise ValueError(
+            f"{folder} is the model's own folder, whose metrics.json tells of its training: choose "
+            "another --output"
+        )
     if job.accelerate:
         accelerate(task.encoder)
     processes = PartialState(cpu=job.settings.on_cpu)
-    for note in task.notes if processes.is_main_process else ():
-        told(note)
+    if processes.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        check_output(folder / "metrics.json")
+        for note in task.notes:
+            told(note)
     history: list[dict[str, float]] = []
     last: dict[str, float] = {}
 
@@ -88,8 +101,6 @@ def finetune(job: Job, told: Callable[[str], None] = print) -> dict[str, Any]:
         with bf16:
             evaluate(task.model)
     if processes.is_main_process:
-        folder = job.settings.output_dir
-        folder.mkdir(parents=True, exist_ok=True)
         if job.train is not None:
             task.save(folder)
         if history or last:

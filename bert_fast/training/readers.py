@@ -193,7 +193,7 @@ class Labels:
         for row, value in enumerate(examples.labels):
             if label_name(value) not in ids:
                 raise ValueError(
-                    f"{examples.where(row)}: label {value!r}, expected one of {_listed(self.names)}"
+                    f"{examples.where(row)}: label {value!r}, expected one of {listed(self.names)}"
                 )
         return [ids[label_name(value)] for value in examples.labels]
 
@@ -296,6 +296,6 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     shown = ", ".join(map(repr, names[:20]))
     return shown if len(names) <= 20 else f"{shown} and {len(names) - 20} more"

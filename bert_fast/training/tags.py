@@ -8,6 +8,7 @@ shows the most around it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from .tasks import (
     load_config,
     load_model,
     spaced,
+    spelling,
     token_limit,
 )
 from .words import Words, read_words
@@ -50,9 +52,11 @@ def tokens(job: Job) -> Task:
     config, _ = load_config(job.model)
     tokenizer = spaced(job.model, config)
     kind = transformers.AutoModelForTokenClassification
+    notes: list[str] = []
     if train is None:
         model = load_model(kind, job.model, trained=True)
         names = known_labels(model.config)
+        valid = _by_name(valid, names, notes) if valid is not None else None
     else:
         names = in_order(_labels_of(train), config.label2id)
     if valid is not None:
@@ -61,7 +65,6 @@ def tokens(job: Job) -> Task:
         model = load_model(kind, job.model, label_settings(names))
     limit = token_limit(model, tokenizer, job.max_length)
     collate = collator(tokenizer)
-    notes: list[str] = []
     items: list[Item] = []
     if train is not None:
         notes.append(f"{len(train)} sentences, {len(names)} labels")
@@ -72,6 +75,11 @@ def tokens(job: Job) -> Task:
             valid, names, _tagger(valid, names, tokenizer, limit, collate, notes)
         )
     if asked is not None:
+        if asked.fields > 1:  # a text of words between spaces may look so too
+            notes.append(
+                f"{asked.file}: {len(asked)} sentences; of the {asked.fields} fields of a line the "
+                "first is its word"
+            )
         predict = _prediction(asked, _tagger(asked, names, tokenizer, limit, collate, notes))
     return Task(
         model,
@@ -91,6 +99,14 @@ def _labels_of(examples: Words) -> set[str]:
     if not found:
         raise ValueError(f"{examples.file}: no word has a label")
     return found
+
+
+def _by_name(examples: Words, names: tuple[str, ...], notes: list[str]) -> Words:
+    """With a trained model's names for labels that are spelt otherwise."""
+    spelt = spelling(examples.file, _labels_of(examples), names, notes)
+    own = dict(zip(spelt, names, strict=True))
+    labels = [[own.get(label, label) for label in row] for row in examples.labels]
+    return replace(examples, labels=labels)
 
 
 def _check_known(examples: Words, names: Sequence[str]) -> None:
@@ -139,6 +155,8 @@ def _tagger(
 ) -> Tagger:
     """Every word's label: of windows that share a third of their tokens, from the one in which the
     nearer end is farthest away.
+
+    Raises: ValueError where there are labels, but only of words without a token.
     """
     windows: list[Item] = []
     # By sentence and word: distance to the nearer end, window, position there.
@@ -161,16 +179,26 @@ def _tagger(
         else:
             long.add(len(places))
         item = item_of(encoded, i)
-        # A window may begin inside of a word. There its end is nearest: the one before wins.
+        # A window may begin inside of a word. Nowhere is an end nearer, so that the word's first
+        # piece, in a window before, has as much room at least: of equals the earlier one wins.
         for position, word in first_pieces(encoded.word_ids(i)):
             room = min(position, len(item["input_ids"]) - 1 - position)
-            places[-1][word] = max(places[-1][word], (room, len(windows), position))
+            if room > places[-1][word][0]:
+                places[-1][word] = (room, len(windows), position)
         windows.append(item)
     if long:
         notes.append(
             f"{examples.file}: {len(long)} of {len(examples)} sentences have more than {limit} "
             "tokens and are read in windows"
         )
+    scored = [
+        room
+        for sentence, labels in zip(places, examples.labels, strict=True)
+        for (room, _, _), label in zip(sentence, labels, strict=True)
+        if label != NO_LABEL
+    ]
+    if scored and max(scored) < 0:
+        raise ValueError(f"{examples.file}: no word with a label has a token in this model")
     if lost := sum(room < 0 for sentence in places for room, _, _ in sentence):
         notes.append(f"{examples.file}: {lost} words have no token in this model, and so no label")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import count
@@ -18,7 +19,7 @@ from ..console import cannot_load, load_tokenizer, load_weights
 from ..inputs import most_tokens
 from .items import Collate, Item
 from .loop import MODEL_LOSS, Objective, Settings
-from .readers import Columns
+from .readers import NO_LABEL, Columns, label_name, listed
 
 Metrics = dict[str, float]
 
@@ -32,7 +33,8 @@ class Job:
     settings: how to train, and the folder for everything that is written.
     train: training data; None to evaluate or predict only, with a model that was trained before.
     validation: data to evaluate on after every epoch, or once where nothing is trained.
-    predict: data to predict on at last; labels in it are not read (for spans they are scored).
+    predict: data to predict on at last; labels in it are not read, but those of
+        spans are scored where there is no validation data with answers.
     columns: names of the columns in tables.
     max_length: tokens kept of a text or pair, or of a window (spans, tokens).
     doc_stride: tokens that windows share (spans); a third of max_length unless given.
@@ -151,10 +153,44 @@ def load_model(
 
 
 def known_labels(config: Any) -> tuple[str, ...]:
-    """The label names of a trained model, by id; their numbers where it has no names of its own."""
-    names = tuple(str(config.id2label[i]) for i in sorted(config.id2label))
-    nameless = names == tuple(f"LABEL_{i}" for i in range(len(names)))
-    return tuple(map(str, range(len(names)))) if nameless else names
+    """The label names of a trained model, by id, as those of files are kept; their numbers where it
+    has no names of its own.
+
+    Raises: ValueError where two labels have the same name.
+    """
+    names = tuple(label_name(config.id2label[i]) for i in sorted(config.id2label))
+    (name, times), *_ = Counter(names).most_common(1)
+    if times > 1:
+        raise ValueError(f"the model has {times} labels with the name {name!r}, expected one")
+    return _numbers(len(names)) if names == _nameless(len(names)) else names
+
+
+def spelling(
+    file: Path, found: Collection[str], names: tuple[str, ...], notes: list[str]
+) -> tuple[str, ...]:
+    """What a file with the labels `found` has for the names of a trained model, by id: the names;
+    or numbers where no name is one; or LABEL_0 and so on where the model has no names.
+    """
+    other = _numbers(len(names))
+    if names == other:
+        other = _nameless(len(names))
+    elif any(name.lstrip("-").isdecimal() for name in names):
+        return names
+    wanted = set(found) - {"-1", NO_LABEL}  # which may stand for no label
+    if not wanted or not wanted <= set(other):
+        return names
+    told = listed([f"{label} is {name}" for label, name in zip(other, names, strict=True)])
+    notes.append(f"{file}: its labels are taken for the model's ids: {told}")
+    return other
+
+
+def _numbers(n: int) -> tuple[str, ...]:
+    return tuple(map(str, range(n)))
+
+
+def _nameless(n: int) -> tuple[str, ...]:
+    """What transformers calls labels that nobody gave a name."""
+    return tuple(f"LABEL_{i}" for i in range(n))
 
 
 def label_settings(names: Sequence[str]) -> dict[str, Any]:

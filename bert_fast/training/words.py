@@ -16,12 +16,16 @@ TAG_COLUMNS = ("labels", "label", "ner_tags", "tags")
 
 @dataclass(frozen=True)
 class Words:
-    """Rows for token classification: the words of each and their labels' names."""
+    """Rows for token classification: the words of each and their labels' names.
+
+    fields: those of a line of CoNLL.
+    """
 
     file: Path
     words: list[list[str]]
     labels: list[list[str]]
     places: Sequence[int]
+    fields: int = 1
 
     def __len__(self) -> int:
         return len(self.words)
@@ -117,10 +121,10 @@ def _conll(file: Path, labelled: bool) -> Words:
             places.append(number)
             inside = True
         words[-1].append(fields[0].strip())
-        labels[-1].append(fields[-1].strip() if labelled else NO_LABEL)
+        labels[-1].append(label_name(fields[-1]) if labelled else NO_LABEL)
     if not words:
         raise ValueError(f"{file} has no words")
-    return Words(file, words, labels, places)
+    return Words(file, words, labels, places, width)
 
 
 def _is_comment(fields: Sequence[str], width: int) -> bool:
