@@ -13,7 +13,7 @@ from transformers import BertForSequenceClassification
 import bert_fast
 from bert_fast.modeling import encode
 from bert_fast.ops import linear_row_int8 as public
-from bert_fast.ops.linear_row_int8 import ALL, GROUP, OP, quantized, rotated
+from bert_fast.ops.linear_row_int8 import GROUP, OP, quantized, rotated
 from bert_fast.verification import IN_8_BITS
 
 from .models import ids, masks, tiny
@@ -50,18 +50,18 @@ def test_rounding_is_near() -> None:
 
 def test_the_rotation_keeps_products() -> None:
     x, y = normal(5, 200).double(), normal(9, 200).double()
-    turned = rotated(x, ALL).flatten(1) @ rotated(y, ALL).flatten(1).t() / GROUP
+    turned = rotated(x).flatten(1) @ rotated(y).flatten(1).t() / GROUP
     torch.testing.assert_close(turned, x @ y.t())
     spike = torch.zeros(1, GROUP, device=DEVICE)
     spike[0, 77] = 1.0
-    assert (rotated(spike, ALL).abs() == 1).all()  # an outlier is spread over all
+    assert (rotated(spike).abs() == 1).all()  # an outlier is spread over all
 
 
 def test_scales() -> None:
     x = normal(40, 100) * torch.logspace(-3, 3, 40, device=DEVICE).unsqueeze(1)
     q, scale = quantized(x)
     assert q.dtype == torch.int8 and (q.int().abs().amax(1) == 127).all()
-    error = q.float() * scale - rotated(x, ALL).flatten(1)
+    error = q.float() * scale - rotated(x).flatten(1)
     assert (error.abs() <= scale * 0.5001).all()
 
 
@@ -69,7 +69,7 @@ def test_gradient_is_that_of_the_rounded_weight() -> None:
     x, weight, dy = normal(6, 150).requires_grad_(), normal(40, 150), normal(6, 40)
     public(x, weight, None).backward(dy)
     p, scale = quantized(weight, GROUP)
-    back = rotated(p.float() * scale, ALL).flatten(1)[:, :150]
+    back = rotated(p.float() * scale).flatten(1)[:, :150]
     torch.testing.assert_close(x.grad, dy @ back)
     with pytest.raises(ValueError, match="linear_row_int8: weight wants a gradient; 8 bits are"):
         public(x, weight.requires_grad_(), None)

@@ -1,9 +1,9 @@
 """linear_int8: y = activation(x W^T + b) with both factors rounded to 8 bits, for inference.
 
-Rows of x and W are cut along the depth into groups of 128, padded with zeros, and in each the 16
-elements that are 8 apart are rotated by the Hadamard matrix H_16 / 4. The rotations cancel in the
-product and spread an outlier over 16 elements, which makes ranges narrow (QuaRot, Ashkboos et al.,
-arXiv 2404.00456; found for every token anew, so nothing is calibrated). A group is then
+Rows of x and W are cut along the depth into groups of 128, padded with zeros, and each is rotated
+by the Hadamard matrix H_128. The rotations cancel in the product and spread an outlier over the
+group, which makes ranges narrow (QuaRot, Ashkboos et al., arXiv 2404.00456; found for every token
+anew, so nothing is calibrated). With H x for x and H w / 128 for W, a group is then
 
     x = low + step q,   q = 0 .. 127 (7 bits), low and step by the group's least and greatest value
     W = scale p,        p = -127 .. 127, scale by its greatest, but at least such that eight
@@ -32,7 +32,7 @@ from .packed_linear import Forward, multiply, packed_kernels
 from .products import sums_dtype
 from .registry import Chooser, Op, Sample
 
-GROUP, APART, LEVELS, EIGHT = 128, 8, 127.0, 254.0
+GROUP, LEVELS, EIGHT = 128, 127.0, 254.0
 
 
 def _grouped(x: Tensor) -> Tensor:
@@ -40,13 +40,13 @@ def _grouped(x: Tensor) -> Tensor:
     return F.pad(x, (0, -x.shape[1] % GROUP))
 
 
-def rotated(x: Tensor, distances: Iterable[int] = (8, 16, 32, 64)) -> Tensor:
-    """[T, K] -> [T, groups, 128]: of elements so far apart in a group, sums and differences.
+def rotated(x: Tensor) -> Tensor:
+    """[T, K] -> [T, groups, 128], sqrt(128) times as long as a rotation leaves it.
 
-    Every distance makes rows sqrt(2) times as long; the same again is the inverse, but for that.
+    Sums and differences of elements ever further apart; it is its own inverse, but for the length.
     """
     rows = _grouped(x)
-    for apart in distances:
+    for apart in (1, 2, 4, 8, 16, 32, 64):
         a, b = rows.unflatten(1, (-1, 2, apart)).unbind(2)
         rows = torch.stack((a + b, a - b), 2).flatten(1)
     return rows.unflatten(1, (-1, GROUP))
@@ -68,7 +68,7 @@ def _rounded_x(x: Tensor) -> Tensor:
 
 
 def _rounded_weight(weight: Tensor) -> Tensor:
-    rows = rotated(weight.float()) / (GROUP // APART)
+    rows = rotated(weight.float()) / GROUP
     eights = rows.unflatten(-1, (-1, 4, 2, 2)).transpose(-2, -3).flatten(-2)  # [.., 8, 2, 8]
     parts = [sign.clamp_min(0).unbind(-1) for sign in (eights, -eights)]
     sums = torch.stack([sum(part[1:], part[0]) for part in parts]).amax((0, -1, -2))
@@ -114,9 +114,10 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
     x, weight, bias = next(iter(linear_samples(device, dtype))).args
     for activation in checks.ACTIVATIONS:
         yield Sample(activation, (x, weight, bias, activation))
-    # Rotated, all of this weight is as large as any: what 16 bits could not hold at full scale.
+    # Rotated, all of this weight is as large as any, and so is x where eight products meet: 16 bits
+    # could not hold them at full scale.
     flat, spike = torch.zeros_like(x), torch.zeros_like(weight)
-    flat[:, :APART], flat[:, APART : 2 * APART], spike[:, :APART] = 1.0, 0.5, 1.0
+    flat[:, 0], flat[:, 2], spike[:, 0] = 1.0, 0.5, 1.0
     yield Sample("greatest", (flat, spike, None, "none"))
     outlier = x.clone()
     outlier[:, 5] = 40

@@ -1,8 +1,6 @@
 """linear_row_int8: y = activation(x W^T + b), both factors in int8 with a scale for each row.
 
-Rows of x and W are cut along the depth into groups of 128, padded with zeros, and each group is
-rotated by the Hadamard matrix H_128. The rotations cancel in the product, and spread an outlier
-over 128 elements (QuaRot, Ashkboos et al., arXiv 2404.00456). With r = H x and v = H w / 128,
+With r = H x and v = H w / 128, the rotated groups of `linear_int8`,
 
     s[t] = max|r[t]| / 127,  q = r / s;    f[n] = max|v[n]| / 127,  p = v / f;    q, p = -127 .. 127
     y[t, n] = activation(s[t] f[n] sum(q[t] p[n]) + b[n])
@@ -31,15 +29,13 @@ from .products import sums_dtype
 from .registry import Chooser, Kernel, Op, Sample
 from .weight_copies import copy_of, reasons_against_copies
 
-ALL = tuple(2**i for i in range(GROUP.bit_length() - 1))  # distances: those of H_128
-
 
 def quantized(x: Tensor, whole: int = 1) -> tuple[Tensor, Tensor]:
     """[T, K] -> int8 [T, K + padding], and what its rows are to be multiplied by, fp32 [T, 1].
 
     whole: the rotated rows are divided by this power of two first.
     """
-    rows = rotated(x.float(), ALL).flatten(1) / whole
+    rows = rotated(x.float()).flatten(1) / whole
     if not rows.numel():
         return rows.to(torch.int8), rows.new_ones((rows.shape[0], 1))
     scale = rows.abs().amax(1, keepdim=True) / LEVELS
@@ -57,7 +53,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -
         w = _wide(*quantized(weight, GROUP), wide)
         rounded = _wide(*quantized(x), wide) @ w.t()
     if x.requires_grad:  # the same value, with the gradient of x times W's rounded form
-        back = rotated(w, ALL).flatten(1)[:, : x.shape[1]]
+        back = rotated(w).flatten(1)[:, : x.shape[1]]
         turned = x.to(wide) @ back.t()
         rounded = rounded + (turned - turned.detach())
     y = rounded if bias is None else rounded + bias.to(wide)

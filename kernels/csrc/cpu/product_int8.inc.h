@@ -1,8 +1,8 @@
 // A block of rows times a weight packed once into panels, both in 8-bit integers, summed exactly.
 //
-// Rows of x and of W are cut into groups of 128 along the depth and rotated there by a Hadamard
-// matrix over elements 8 apart. That leaves x W^T as it is and spreads an outlier over 16 elements
-// (QuaRot, Ashkboos et al., arXiv 2404.00456), so a group's range is narrow. Then
+// Rows of x and of W are cut into groups of 128 along the depth and rotated there by the Hadamard
+// matrix. That leaves x W^T as it is and spreads an outlier over all of the group (QuaRot, Ashkboos
+// et al., arXiv 2404.00456), so its range is narrow. Then
 //
 //   x = low + step q,  q in 0 .. 127, low and step of each row and group, found at every call;
 //   W = scale p,       p in -127 .. 127, scale of each column and group, found once;
@@ -14,15 +14,15 @@
 #pragma once
 
 #include <cstring>
+#include <utility>
 
 #include "cpu/product.inc.h"
 #include "cpu/tiles.inc.h"
 
 namespace bert_fast::cpu::BERT_FAST_ISA {
 
-constexpr int64_t kGroup = 128;     // of the depth
-constexpr int64_t kApart = 8;       // elements of one rotation are this far apart
-constexpr int kRotated = int(kGroup / kApart);
+constexpr int64_t kGroup = 128;  // of the depth
+constexpr int kVectors = int(kGroup / 8);
 constexpr float kMostOfX = 127.0f, kMostOfWeight = 127.0f;
 constexpr float kMostOfEight = 254.0f;  // + 8 x 0.5 of rounding, x 127 = 32,766
 constexpr int64_t kPanelGroup = (kGroup + 2 * int64_t(sizeof(float))) * kPanel;  // bytes
@@ -49,13 +49,26 @@ inline int64_t int8_bytes(int64_t cols, int64_t depth) {
   return ceil_div(cols, kPanel) * groups_of(depth) * kPanelGroup;
 }
 
-// The lanes of a rotation: eight independent ones, on every instruction set.
+// Eight neighbours, on every instruction set.
 typedef float v8 __attribute__((vector_size(32)));
 typedef float v4 __attribute__((vector_size(16)));
+typedef int32_t v8i __attribute__((vector_size(32)));
 
-// One group, widened, zeros beyond `n`, in rotated (not normalised: 4 times as long) form.
+// Sums a + b and differences a - b of the elements STEP apart. Factors of 1 and -1 round nothing,
+// fused with the sum or not.
+template <int STEP, int... L>
+ALWAYS_INLINE v8 turned(v8 v, std::integer_sequence<int, L...>) {
+#if defined(__clang__)
+  const v8 other = __builtin_shufflevector(v, v, (L ^ STEP)...);
+#else
+  const v8 other = __builtin_shuffle(v, v8i{(L ^ STEP)...});
+#endif
+  return v * v8{(L & STEP ? -1.0f : 1.0f)...} + other;
+}
+
+// One group, widened, zeros beyond `n`, in rotated (not normalised: sqrt(128) times as long) form.
 template <class T>
-ALWAYS_INLINE void rotate_group(const T* from, int64_t n, v8 (&v)[kRotated]) {
+ALWAYS_INLINE void rotate_group(const T* from, int64_t n, v8 (&v)[kVectors]) {
   alignas(64) float wide[kGroup];
   const float* group = wide;
   if (n < kGroup) {
@@ -64,12 +77,16 @@ ALWAYS_INLINE void rotate_group(const T* from, int64_t n, v8 (&v)[kRotated]) {
   } else {
     group = as_fp32(from, n, wide);
   }
+  constexpr auto lanes = std::make_integer_sequence<int, 8>();
 #pragma GCC unroll 16
-  for (int i = 0; i < kRotated; ++i) std::memcpy(&v[i], group + i * kApart, sizeof(v8));
+  for (int i = 0; i < kVectors; ++i) {
+    std::memcpy(&v[i], group + i * 8, sizeof(v8));
+    v[i] = turned<4>(turned<2>(turned<1>(v[i], lanes), lanes), lanes);
+  }
 #pragma GCC unroll 4
-  for (int half = 1; half < kRotated; half *= 2)
+  for (int half = 1; half < kVectors; half *= 2)
 #pragma GCC unroll 16
-    for (int i = 0; i < kRotated; ++i) {
+    for (int i = 0; i < kVectors; ++i) {
       if (i & half) continue;
       const v8 a = v[i], b = v[i + half];
       v[i] = a + b;
@@ -86,8 +103,8 @@ ALWAYS_INLINE float reduced(v8 v, const F& f) {
   return f(f(four[0], four[1]), f(four[2], four[3]));
 }
 
-// NaN if any element of the group is NaN or infinite, else 0: v[0] has the sums of all.
-ALWAYS_INLINE float nan_of(const v8 (&v)[kRotated]) {
+// NaN if any element of the group is NaN or infinite, else 0: v[0] has the sum of all.
+ALWAYS_INLINE float nan_of(const v8 (&v)[kVectors]) {
   return reduced(v[0] * 0.0f, [](auto a, auto b) { return a + b; });
 }
 
@@ -99,13 +116,13 @@ ALWAYS_INLINE float inverse_of(float step) { return step >= __FLT_MIN__ ? 1.0f /
 // One column's group -> 8-bit values, strided as a panel has them, its scale and their sum.
 template <class T>
 void pack_group(const T* weight, int64_t n, int8_t* to, float* scale, float* total) {
-  v8 v[kRotated];
+  v8 v[kVectors];
   rotate_group(weight, n, v);
   alignas(64) float w[kGroup];
   std::memcpy(w, v, sizeof(w));
   float most = 0.0f, sums[kGroup / 8][2] = {};
   for (int64_t k = 0; k < kGroup; ++k) {
-    w[k] /= kRotated;  // both rotations' lengths
+    w[k] /= kGroup;  // both rotations' lengths
     most = larger(most, w[k] < 0 ? -w[k] : w[k]);
     // Which eight share 16 bits: the first or the last two of four in a row, sixteen depths long.
     float(&eight)[2] = sums[k / 16 * 2 + k % 4 / 2];
@@ -152,11 +169,11 @@ struct Range {
 
 template <class T>
 ALWAYS_INLINE Range quantise_group(const T* x, int64_t n, uint8_t* to) {
-  v8 v[kRotated];
+  v8 v[kVectors];
   rotate_group(x, n, v);
   v8 least = v[0], most = v[0];
 #pragma GCC unroll 16
-  for (int i = 1; i < kRotated; ++i) {
+  for (int i = 1; i < kVectors; ++i) {
     least = v[i] < least ? v[i] : least;
     most = v[i] > most ? v[i] : most;
   }
@@ -165,9 +182,9 @@ ALWAYS_INLINE Range quantise_group(const T* x, int64_t n, uint8_t* to) {
   const float step = (high - low) / kMostOfX, inverse = inverse_of(step);
   alignas(64) float levels[kGroup];
 #pragma GCC unroll 16
-  for (int i = 0; i < kRotated; ++i) {
+  for (int i = 0; i < kVectors; ++i) {
     const v8 level = (v[i] - low) * inverse;
-    std::memcpy(levels + i * kApart, &level, sizeof(v8));
+    std::memcpy(levels + i * 8, &level, sizeof(v8));
   }
   // Not by adding 1.5 x 2^23: fused with the product above, that rounds once where this does twice.
   for (int64_t k = 0; k < kGroup; ++k) to[k] = uint8_t(int32_t(__builtin_rintf(levels[k])));
