@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -265,10 +264,11 @@ def bench(context: typer.Context) -> None:
             raise ValueError(
                 "the bench is not installed with the package: install its checkout with pip's -e"
             )
-    # In a process of its own: the bench imports this package, never the other way round.
+    # The bench imports this package, never the other way round. It takes this process's place, so
+    # that what ends the command ends it.
     where = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
     line = [sys.executable, "-m", "bench.run", *context.args]
-    raise typer.Exit(subprocess.run(line, env={**os.environ, "PYTHONPATH": where}).returncode)
+    os.execve(sys.executable, line, {**os.environ, "PYTHONPATH": where})
 
 
 def field_of(source: str, asked: str | None = None) -> str | None:

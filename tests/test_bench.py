@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from bench import measure, models, noise, results, run, workloads
 from bench.peers import Peer
+from bert_fast.cli import app
 
 DEVICE = torch.device("cpu")
 
@@ -224,6 +226,15 @@ def test_the_command_from_anywhere(tmp_path: Path) -> None:
     found = results.load(out)
     assert {e.contender for e in found.models} == {"bert_fast", "hf_sdpa"}
     assert found.noise and found.noise.kept >= 3 and "rounds kept" in done.stdout
+
+
+def test_the_command_leaves_no_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bench that outlives the command that was ended disturbs whatever is timed next."""
+    found: list[Any] = []
+    monkeypatch.setattr(os, "execve", lambda *arguments: found.append(arguments))
+    CliRunner().invoke(app, ["bench", "--quick"])
+    ((_, line, environment),) = found
+    assert line[1:] == ["-m", "bench.run", "--quick"] and environment["PYTHONPATH"]
 
 
 def test_a_peer_too_slow_to_repeat_is_named_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
