@@ -189,7 +189,7 @@ def run_layers(
     dropping = any(switch.training and dropout.p for switch, dropout in structure.dropouts)
     why = other = reasons_against_plain(structure, dropping, h)
     if dtype != "fp8":
-        int8 = dtype == "int8"
+        int8 = dtype == "int8" and not h.is_cuda  # there, op by op
         why = why or reasons_against_one_call(structure)
         if not why and chosen(backend, "encoder") == "reference":
             why = ["backends of single ops are asked for"]
