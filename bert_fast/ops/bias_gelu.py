@@ -59,6 +59,9 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
     # The tails, where erf saturates and the tanh form differs most from the erf form.
     tails = torch.linspace(-12, 12, 512).reshape(8, 64).to(device, dtype)
     yield Sample("tails", (tails, None, "gelu"))
+    # Far out a polynomial in place of erf would grow without bounds.
+    yield Sample("far", (tails * 3.0 - 28.0, None, "gelu"))
+    yield Sample("negative", (tails.abs() * -0.4, None, "gelu"))  # small results, a small budget
 
 
 def cost(x, bias, activation) -> tuple[int, int]:

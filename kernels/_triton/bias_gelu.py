@@ -57,7 +57,7 @@ def _forward_kernel(
     u = tiles.load(x + p_row, mask)
     if bias is not None:
         u += tiles.load(bias + o_col, m_col)[None, :]
-    b_y = tiles.activate(u, ACT)
+    b_y = tiles.activate(u, ACT, y.dtype.element_ty.primitive_bitwidth <= 16)
     if scale is not None:
         b_y *= tiles.inverse_of_power(tl.load(scale + o_row, mask=m_row, other=1.0))[:, None]
     tiles.store(y + p_row, b_y, mask)
@@ -91,7 +91,7 @@ def _backward_kernel(
             u = tiles.load(x + p_row, mask)
             if bias is not None:
                 u += b[None, :]
-            b_dx *= tiles.activate_grad(u, ACT)
+            b_dx *= tiles.activate_grad(u, ACT, x.dtype.element_ty.primitive_bitwidth <= 16)
         if dx is not None:
             tiles.store(dx + p_row, b_dx, mask)
         if parts is not None:

@@ -161,7 +161,7 @@ def _finish(
         acc += tiles.load(bias + o_n, m_n)[None, :]
     if u is not None:
         tiles.store(u + p_y, acc, mask)
-    b_y = tiles.activate(acc, ACT)
+    b_y = tiles.activate(acc, ACT, y.dtype.element_ty.primitive_bitwidth <= 16)
     if y_scale is not None:
         b_y *= tiles.inverse_of_power(tl.load(y_scale + o_m, mask=m_m, other=1.0))[:, None]
     tiles.store(y + p_y, b_y, mask)

@@ -35,7 +35,7 @@ __device__ __forceinline__ void load_rows(const T* source, int64_t first, int64_
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kWarpSize* kTileRows)
+__global__ void __launch_bounds__(kWarpSize* kTileRows, 3)
     bias_gelu_forward_kernel(const T* __restrict__ x,     // [T, F]
                              const T* __restrict__ bias,  // [F] or null
                              T* __restrict__ y,           // [T, F]
@@ -58,7 +58,8 @@ __global__ void __launch_bounds__(kWarpSize* kTileRows)
         float values[N];
         unpack(packs[i], values);
 #pragma unroll
-        for (int j = 0; j < N; ++j) values[j] = activate<T>(activation, values[j] + shift[j]);
+        for (int j = 0; j < N; ++j) values[j] += shift[j];
+        activate<T>(activation, values);
         store_floats<T>(y + row * columns + column, values);
       }
     }
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(kWarpSize* kTileRows)
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kWarpSize* kTileRows, 1)
+__global__ void __launch_bounds__(kWarpSize* kTileRows, 2)
     bias_gelu_backward_kernel(const T* __restrict__ dy,         // [T, F]
                               const T* __restrict__ x,          // [T, F]
                               const T* __restrict__ bias,       // [F] or null
@@ -95,8 +96,11 @@ __global__ void __launch_bounds__(kWarpSize* kTileRows, 1)
           unpack(x_packs[i], values);
           unpack(dy_packs[i], grads);
 #pragma unroll
+          for (int j = 0; j < N; ++j) values[j] += shift[j];
+          activation_slope<T>(activation, values);
+#pragma unroll
           for (int j = 0; j < N; ++j) {
-            grads[j] *= activation_slope<T>(activation, values[j] + shift[j]);
+            grads[j] *= values[j];
             sum[j] += grads[j];
           }
           if (dx != nullptr) store_floats<T>(dx + row * columns + column, grads);
