@@ -1,8 +1,10 @@
-"""The GPU gate: tests, every kernel of every op, and whole models, on one GPU, into one JSON file.
+"""The GPU gate: tests, every kernel of every op, whole models and steps of training, on one GPU.
 
-    python -m bench.gpu_gate [--out FILE] [--budget SECONDS] [--commit ID] [--device cpu --quick]
+    python -m bench.gpu_gate [--out FILE] [--budget SECONDS] [--commit ID] [--only ops,training]
+                             [--device cpu --quick]
 
-The cases, the checks and the schema are those of `bench.run`. Each section is a process of its own:
+All is in one JSON file. The cases, the checks and the schema are those of `bench.run`; a training
+step's are in `bench.training_gpu`. Each section is a process of its own:
 an illegal access ends all that its process does on the GPU. One that fails is recorded as such and
 does not stop the others; the exit code is 1 if any failed. Ops and models write what they have
 after every step to FILE.ops and the like, which FILE takes in when they end; pytest's own report
@@ -47,9 +49,19 @@ PLAN = Plan(
     flop=math.inf,
     seconds=4.0,
 )
-# Afterwards, as torch.compile may take all the time that is left, and by itself: a fault ends all.
+# What a server has that waits for texts: enough of them for the GPU to be busy in every kernel.
+SERVED = replace(
+    PLAN,
+    workloads=("squad/256", "full512/256"),
+    precisions=("bf16", "fp8", "int8"),
+    batches=2,
+)
+# Last, as torch.compile may take all the time that is left, and by itself: a fault ends all.
 COMPILED = replace(
-    PLAN, workloads=("squad",), contenders=("bert_fast", "torch_compile"), precisions=("bf16",)
+    PLAN,
+    workloads=("squad/256", "full512"),
+    contenders=("bert_fast", "torch_compile"),
+    precisions=("bf16",),
 )
 SMALL = Plan(
     models=("minilm-l6",),
@@ -59,10 +71,20 @@ SMALL = Plan(
     batches=1,
     seconds=2.0,
 )
+PLANS = {"served": SERVED, "models": PLAN, "compiled": COMPILED}
+SMALL_PLANS = {"served": replace(SMALL, workloads=("single16/4",)), "models": SMALL}
+TRAINED = (
+    ("base", ("sdpa", "bert_fast")),
+    ("large", ("sdpa", "bert_fast")),
+    ("base", ("bert_fast", "compiled")),
+)
+STEPS = 12  # of training that are timed
+COMPILING = 120.0  # seconds that a compiled step is ready in; with fewer left it is not begun
 GRACE = 60.0  # seconds that a section may take over its share, for the step it is at
 MESSAGE = 300  # characters of why a test failed; pytest's report, beside the result, has all
 LAST_WORDS = 20.0  # seconds that an interrupted process has, pytest for its report
-SHARES = {"tests": 0.4, "ops": 0.55, "models": 0.7, "compiled": 1.0}  # of the time that is left
+# Of the time that is left, beside those of the sections to come: seconds of some 380.
+SHARES = {"tests": 150, "ops": 70, "served": 50, "training": 35, "models": 60, "compiled": 15}
 
 
 def run_tests(
@@ -160,7 +182,7 @@ def ops(run: results.Run, options: argparse.Namespace) -> Iterable[None]:
 
 def models(run: results.Run, options: argparse.Namespace) -> Iterable[None]:
     device, end = torch.device(options.device), time.monotonic() + options.budget
-    plan = COMPILED if options.section == "compiled" else SMALL if options.quick else PLAN
+    plan = (SMALL_PLANS if options.quick else PLANS)[options.section]
     probe = Probe(device)
     for _ in bench_models(run, plan, device, probe, partial(print, flush=True)):
         run.noise = probe.summary()
@@ -170,7 +192,25 @@ def models(run: results.Run, options: argparse.Namespace) -> Iterable[None]:
             return
 
 
-SECTIONS = {"ops": ops, "models": models, "compiled": models}
+def training(run: results.Run, options: argparse.Namespace) -> Iterable[None]:
+    from .training_gpu import measure, told
+
+    device, end = torch.device(options.device), time.monotonic() + options.budget
+    quick = bool(options.quick)
+    steps, batch, dtype = (2, 2, torch.float32) if quick else (STEPS, None, torch.bfloat16)
+    for size, sides in [("tiny", ("sdpa", "bert_fast"))] if quick else TRAINED:
+        compiling = COMPILING if "compiled" in sides else 0.0
+        if time.monotonic() + compiling > end:
+            run.missing[f"training {size} {' '.join(sides)}"] = "the time was up"
+            continue
+        for row in measure(device, (size,), sides, steps, quick, batch=batch, dtype=dtype):
+            run.training.append(row)
+            print(told(row), flush=True)
+        yield
+
+
+SECTIONS = {"ops": ops, "served": models, "training": training, "models": models,
+            "compiled": models}  # fmt: skip
 
 
 def fill(run: results.Run, path: Path, options: argparse.Namespace) -> None:
@@ -201,6 +241,7 @@ def merge(run: results.Run, part: results.Run) -> None:
     known = {entry.key for entry in run.models}  # bert_fast is in two sections
     run.models += [entry for entry in part.models if entry.key not in known]
     run.ops += part.ops
+    run.training += part.training
     run.failed += part.failed
     run.missing |= part.missing
     run.ceilings |= part.ceilings
@@ -208,14 +249,15 @@ def merge(run: results.Run, part: results.Run) -> None:
 
 
 def gate(run: results.Run, path: Path, options: argparse.Namespace) -> None:
-    """Fills `run`, section by section."""
+    """Fills `run`, section by section, in the order of `SHARES`."""
     deadline = time.monotonic() + options.budget
     if options.device == "cuda":  # tests of what is not there are skipped
         run.failed += cuda_missing() + triton_missing()
-    for name, share in SHARES.items():
-        if name == "compiled" and options.quick:
-            continue
+    left_out = {"compiled"} if options.quick else set()
+    names = [n for n in SHARES if n in (options.only or SHARES) and n not in left_out]
+    for i, name in enumerate(names):
         run.save(path)
+        share = SHARES[name] / sum(SHARES[later] for later in names[i:])
         seconds = share * max(deadline - time.monotonic(), 0.0)
         part = path.with_name(f"{path.name}.{name}")
         try:
@@ -234,7 +276,20 @@ def gate(run: results.Run, path: Path, options: argparse.Namespace) -> None:
     run.failed += [
         " ".join((*e.key, e.failed)) for e in run.models if e.failed and e.contender == "bert_fast"
     ]
+    run.failed += [
+        f"training {row['model']}: {row['failed']}"
+        for row in run.training
+        if row["failed"] and row["side"] == "bert_fast"
+    ]
     run.save(path)
+
+
+def sections(text: str) -> list[str]:
+    """Of `--only`. Raises: ArgumentTypeError for a name that is no section's."""
+    found = text.split(",")
+    if unknown := [name for name in found if name not in SHARES]:
+        raise argparse.ArgumentTypeError(f"no section {unknown}, expected some of {[*SHARES]}")
+    return found
 
 
 def parser() -> argparse.ArgumentParser:
@@ -244,6 +299,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="default: bench/results/cuda-<gpu>-<commit>.json")
     parser.add_argument("--commit", help="what to record where this is no git checkout")
     parser.add_argument("--budget", type=float, default=400.0, help="seconds in all (400)")
+    parser.add_argument("--only", type=sections, help=f"these of {','.join(SHARES)}")
     parser.add_argument("--section", choices=tuple(SECTIONS), help="this one, in this process")
     parser.add_argument("--pytest", default="-m gpu", help="arguments of pytest ('-m gpu')")
     return parser

@@ -46,7 +46,8 @@ Truth = dict[tuple[int, int], Tensor]  # by batch and row: the real tokens of a 
 class Plan:
     """What to run: the rounds of a workload take about `seconds`, or five rounds if that is more.
 
-    workloads: of every model; empty: all of a small model, those of LARGE of a larger one.
+    workloads: of every model, as `workloads.named` takes them; empty: all of a small model, those
+        of LARGE of a larger one.
     batches: a pass, of texts of different lengths; flop: of a padded batch at most: it gets fewer
         texts until it fits.
     """
@@ -70,7 +71,7 @@ class Plan:
 
 def workloads_of(plan: Plan, model: workloads.Model) -> list[workloads.Workload]:
     every = LARGE if model.hidden > 512 else tuple(workloads.WORKLOADS)
-    return [workloads.WORKLOADS[name] for name in plan.workloads or every]
+    return [workloads.named(name) for name in plan.workloads or every]
 
 
 QUICK = Plan(

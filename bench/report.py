@@ -19,7 +19,7 @@ from .peers import ABOUT
 from .readme import NONE, interval, noise, number, relative, write_readme
 from .results import RESULTS, Entry, OpEntry, Run, load
 from .standings import KINDS, OURS, cell, fill, standings, summary
-from .workloads import WORKLOADS
+from .workloads import named
 
 CSS = """
 :root { color-scheme: light }
@@ -95,7 +95,7 @@ def _names(run: Run) -> str:
         if e.texts and e.order == "arrival":
             places[e.workload, e.model] = e
     rows = [
-        (e.workload, e.model, WORKLOADS[e.workload].about if e.workload in WORKLOADS else NONE,
+        (e.workload, e.model, _about(e.workload),
          f"{e.texts}", number(e.tokens / e.texts, ".0f"), number(fill(e), ".0%"))
         for e in places.values()
     ]  # fmt: skip
@@ -104,6 +104,13 @@ def _names(run: Run) -> str:
     contenders = dict.fromkeys(e.contender for e in run.models)
     peers = _table(("contender", "what"), [(c, ABOUT.get(c, NONE)) for c in contenders])
     return f"{texts}{peers}"
+
+
+def _about(workload: str) -> str:
+    try:
+        return named(workload).about
+    except ValueError:  # of an older bench
+        return NONE
 
 
 def _model_sections(run: Run) -> Iterable[Section]:

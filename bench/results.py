@@ -160,6 +160,7 @@ class Run:
     ops: list[OpEntry] = field(default_factory=list)
     scaling: list[Scaling] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)  # peers that are not here, and why
+    training: list[dict[str, Any]] = field(default_factory=list)  # see `bench.training_gpu`
     tests: dict[str, Any] | None = None
     failed: list[str] = field(default_factory=list)
 

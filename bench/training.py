@@ -7,6 +7,7 @@ each side in a process of its own; times are medians over steps in which the sid
     python -m bench.training --what mlm --size base --memory     # the bar: at most 0.60
     python -m bench.training --what mlm --size small             # 4 layers, 256 wide
     python -m bench.training --what minilm --dtype bf16
+    python -m bench.training --device cuda --size large          # see `bench.training_gpu`
 """
 
 from __future__ import annotations
@@ -17,64 +18,27 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BertConfig,
-    BertForPreTraining,
-    logging,
-)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
-import bert_fast
+from . import assets, training_gpu
+from .training_cases import LENGTHS, SIDES, SIZES, batch_of, mlm_batches, untrained
 
-from . import assets
-
-BATCH, LENGTH, VOCABULARY = 32, 128, 30_522
-SIZES = {"tiny": (2, 128), "small": (4, 256), "base": (12, 768)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SIDES: dict[str, Callable[[Any], Any]] = {
-    "eager": lambda model: model,
-    "sdpa": lambda model: model,
-    "bert_fast": lambda model: bert_fast.accelerate(model, sparse_logits=True),
-    "selective": lambda m: bert_fast.accelerate(m, sparse_logits=True, checkpoint="selective"),
-    "full": lambda m: bert_fast.accelerate(m, sparse_logits=True, checkpoint="full"),
-}
 
 
-def mlm_batches(count: int, ragged: bool) -> list[dict[str, Any]]:
-    """Random tokens, 15 % of them scored; ragged: lengths from half of `LENGTH` to all of it."""
-    generator, made = torch.Generator().manual_seed(0), []
-    for _ in range(count):
-        ids = torch.randint(5, VOCABULARY, (BATCH, LENGTH), generator=generator)
-        least = LENGTH // 2 if ragged else LENGTH
-        lengths = torch.randint(least, LENGTH + 1, (BATCH, 1), generator=generator)
-        mask = torch.arange(LENGTH) < lengths
-        scored = (torch.rand(BATCH, LENGTH, generator=generator) < 0.15) & mask
-        following = torch.randint(0, 2, (BATCH,), generator=generator)
-        made.append(
-            {
-                "input_ids": ids,
-                "attention_mask": mask.long(),
-                "labels": ids.masked_fill(~scored, -100),
-                "next_sentence_label": following,
-            }
-        )
-    return made
-
-
-def minilm_batches(count: int) -> list[dict[str, Any]]:
-    """Movie sentences with their sign as label, `BATCH` at a time in the order of the file."""
+def minilm_batches(count: int, size: int) -> list[dict[str, Any]]:
+    """Movie sentences with their sign as label, `size` at a time in the order of the file."""
     tokenizer, reviews = AutoTokenizer.from_pretrained(assets.minilm()), assets.movie_reviews()
     made = []
     for i in range(count):
-        some = reviews[BATCH * i : BATCH * (i + 1)]
+        some = reviews[size * i : size * (i + 1)]
         batch = tokenizer([text for text, _ in some], padding=True, return_tensors="pt")
         labels = torch.tensor([int(valence > 0) for _, valence in some])
         made.append({**batch, "labels": labels})
@@ -82,27 +46,20 @@ def minilm_batches(count: int) -> list[dict[str, Any]]:
 
 
 def model_of(args: argparse.Namespace, side: str) -> Any:
-    torch.manual_seed(0)
-    attention = "eager" if side == "eager" else "sdpa"
-    if args.what == "minilm":
-        model = AutoModelForSequenceClassification.from_pretrained(
-            assets.minilm(), attn_implementation=attention
-        )
+    if args.what == "mlm":
+        model = untrained(args.size, side, torch.device("cpu"))
     else:
-        layers, hidden = SIZES[args.size]
-        config = BertConfig(
-            vocab_size=VOCABULARY, hidden_size=hidden, num_hidden_layers=layers,
-            num_attention_heads=hidden // 64, intermediate_size=4 * hidden,
-            attn_implementation=attention,
-        )  # fmt: skip
-        model = BertForPreTraining(config)
-    return SIDES[side](model.to(DTYPES[args.dtype]).train())
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            assets.minilm(), attn_implementation="eager" if side == "eager" else "sdpa"
+        ).train()
+    return SIDES[side](model.to(DTYPES[args.dtype]))
 
 
 def batches_of(args: argparse.Namespace, count: int) -> list[dict[str, Any]]:
     if args.what == "minilm":
-        return minilm_batches(count)
-    return mlm_batches(count, ragged=not args.memory)
+        return minilm_batches(count, args.batch)
+    return list(mlm_batches(args.lengths, args.batch, count, SIZES[args.size].vocab))
 
 
 def step(model: Any, batch: dict[str, Any]) -> float:
@@ -121,6 +78,7 @@ def peak(args: argparse.Namespace, side: str) -> int:
     """VmHWM in MiB of a fresh process that takes two steps."""
     line = [sys.executable, "-m", "bench.training", "--inside", side, "--memory"]
     line += ["--what", args.what, "--size", args.size, "--dtype", args.dtype]
+    line += ["--lengths", args.lengths, "--batch", str(args.batch)]
     done = subprocess.run(line, capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
@@ -133,22 +91,61 @@ def inside(args: argparse.Namespace) -> None:
     print(int(line.split()[1]) // 1024)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.training", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--what", choices=("mlm", "minilm"), default="mlm")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--dtype", choices=DTYPES, help="fp32; on a GPU bf16, by autocast")
+    parser.add_argument("--lengths", choices=LENGTHS, help="ragged; fixed of --memory; "
+                        "on a GPU wiki512")  # fmt: skip
+    parser.add_argument("--batch", type=int, help="texts a step (32; 64 of base on wiki512)")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--sides", default="", help="comma-separated; the first is compared with")
     parser.add_argument("--inside", choices=SIDES, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser
+
+
+def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """What is asked for, with the defaults that depend on it; `sides` as a list."""
+    args, on_gpu = parser().parse_args(arguments), False
+    if args.device == "cuda":
+        on_gpu = True
+        if not torch.cuda.is_available():
+            parser().error("this torch sees no GPU")
+        if args.memory or args.what != "mlm":
+            parser().error("--device cuda times --what mlm, and tells its memory unasked")
+    usual = "eager,sdpa,bert_fast"
+    if on_gpu:
+        usual = "sdpa,bert_fast,compiled"
+    elif args.memory:
+        usual = "eager,bert_fast,selective,full"
+    args.sides = (args.sides or usual).split(",")
+    if unknown := [side for side in args.sides if side not in SIDES]:
+        parser().error(f"unknown sides {unknown}, expected some of {', '.join(SIDES)}")
+    args.dtype = args.dtype or ("bf16" if on_gpu else "fp32")
+    usual = "wiki512" if on_gpu else "fixed" if args.memory else "ragged"
+    args.lengths = args.lengths or usual
+    args.batch = args.batch or batch_of(args.size, args.lengths)
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = options_of(arguments)
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     if args.inside:
         return inside(args)
-    usual = "eager,bert_fast,selective,full" if args.memory else "eager,sdpa,bert_fast"
-    sides = (args.sides or usual).split(",")
+    sides = args.sides
+    if args.device == "cuda":
+        rows = training_gpu.measure(
+            torch.device("cuda"), (args.size,), sides, args.steps, quick=False,
+            lengths=args.lengths, batch=args.batch, dtype=DTYPES[args.dtype],
+        )  # fmt: skip
+        return Console().print(training_gpu.table(rows))
     table = Table("side", "MiB, peak" if args.memory else "ms a step", f"of {sides[0]}'s")
     if args.memory:
         found = {side: [float(peak(args, side))] for side in sides}

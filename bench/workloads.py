@@ -85,6 +85,21 @@ WORKLOADS = {
 }
 
 
+def named(name: str) -> Workload:
+    """The workload of that name; "squad/256" is squad in batches of 256 texts.
+
+    Raises: ValueError for a name that is none.
+    """
+    base, slash, batch = name.partition("/")
+    if base not in WORKLOADS or (slash and not (batch.isdecimal() and int(batch))):
+        raise ValueError(
+            f"unknown workload {name!r}, expected one of {', '.join(WORKLOADS)}, "
+            "or one with its texts a batch, as squad/256"
+        )
+    found = WORKLOADS[base]
+    return replace(found, name=name, batch=int(batch)) if slash else found
+
+
 def spread(quantiles: tuple[int, ...], count: int) -> list[int]:
     """`count` lengths, evenly over the quantiles, in a fixed shuffled order."""
     found, top = [], len(quantiles) - 1

@@ -42,6 +42,25 @@ def test_workloads(name: str) -> None:
     assert batch["input_ids"].shape == (workload.batch, max(arrival[0]))
 
 
+def test_a_workload_by_name_may_say_its_batch() -> None:
+    squad = workloads.WORKLOADS["squad"]
+    assert workloads.named("squad") is squad
+    large = workloads.named("squad/256")
+    assert large.batch == 256 and large.name == "squad/256" and large.quantiles == squad.quantiles
+    assert workloads.orders(large, 2) == ("arrival", "sorted")
+    assert [len(batch) for batch in workloads.lengths(large, 2, "sorted")] == [256, 256]
+    base = workloads.MODELS["bert-base"]
+    assert workloads.fitted(large, base, 2, float("inf")) is large
+    plan = models.Plan(workloads=("full512/256", "squad"))
+    assert [w.batch for w in models.workloads_of(plan, base)] == [256, 16]
+
+
+@pytest.mark.parametrize("name", ["squat", "squad/", "squad/0", "squad/-1", "squad/x", "/256", ""])
+def test_a_bad_workload_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown workload '{name}', expected one of single16"):
+        workloads.named(name)
+
+
 def test_flop_counts_what_the_modules_do() -> None:
     model = workloads.MODELS["minilm-l6"]
     # Published for MiniLM-L6: 2.9 GFLOP for one text of 128 tokens.
@@ -202,8 +221,13 @@ def test_results_survive_their_file(tmp_path: Path) -> None:
     found.models.append(results.Entry("m", "w", "o", "c", "fp32", seconds=[1.0, 2.0]))
     found.models[0].ratio = results.Interval(1.2, 1.1, 1.3)
     found.noise = results.Noise(1.0, 0.1, 3, 1)
+    found.training.append({"model": "base", "side": "sdpa", "ms": 1.5, "failed": None})
     found.save(tmp_path / "a" / "run.json")
     assert results.load(tmp_path / "a" / "run.json") == found
+    older = json.loads((tmp_path / "a" / "run.json").read_text())
+    del older["training"]
+    (tmp_path / "older.json").write_text(json.dumps(older))
+    assert results.load(tmp_path / "older.json").training == []
     (tmp_path / "old.json").write_text('{"schema": 1}')
     with pytest.raises(ValueError, match="not a result of schema"):
         results.load(tmp_path / "old.json")
@@ -299,6 +323,21 @@ def test_the_longest_text_of_the_last_batch_is_checked() -> None:
         outputs[1][1, 20] = 0.0
         found |= models._texts(exact, 1, outputs[1])
         assert models._errors(found, exact)[0] > 1e-2
+
+
+def test_few_texts_of_a_large_batch_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[int, ...]] = []
+    model = models.load(workloads.TINY)
+
+    def seen(module: nn.Module, args: Any, inputs: Any) -> None:
+        ran.append(tuple(args[0].shape))
+
+    model.register_forward_pre_hook(seen, with_kwargs=True)  # the copy in fp64 has it too
+    texts = workloads.lengths(workloads.named("squad/256"), 2, "sorted")
+    exact = models._truth(model, batches_of(*texts))
+    longest = texts[1].index(max(texts[1]))
+    assert list(exact) == [(0, 0), (0, 1), (0, 2), (0, 3), (1, longest)]
+    assert ran == [(1, n) for n in (*texts[0][:4], max(texts[1]))]
 
 
 def test_a_part_of_a_run_does_not_overwrite_a_full_one() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cases, gpu_gate, measure, noise, results, workloads
+from bench import cases, gpu_gate, measure, models, noise, results, workloads
 from bert_fast.ops import OPS
 
 ONE_TEST = "tests/test_gpu_gate.py -k squad_lengths"
@@ -48,6 +49,7 @@ def ops_only(monkeypatch: pytest.MonkeyPatch, small_ops: None) -> None:
     """The other sections are those of `test_whole_gate`."""
     monkeypatch.setattr(gpu_gate, "run_tests", lambda *args: None)
     monkeypatch.setattr(gpu_gate, "bench_models", lambda *args: [])
+    monkeypatch.setattr("bench.training_gpu.measure", lambda *args, **kwargs: [])
 
 
 def run(out: Path, *more: str) -> tuple[int, results.Run]:
@@ -80,7 +82,12 @@ def test_whole_gate(tmp_path: Path, small_ops: None) -> None:
         assert {"forward", "forward_backward"} == {row.step for row in timed}
         eight = op.endswith(("_int8", "_fp8"))  # of which there is no ceiling
         assert all(bool(row.share) != eight for row in timed if row.step == "forward")
-    assert {e.workload for e in result.models} == set(gpu_gate.SMALL.workloads)
+    plans = gpu_gate.SMALL_PLANS.values()
+    assert {e.workload for e in result.models} == {name for p in plans for name in p.workloads}
+    assert {(row["model"], row["side"]) for row in result.training} == {
+        ("tiny", "sdpa"), ("tiny", "bert_fast")
+    }  # fmt: skip
+    assert all(row["ms"] > 0 and row["share"] > 0 for row in result.training)
     for entry in result.models:
         assert entry.tokens_per_s and entry.cosine and entry.cosine > 0.99
         assert (entry.ratio is None) == (entry.contender == "bert_fast")
@@ -92,18 +99,20 @@ def test_failures_are_recorded_and_do_not_stop_the_rest(
     def broken(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr("bench.models.load", broken)  # a whole section
+    monkeypatch.setattr("bench.models.load", broken)  # whole sections
+    monkeypatch.setattr("bench.training_gpu.measure", broken)
     monkeypatch.setattr("bench.measure.Yardstick.check", broken)  # each row of a section
     code, result = run(tmp_path / "gate.json", "--pytest", "no_such_file.py")
     assert code == 1 and len(result.failed) > 3
     assert any(told.startswith("tests: RuntimeError") for told in result.failed)
-    assert any(told.startswith("models: RuntimeError: broken") for told in result.failed)
+    for section in ("served", "training", "models"):
+        assert any(told.startswith(f"{section}: RuntimeError: broken") for told in result.failed)
     assert any("broken" in (row.failed or "") for row in result.ops)
 
 
 def test_a_section_alone_may_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_gate, "run_tests", lambda *args: None)
-    monkeypatch.setattr(gpu_gate, "SHARES", {"tests": 0.4, "ops": 1.0, "models": 0.0})
+    monkeypatch.setattr(gpu_gate, "SHARES", {"tests": 1, "ops": 1, "models": 1})
     dying = "import os; os.abort()"
 
     def died(command: list[str], seconds: float) -> tuple[int, str]:
@@ -237,3 +246,86 @@ def test_a_gpu_is_asked_for_by_default(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         gpu_gate.main([])
     assert "sees no GPU" in capsys.readouterr().err
+
+
+def test_sections_share_the_time_that_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, float] = {}
+    monkeypatch.setattr(gpu_gate, "run_tests", lambda *args: found.update(tests=args[3]))
+    monkeypatch.setattr(
+        gpu_gate, "alone", lambda path, options: found.update({options.section: options.budget})
+    )
+    run(tmp_path / "gate.json", "--budget", "365")  # --quick leaves "compiled" out
+    assert list(found) == ["tests", "ops", "served", "training", "models"]
+    assert found["tests"] == pytest.approx(150, rel=0.05)
+    assert found["models"] > 300  # the others took none of theirs
+    found.clear()
+    run(tmp_path / "gate.json", "--budget", "100", "--only", "training,ops")
+    assert list(found) == ["ops", "training"]
+    assert found["ops"] == pytest.approx(100 * 70 / 105, rel=0.05)
+    assert found["training"] == pytest.approx(100, rel=0.05)
+
+
+def test_only_names_sections(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu_gate.main([*QUICK, "--only", "ops,kernels"])
+    assert "no section ['kernels']" in capsys.readouterr().err
+
+
+def rows_of(failed: dict[str, str | None]) -> Any:
+    def rows(device: Any, sizes: Any, sides: Any, *args: Any, **kwargs: Any) -> Any:
+        return [{"model": sizes[0], "lengths": "l", "dtype": "d", "side": side,
+                 "failed": failed.get(side, "as asked")} for side in sides]  # fmt: skip
+
+    return rows
+
+
+@pytest.mark.parametrize("side", ["sdpa", "bert_fast"])
+def test_training_fails_the_gate_where_it_is_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: str
+) -> None:
+    other = {"sdpa": "bert_fast", "bert_fast": "sdpa"}[side]
+    told = {"failed": None, "ms": 1.0, "ratio": 1.0, "beside": "sdpa", "tokens_per_s": 1.0,
+            "sequences_per_s": 1.0, "share": 0.5, "peak_mb": None}  # fmt: skip
+
+    def rows(*args: Any, **kwargs: Any) -> Any:
+        return [row | (told if row["side"] == other else {}) for row in rows_of({})(*args)]
+
+    monkeypatch.setattr("bench.training_gpu.measure", rows)
+    code, result = run(tmp_path / "gate.json", "--only", "training")
+    assert [row["side"] for row in result.training] == ["sdpa", "bert_fast"]
+    failed = ["training tiny: as asked"] if side == "bert_fast" else []
+    assert result.failed == failed and code == len(failed)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 30.0, 1_000.0])
+def test_a_step_is_compiled_only_where_time_is_left(
+    monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    monkeypatch.setattr("bench.training_gpu.measure", rows_of({}))
+    found = results.new_run("test", torch.device("cpu"))
+    options = SimpleNamespace(device="cpu", budget=seconds, quick=False)
+    for _ in gpu_gate.training(found, options):  # type: ignore[arg-type]
+        pass
+    done = [(row["model"], row["side"]) for row in found.training]
+    every = [(size, side) for size, sides in gpu_gate.TRAINED for side in sides]
+    assert done == every[: {0.0: 0, 30.0: 4, 1_000.0: 6}[seconds]]
+    assert len(found.missing) == {0.0: 3, 30.0: 1, 1_000.0: 0}[seconds]
+
+
+def test_parts_are_merged() -> None:
+    whole, part = (results.new_run("test", torch.device("cpu")) for _ in range(2))
+    whole.training, part.training = [{"side": "a"}], [{"side": "b"}]
+    entry = results.Entry("m", "squad/256", "arrival", "bert_fast", "bf16")
+    whole.models, part.models = [entry], [entry, replace(entry, contender="torch_compile")]
+    gpu_gate.merge(whole, part)
+    assert [row["side"] for row in whole.training] == ["a", "b"]
+    assert [e.contender for e in whole.models] == ["bert_fast", "torch_compile"]
+
+
+@pytest.mark.parametrize("plan", [*gpu_gate.PLANS.values(), *gpu_gate.SMALL_PLANS.values()])
+def test_plans_name_what_there_is(plan: models.Plan) -> None:
+    assert {p.precision for p in plan.peers()} == set(plan.precisions)
+    for name in plan.models:
+        assert len(models.workloads_of(plan, workloads.MODELS[name])) == len(plan.workloads)
