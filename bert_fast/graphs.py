@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .inputs import Batch
 from .notice import warn_once
+from .ops.backends import triton_missing, triton_module
 from .ops.registry import tracing
 from .ops.weight_copies import holding_copies
 from .padding import Packing
@@ -156,6 +157,28 @@ class _Graph:
             self.replay, self.output = capture(lambda: run(self.batch, self.rows), place)
 
     def __call__(self, batch: Batch, rows: Tensor | None) -> Tensor:
+        tokens = batch.tokens
+        self.take(batch)
+        if self.rows is not None and rows is not None:  # what stays behind them is a row too
+            self.rows[: rows.shape[0]] = rows
+        self.replay()
+        return self.output[: tokens if rows is None else rows.shape[0]].clone()
+
+    def take(self, batch: Batch) -> None:
+        """Copies a batch to where the graph reads it."""
+        packing = batch.packing
+        counted = packing.indices is None or packing.place is not None
+        if not (counted and self.ids.is_cuda) or triton_missing():
+            return self.take_piecewise(batch)
+        triton_module("pack").stage(
+            packing.place, batch.input_ids, batch.token_type_ids, batch.position_ids,
+            packing.cu_seqlens, packing.key_start,
+            self.ids, self.types, self.positions, self.bounds, self.key_start,
+            self.batch.packing.max_seqlen,
+        )  # fmt: skip
+
+    def take_piecewise(self, batch: Batch) -> None:
+        """`take` by torch's kernels, a dozen of them."""
         packing, tokens = batch.packing, batch.tokens
         assert batch.input_ids is not None
         self.ids[:tokens] = packing.unpad_ids(batch.input_ids)
@@ -171,10 +194,6 @@ class _Graph:
         if self.key_start is not None and packing.key_start is not None:
             self.key_start.copy_(self.bounds[:-1])
             self.key_start[: given - 1] = packing.key_start
-        if self.rows is not None and rows is not None:  # what stays behind them is a row too
-            self.rows[: rows.shape[0]] = rows
-        self.replay()
-        return self.output[: tokens if rows is None else rows.shape[0]].clone()
 
 
 def capture_cuda(run: Callable[[], Tensor], place: Place) -> tuple[Callable[[], None], Tensor]:
@@ -230,16 +249,30 @@ class Graphs:
         """A new one whenever no graph is left: torch does not take a pool that was given up."""
         return Place(torch.cuda.graph_pool_handle(), self.stream) if self.stream else None
 
+    def look(self) -> None:
+        """Forgets the graphs if a weight or a setting that they have inside is another now.
+
+        A call of its own, as it takes a large model's hundreds of weights some 0.1 ms: before the
+        wait for a mask's lengths, while the GPU has work, this costs nothing.
+        """
+        if self.broken:
+            return
+        stamp = self._stamp()
+        with self.lock:
+            if stamp != self.stamp:
+                if self.done:  # the last replay may be on another stream
+                    torch.cuda.current_stream(self.parameters[0].device).wait_event(self.done)
+                self.kept.clear()
+                self.stamp, self.place = stamp, self._place()
+
     def __call__(self, bucket: Bucket, batch: Batch, rows: Tensor | None, run: Run) -> Tensor:
+        """The replayed forward of a batch, or `run`'s; `look` comes before."""
         if self.broken:
             return run(batch, rows)
         device = batch.packing.cu_seqlens.device
         with self.lock, torch.cuda.device(device) if self.done else nullcontext():
             if self.done:  # the last replay may be on another stream
                 torch.cuda.current_stream().wait_event(self.done)
-            if (stamp := self._stamp()) != self.stamp:
-                self.kept.clear()
-                self.stamp, self.place = stamp, self._place()
             self.calls += 1
             graph = self.kept.pop(bucket, None)
             if graph is None and self._has_place(bucket):
@@ -296,6 +329,12 @@ def graphs_of(model: nn.Module, structure: Structure) -> Graphs:
     if found is None or found.structure is not structure:
         found = _graphs[model] = Graphs(model, structure)
     return found
+
+
+def look(model: nn.Module, structure: Structure) -> None:
+    """What a model's graphs have to know before a call whose inputs may be for one."""
+    if structure.embeddings.words.is_cuda and not (torch.is_grad_enabled() or tracing()):
+        graphs_of(model, structure).look()
 
 
 def kept_of(model: nn.Module) -> int:

@@ -19,6 +19,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .families import BY_CLASS, FAMILIES, Family, bert_pooled
 from .graphs import bucket_of, forget_graphs, graphs_of
+from .graphs import look as look_at_graphs
 from .graphs import reasons_against as reasons_against_graph
 from .inputs import Batch, read_batch
 from .modeling import packed_forward
@@ -145,6 +146,8 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tell(why)
         return model.bert_fast_original.forward(model, *args, **kwargs)
     options = options_of(model)
+    if options.graphs:
+        look_at_graphs(model, structure)
     batch = read_batch(structure, given, options.keep_padding and not real_only)
     states: list[Tensor] = []
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
+from .ops.backends import on_device_of, triton_missing, triton_module
 from .ops.registry import Chooser, tracing
 
 
@@ -27,6 +28,7 @@ class Packing:
     key_start: [B] int32, the first row of each sequence that is a key; None: the sequence's first.
     max_seqlen: an upper bound of the longest sequence.
     real: [B, S] bool, or None; tokens that are packed but not real (see `pack_traced`) are False.
+    place: [B, S] int32, the packed row of each token or -1, or None where nobody has counted it.
     """
 
     batch: int
@@ -36,6 +38,7 @@ class Packing:
     key_start: Tensor | None
     max_seqlen: int
     real: Tensor | None = None
+    place: Tensor | None = None
 
     def unpad(self, x: Tensor, backend: str | Chooser = "auto") -> Tensor:
         """[B, S, H] -> [T, H]."""
@@ -110,6 +113,8 @@ def pack_mask(mask: Tensor) -> Packing:
     batch, length = mask.shape
     if torch.compiler.is_compiling():
         return pack_traced(mask.bool())
+    if mask.is_cuda and mask.numel() and not triton_missing():
+        return pack_scanned(mask)
     # On a GPU, asking about values would stall the launch queue; there every mask is taken as
     # ragged, and the only wait is the one for the number of tokens.
     on_host = mask.device.type == "cpu"
@@ -127,6 +132,23 @@ def pack_mask(mask: Tensor) -> Packing:
     key_start = (bounds[:-1] + hidden_first.int()) if any_hidden_first else None
     indices = keep.flatten().nonzero().flatten()
     return Packing(batch, length, indices, bounds, key_start, longest)
+
+
+def pack_scanned(mask: Tensor) -> Packing:
+    """`pack_mask` of a mask that is not empty, by one kernel and one wait for what it has counted.
+
+    A dozen of torch's own kernels took longer to launch than a small model takes to run.
+    """
+    batch, length = mask.shape
+    if mask.is_floating_point():
+        mask = mask.bool()
+    with on_device_of(mask):
+        place, indices, bounds, key_start, counts = triton_module("pack").scan(mask)
+    tokens, hidden_first = counts.tolist()
+    if tokens == batch * length and not hidden_first:
+        return pack_full(batch, length, mask.device)
+    starts = key_start if hidden_first else None
+    return Packing(batch, length, indices[:tokens], bounds, starts, length, place=place)
 
 
 def pack_traced(keep: Tensor) -> Packing:

@@ -2,12 +2,15 @@
 
 As for the ops: error against HF in fp64 at most 2x (gradients 3x) that of HF in the same dtype,
 plus one ulp. Errors are root mean squares over a tensor: after many layers the single worst
-element of a bias gradient is a matter of luck on both sides.
+element of a bias gradient is a matter of luck on both sides. So is, now and then, the error of a
+whole tensor; `misses` tells that from a fault.
 """
 
 from __future__ import annotations
 
 import copy
+import math
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -44,25 +47,78 @@ def run(
     return found
 
 
-def over_budget(
-    exact: dict[str, Tensor], plain: dict[str, Tensor], found: dict[str, Tensor]
+Results = dict[str, Tensor]
+NEIGHBOURS = 8
+
+
+def misses(
+    model: nn.Module, theirs: Callable[[Any], Results], ours: Callable[[Any], Results]
 ) -> list[str]:
+    """What exceeds its budget for a model, and for its neighbours too, in words.
+
+    theirs, ours: the results of a copy of the model that they may do with as they like, by Hugging
+        Face's forward and by ours.
+
+    Both errors are one draw each of what rounding may do, so that their quotient has tails: with
+    other random weights 1 in 70 models has a tensor whose error is over 3 times HF's, where HF's is
+    small by chance. What exceeds its budget is therefore measured once more, where luck has no
+    reason to repeat itself and a fault has: on neighbours of the model. The budget is the same, of
+    the median errors: where the maximum of a pooling moves to another token, one says nothing.
+    """
+
+    def over(models: list[nn.Module]) -> dict[str, str]:
+        draws = [
+            (theirs(copy.deepcopy(m).double()), theirs(copy.deepcopy(m)), ours(copy.deepcopy(m)))
+            for m in models
+        ]
+        return _over_budget(draws)
+
+    if not (first := over([model])):
+        return []
+    again = over([model, *(_neighbour(model, seed) for seed in range(NEIGHBOURS))])
+    told = f"; with {NEIGHBOURS} neighbours "
+    return [words + told + again[name] for name, words in first.items() if name in again]
+
+
+def _neighbour(model: nn.Module, seed: int) -> nn.Module:
+    """The model with the lower half of its weights' digits drawn anew: all roundings differ."""
+    model, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            noise = torch.randn(weight.shape, generator=generator).to(weight)
+            weight.mul_(1 + noise * torch.finfo(weight.dtype).eps ** 0.5)
+    return model
+
+
+def over_budget(exact: Results, plain: Results, found: Results) -> list[str]:
     """What exceeds its budget, in words; empty when all is well."""
-    told = [f"only one side has {name}" for name in exact.keys() ^ found.keys()]
+    return list(_over_budget([(exact, plain, found)]).values())
+
+
+def _over_budget(draws: list[tuple[Results, Results, Results]]) -> dict[str, str]:
+    """By name, what exceeds its budget in the median of draws: exact, HF's and our results."""
+    exact, _, found = draws[0]
+    told = {name: f"only one side has {name}" for name in exact.keys() ^ found.keys()}
     for name in exact.keys() & found.keys():
-        truth = exact[name]
-        # Softmax ignores a constant added to all scores, so a key bias has gradient zero and both
-        # sides return rounding noise; its scale is that of the projection it is packed with.
-        scale = exact[_projected(name)].abs().max().item() if truth.numel() else 0.0
-        if not truth.numel():
+        if not exact[name].numel():
             continue
-        error = (found[name].double() - truth).square().mean().sqrt().item()
-        yardstick = (plain[name].double() - truth).square().mean().sqrt().item()
-        budget = (3 if name.startswith("d") else 2) * yardstick
-        budget += ulp(scale, found[name].dtype)
-        if not error <= budget:
-            told.append(f"{name}: {error:.3e} > {budget:.3e} (HF itself {yardstick:.3e})")
+        columns = list(zip(*(_errors(name, *draw) for draw in draws), strict=True))
+        error, yardstick, last_place = map(statistics.median, columns)
+        budget = (3 if name.startswith("d") else 2) * yardstick + last_place
+        if not error <= budget or not all(map(math.isfinite, columns[0])):
+            told[name] = f"{name}: {error:.3e} > {budget:.3e} (HF itself {yardstick:.3e})"
     return told
+
+
+def _errors(name: str, exact: Results, plain: Results, found: Results) -> tuple[float, ...]:
+    """Our error, that of HF, and one ulp."""
+    # Softmax ignores a constant added to all scores, so a key bias has gradient zero and both
+    # sides return rounding noise; its scale is that of the projection it is packed with.
+    scale = exact[_projected(name)].abs().max().item()
+    ours, theirs = (
+        (side[name].double() - exact[name]).square().mean().sqrt().item() for side in (found, plain)
+    )
+    return ours, theirs, ulp(scale, found[name].dtype)
 
 
 def _projected(name: str) -> str:
@@ -86,16 +142,12 @@ def compare(
     cases: the inputs and the rows of a `run`. Errors are taken over all of them at once: where
         softmax is near its limits, those of queries and keys are a few numbers' luck in each.
     """
-    model = model.to(dtype)
-    sides = copy.deepcopy(model).double(), model, bert_fast.accelerate(copy.deepcopy(model))
-    exact, plain, found = (
-        _joined([run(side, _like(side, inputs), rows) for inputs, rows in cases]) for side in sides
-    )
-    if not gradients:
-        for results in (exact, plain, found):
-            for name in [name for name in results if name.startswith("d")]:
-                del results[name]
-    told = over_budget(exact, plain, found)
+
+    def results(side: nn.Module) -> Results:
+        found = _joined([run(side, _like(side, inputs), rows) for inputs, rows in cases])
+        return {name: x for name, x in found.items() if gradients or not name.startswith("d")}
+
+    told = misses(model.to(dtype), results, lambda copied: results(bert_fast.accelerate(copied)))
     assert not told, "; ".join(told)
 
 

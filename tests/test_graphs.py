@@ -51,6 +51,7 @@ class Model:
             return packed_forward(self.model, self.structure, batch, "auto", rows=rows)
 
         with torch.inference_mode():
+            self.graphs.look()
             found = self.graphs(bucket_of(batch, rows), batch, rows, run)
             return found, run(batch, rows)
 

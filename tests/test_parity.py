@@ -31,7 +31,10 @@ from .parity import (
 OF_CPUS = (*ISAS, "onednn")
 LARGE = (("feed_forward", "blocks"), ("attention", "longer_than_a_block"))
 # What only an output rounded to 16 bits upsets.
-NARROW = (("attention", "alike"), ("bias_gelu", "far"), ("bias_gelu", "negative"))
+NARROW = (
+    *(("attention", "alike"), ("bias_gelu", "far"), ("bias_gelu", "negative")),
+    *((op, "tiles") for op in ("linear", "linear_gelu", "linear_row_int8")),  # TMA takes 16 bits
+)
 CASES = [
     pytest.param(op, kernel.backend, sample, id=f"{op}-{kernel.backend}-{sample}")
     for op in OPS

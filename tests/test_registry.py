@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 
 from bert_fast import ops
 from bert_fast.ops import OPS
+from bert_fast.ops.registry import Kernel
 from bert_fast.ops.rng import draw_seeds, keep_mask, philox, threshold
 
 from .parity import DEVICE, leaves_of, results, smallest_sample, trainable, truth
@@ -55,6 +59,22 @@ def test_every_kernel_states_a_reason_or_runs() -> None:
             assert reasons[-1] == ("reference", [])
             for backend in (name for name, why in reasons if not why):
                 assert op(*args, backend=backend).isfinite().all(), (op.name, backend)
+
+
+def test_a_kernel_leads_where_it_says() -> None:
+    """Before those that stand before it, unless it cannot run; a forced one is not asked."""
+    aten, triton, last = OPS["linear_gelu"].kernels[-3:]
+    assert triton.leads is not None and aten.leads is None
+    leading = replace(last, leads=lambda x, *rest: x.shape[0] < 5)
+
+    def chosen(rows: int, kernel: Kernel, backend: str = "auto") -> str:
+        op = copy.copy(OPS["linear_gelu"])
+        op.kernels = (aten, kernel)
+        return op.choose((torch.randn(rows, 8), torch.randn(16, 8), None, "gelu"), backend).backend
+
+    assert chosen(4, leading) == "reference" and chosen(8, leading) == "aten"
+    assert chosen(4, leading, "aten") == "aten"
+    assert chosen(4, replace(leading, why_not=lambda *args: ["not today"])) == "aten"
 
 
 def test_op_costs_are_positive() -> None:

@@ -28,6 +28,7 @@ plan = {plans}.get(name, 1 if name == "control" else 0)
 if plan == "hangs":
     subprocess.run(["sleep", "60"])
 print("========= COMPUTE-SANITIZER")
+print("calling attention, ragged, torch.float16")
 if plan == "loses track":
     print("========= Internal Sanitizer Error: the launch was not tracked")
     plan = 0
@@ -85,6 +86,8 @@ def test_one_that_fails_fails_all(run: Any, tool: str, plan: Any, failed: str) -
     code, rows = run({tool: plan})
     assert code == 1 and {name for name, row in rows.items() if row["failed"]} == {tool}
     assert rows[tool]["failed"] == failed and "COMPUTE-SANITIZER" in rows[tool]["output"]
+    died_in = "attention, ragged, torch.float16" if plan == "dies" else None
+    assert rows[tool]["died_in"] == died_in
 
 
 def test_a_tool_that_hangs_is_stopped(run: Any) -> None:
@@ -109,6 +112,29 @@ def test_unknown_tools_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         sanitizer.main(["--tools", "memcheck,leakcheck"])
     assert "--tools is memcheck,leakcheck, expected some of memcheck, " in capsys.readouterr().err
+
+
+def test_chosen_ops_are_passed_on(run: Any, tmp_path: Path, capsys: Any) -> None:
+    code, _ = run({}, "--tools", "racecheck", "--ops", "attention,bias_gelu")
+    assert code == 0
+    assert (
+        "--inside racecheck --ops attention,bias_gelu"
+        in (tmp_path / "attention,bias_gelu").read_text()
+    )
+    with pytest.raises(SystemExit):
+        sanitizer.main(["--ops", "attention,pooling"])
+    assert "--ops is attention,pooling, expected some of " in capsys.readouterr().err
+
+
+def test_the_process_ends_before_its_static_objects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a tool their destructors abort, and what was found would not count."""
+    ended: list[int] = []
+    monkeypatch.setattr(sanitizer, "inside", lambda which, chosen: {"control": 1}.get(which, 0))
+    monkeypatch.setattr(sanitizer.os, "_exit", lambda code: ended.append(code) or sys.exit(code))
+    for arguments in (["--inside"], ["--inside", "control"]):
+        with pytest.raises(SystemExit):
+            sanitizer.main(arguments)
+    assert ended == [0, 1]
 
 
 def test_every_kernel_is_in_the_namespace_of_the_filter() -> None:
@@ -142,8 +168,12 @@ def test_large_samples_are_skipped(
     monkeypatch.setattr(sanitizer, "OPS", {"bias_gelu": OPS["bias_gelu"]})
     monkeypatch.setattr(sanitizer, "LARGEST", 400)
     assert sanitizer.inside("all", "cpu", "reference") == 0
-    # Of nine, the four activations, the tails; the reference has no backward of its own.
-    assert "checked 24 calls: {'bias_gelu': 24}; skipped 15 " in capsys.readouterr().out
+    samples = list(OPS["bias_gelu"].samples(torch.device("cpu"), torch.float32))
+    large = [s for s in samples if any(a.numel() > 400 for a in s.args if torch.is_tensor(a))]
+    assert 0 < len(large) < len(samples)
+    called = 3 * 2 * (len(samples) - len(large))  # the reference has no backward of its own
+    told = f"checked {called} calls: {{'bias_gelu': {called}}}; skipped {3 * len(large)} "
+    assert told in capsys.readouterr().out
 
 
 def test_no_call_at_all_is_a_failure(few: None, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,6 +56,12 @@ def triton_missing() -> list[str]:
 
 
 @functools.cache
+def triton_module(name: str) -> Any:
+    """`bert_fast._triton.<name>`, imported at its first use."""
+    return importlib.import_module(f"bert_fast._triton.{name}")
+
+
+@functools.cache
 def triton_interprets() -> bool:
     """Triton's interpreter runs kernels on CPU tensors; it is chosen before triton is imported."""
     import triton
@@ -157,10 +163,6 @@ def cuda_kernel(
 def triton_kernel(op: str, lead: int = 0, limits: Limits = no_limits) -> Kernel:
     """The Triton kernel of `op`, in module `bert_fast._triton.<op>`, imported at its first use."""
 
-    @functools.cache
-    def module() -> Any:
-        return importlib.import_module(f"bert_fast._triton.{op}")
-
     def why_not(*args: Any) -> list[str]:
         found = list(triton_missing())
         if not found and not args[lead].is_cuda and not triton_interprets():
@@ -169,11 +171,11 @@ def triton_kernel(op: str, lead: int = 0, limits: Limits = no_limits) -> Kernel:
 
     def forward(*args: Any, save: bool) -> tuple[Tensor, ...]:
         with on_device_of(args[lead]):
-            return _tuple(module().forward(*args, save=save))
+            return _tuple(triton_module(op).forward(*args, save=save))
 
     def backward(*args: Any, needs: list[bool]) -> tuple[Tensor, ...]:
         with on_device_of(args[0]):
-            return _tuple(module().backward(*args, needs=needs))
+            return _tuple(triton_module(op).backward(*args, needs=needs))
 
     return Kernel("triton", forward, backward, why_not)
 

@@ -58,7 +58,7 @@ def fused(
 
 
 def _kernel(first: Kernel, second: Kernel) -> Kernel:
-    """Of a kernel of `linear_gelu` and the one of `linear` on the same backend."""
+    """Of a kernel of `linear_gelu` and one of `linear`."""
 
     def forward(x, up, up_bias, down, activation, recompute, *, save) -> tuple[Tensor, ...]:
         keep = save and not recompute
@@ -86,7 +86,7 @@ def _kernel(first: Kernel, second: Kernel) -> Kernel:
     def why_not(x, up, up_bias, down, activation, recompute) -> list[str]:
         return first.why_not(x, up, up_bias, activation) + second.why_not(x, down, None)
 
-    return Kernel(first.backend, forward, backward, why_not)
+    return Kernel(first.backend, forward, backward, why_not, leads=first.leads)
 
 
 def samples(device, dtype) -> Iterable[Sample]:
@@ -114,7 +114,9 @@ def cost(x, up, up_bias, down, *rest) -> tuple[int, int]:
     return 2 * tokens * (up.numel() + down.numel()), elements * x.element_size()
 
 
-_SECOND = {kernel.backend: kernel for kernel in LINEAR.kernels}
+_LINEAR = {kernel.backend: kernel for kernel in LINEAR.kernels}
+# The same backend's; beside Triton's first product ATen's, as the second has no epilogue.
+_SECOND = _LINEAR | {"triton": _LINEAR["aten"]}
 
 OP = Op(
     name="feed_forward",

@@ -69,6 +69,14 @@ def _packed(isa: int) -> Forward:
     return forward
 
 
+LARGE = (
+    # More rows and a deeper sum than any kernel takes at once (the C++ ones: 192, 384).
+    ("blocks", 201, 390, 24, True),
+    # More than a tile of what Hopper's copy engine takes: rows of 16 bits that end on 16 bytes.
+    ("tiles", 200, 200, 136, True),
+)
+
+
 def samples(device: torch.device, dtype: torch.dtype, large: bool = True) -> Iterable[Sample]:
     """large: also those that only the GEMM itself needs, not what is built on it."""
     generator = torch.Generator().manual_seed(0)
@@ -83,8 +91,7 @@ def samples(device: torch.device, dtype: torch.dtype, large: bool = True) -> Ite
         # A short sum: for one row ATen takes a split dot product, more exact than any GEMM.
         ("one_token", 1, 32, 64, True),
         ("empty", 0, 64, 32, True),
-        # More rows and a deeper sum than any kernel takes at once (the C++ ones: 192, 384).
-        *((("blocks", 201, 390, 24, True),) if large else ()),
+        *(LARGE if large else ()),
     ):
         weight = draw(outer, inner, scale=inner**-0.5)
         yield Sample(name, (draw(tokens, inner), weight, draw(outer) if has_bias else None))

@@ -32,7 +32,7 @@ class Kernel:
     returns one gradient per differentiable argument (None or an empty tensor where none is
     needed). A kernel without a backward borrows the reference's, or that of `backward_by`.
     `why_not(*args)` lists the reasons why it cannot run on these arguments; an empty list means
-    it can.
+    it can. Where `leads(*args)` holds, "auto" asks it before those that stand before it.
     """
 
     backend: str
@@ -40,6 +40,7 @@ class Kernel:
     backward: Callable[..., Sequence[Tensor | None]] | None
     why_not: Callable[..., list[str]]
     backward_by: str | None = None
+    leads: Callable[..., bool] | None = None
 
     @property
     def backward_backend(self) -> str:
@@ -107,7 +108,8 @@ class Op:
         if not isinstance(backend, str):
             return backend(self, args)
         if backend == "auto":
-            for kernel in self.kernels:
+            first = [k for k in self.kernels if k.leads is not None and k.leads(*args)]
+            for kernel in (*first, *self.kernels):
                 if not kernel.why_not(*args):
                     return kernel
         elif backend in self._by_backend and not self._by_backend[backend].why_not(*args):

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import bias_gelu, tiles
+from . import bias_gelu, linear_tma, products, tiles
 
 # Tiles by what is multiplied: (M, N, K, warps, stages). "large" fills the device with wide tiles,
 # "medium" with 128 x 128; "small" is for M or N up to 64, where many narrow tiles spread the
@@ -150,21 +150,14 @@ def _finish(
     n,
     ACT: tl.constexpr,
 ):
-    """Scales, bias, activation and stores of a part of a tile."""
-    m_m, m_n = o_m < m, o_n < n
-    mask = m_m[:, None] & m_n[None, :]
+    """Epilogue and stores of a part of a tile."""
+    acc = products.scaled(acc, a_scale, b_scale, bias, o_m, o_n, m, n)
+    mask = (o_m < m)[:, None] & (o_n < n)[None, :]
     p_y = o_m.to(tl.int64)[:, None] * n + o_n[None, :]
-    if a_scale is not None:
-        acc *= tiles.load(a_scale + o_m, m_m)[:, None]
-        acc *= tiles.load(b_scale + o_n, m_n)[None, :]
-    if bias is not None:
-        acc += tiles.load(bias + o_n, m_n)[None, :]
     if u is not None:
         tiles.store(u + p_y, acc, mask)
-    b_y = tiles.activate(acc, ACT, y.dtype.element_ty.primitive_bitwidth <= 16)
-    if y_scale is not None:
-        b_y *= tiles.inverse_of_power(tl.load(y_scale + o_m, mask=m_m, other=1.0))[:, None]
-    tiles.store(y + p_y, b_y, mask)
+    SHORT: tl.constexpr = y.dtype.element_ty.primitive_bitwidth <= 16
+    tiles.store(y + p_y, products.activated(acc, y_scale, o_m, m, ACT, SHORT), mask)
 
 
 @triton.jit(do_not_specialize=["m", "k_split"])
@@ -194,16 +187,9 @@ def gemm_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    GROUP: tl.constexpr = 8
     if WIDE_M:
         m = m * 16
-    i_tile = tl.program_id(0)
-    n_m, n_n = tl.cdiv(m, BM), tl.cdiv(n, BN)
-    first = i_tile // (GROUP * n_n) * GROUP
-    height = tl.minimum(n_m - first, GROUP)
-    i_m = first + (i_tile % (GROUP * n_n)) % height
-    i_n = (i_tile % (GROUP * n_n)) // height
-
+    i_m, i_n = products.tile_of(tl.program_id(0), tl.cdiv(m, BM), tl.cdiv(n, BN))
     o_m = i_m * BM + tl.arange(0, BM)
     o_n = i_n * BN + tl.arange(0, BN)
     m_m, m_n = o_m < m, o_n < n
@@ -271,6 +257,8 @@ def gemm(
     if not m or not n:
         return
     family = tiles.family(a.device)
+    if not split and linear_tma.fits(family, a, b, y):
+        return linear_tma.gemm(family, a, b, bias, y, u, act, (a_scale, b_scale, y_scale))
     processors = tiles.processors(a.device)
     cfg = config(family, a.dtype, tiles.precision(a.dtype), m, n, processors)
     n_tiles = triton.cdiv(m, cfg["BM"]) * triton.cdiv(n, cfg["BN"])

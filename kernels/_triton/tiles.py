@@ -38,9 +38,35 @@ def load_operand(
         x = tl.load(p_x)
     else:
         x = tl.load(p_x, mask=mask, other=0.0)
+    return operand(x)
+
+
+@triton.jit
+def operand(
+    x,
+):
+    """What tensor cores are given of a block (floats as float32 when interpreted)."""
     if INTERPRET and x.dtype != tl.int8:
         x = x.to(tl.float32)
     return x
+
+
+@triton.jit
+def rounded(
+    y,  # float32 block
+    dtype: tl.constexpr,
+):
+    """y, and where the interpreter would cut it off to `dtype`, rounded to nearest even."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = y.to(tl.uint32, bitcast=True)
+        bits = (bits + ((bits >> 16) & 1) + 0x7FFF) & 0xFFFF0000
+        y = tl.where(y == y, bits.to(tl.float32, bitcast=True), y)
+    if INTERPRET and dtype == tl.float8e4nv:
+        bits = y.to(tl.uint32, bitcast=True)
+        bits = (bits + ((bits >> 20) & 1) + 0x7FFFF) & 0xFFF00000
+        # below 2^-6 its numbers are 2^-9 apart, as those of float32 are at 2^14
+        y = tl.where(tl.abs(y) < 0.015625, y + 24576.0 - 24576.0, bits.to(tl.float32, bitcast=True))
+    return y
 
 
 @triton.jit
@@ -51,16 +77,7 @@ def store(
 ):
     """Writes y in the dtype of the pointer, rounded to nearest even."""
     dtype: tl.constexpr = p_y.dtype.element_ty
-    if INTERPRET and dtype == tl.bfloat16:
-        bits = y.to(tl.uint32, bitcast=True)
-        bits = (bits + ((bits >> 16) & 1) + 0x7FFF) & 0xFFFF0000
-        y = tl.where(y == y, bits.to(tl.float32, bitcast=True), y)
-    if INTERPRET and dtype == tl.float8e4nv:
-        bits = y.to(tl.uint32, bitcast=True)
-        bits = (bits + ((bits >> 20) & 1) + 0x7FFFF) & 0xFFF00000
-        # below 2^-6 its numbers are 2^-9 apart, as those of float32 are at 2^14
-        y = tl.where(tl.abs(y) < 0.015625, y + 24576.0 - 24576.0, bits.to(tl.float32, bitcast=True))
-    tl.store(p_y, y.to(dtype), mask=mask)
+    tl.store(p_y, rounded(y, dtype).to(dtype), mask=mask)
 
 
 @triton.jit

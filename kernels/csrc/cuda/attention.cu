@@ -26,9 +26,10 @@ void launch_width(const AttentionArguments& args, int64_t sequences, int64_t max
   constexpr int kSmallWarps = D == 128 ? 8 : 4;
   if (args.dropout.seed != nullptr)
     return launch<AttentionShape<T, D, kSmallWarps, 1, true>>(args, sequences, max_seqlen, stream);
-  // 32 rows a warp: not at D = 128, for the registers, nor where half a tile would stay empty.
+  // 32 rows a warp: not at D = 128, for the registers, nor where half a tile would stay empty or
+  // some multiprocessor of a large GPU without one.
   if constexpr (D < 128) {
-    if (max_seqlen > 64)
+    if (max_seqlen > 64 && ceil_div(max_seqlen, 128) * sequences * args.heads >= 132)
       return launch<AttentionShape<T, D, 4, 2, false>>(args, sequences, max_seqlen, stream);
   }
   return launch<AttentionShape<T, D, kSmallWarps, 1, false>>(args, sequences, max_seqlen, stream);

@@ -175,6 +175,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
       copy_tile<Shape, kKeyTile>(v_tiles + o_buffer, v + o_next, stride, left - kKeyTile);
       copy_commit();
     }
+    // Past the end of the sequence: this warp only copies, and leaves the tensor cores to others.
+    if (warp_row >= queries) continue;
     if constexpr (Shape::kQueriesInRegisters) {
       if (tile == 0) {
 #pragma unroll
@@ -286,8 +288,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
     }
   }
 
+  if (warp_row >= queries) return;
   // The warp's own query rows are no longer needed: their place takes the output, which then leaves
-  // in 16-byte stores.
+  // in 16-byte stores. Lanes write where ldmatrix read for other lanes, which only a barrier orders.
+  __syncwarp();
 #pragma unroll
   for (int m = 0; m < M; ++m) {
 #pragma unroll

@@ -1,0 +1,167 @@
+"""From a padded batch's mask to packed tokens, in one pass; and a batch into the inputs of a graph.
+
+Both are what a GPU has to do before the first layer, and small: what they cost is their launches,
+so each is one. A single program scans the whole mask, as a batch of 131,072 tokens takes it about
+40 us and a second kernel's launch as long. Nothing here is differentiable.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+
+def samples(dtype: torch.dtype, device: torch.device, full: bool):
+    """Calls that reach the shipped configs, as (label, arguments of `scan`)."""
+    for shape in ((8, 128), (32, 512)):
+        yield "x".join(map(str, shape)), (torch.empty(shape, dtype=torch.int64, device=device),)
+
+
+@triton.jit(do_not_specialize=["n_tokens", "length", "n_rows"])
+def _scan_kernel(
+    mask,  # [n_rows, length] integers, not 0: kept
+    place,  # [n_rows, length] int32 output: its packed row, or -1
+    indices,  # [n_rows * length] int64 output, the kept rows in order; as many as there are
+    cu_seqlens,  # [n_rows + 1] int32 output
+    key_start,  # [n_rows] int32 output
+    counts,  # [2] int64 output: packed rows, and rows of the batch whose first column is masked
+    n_tokens,
+    length,
+    n_rows,
+    BLOCK: tl.constexpr,
+):
+    packed = tl.program_id(0)  # 0: there is one program
+    hidden = tl.program_id(0)
+    for i in range(0, n_tokens, BLOCK):
+        o = i + tl.arange(0, BLOCK)
+        m = o < n_tokens
+        real = (tl.load(mask + o, mask=m, other=0) != 0) & m
+        first = (o % length == 0) & m
+        kept = (real | first).to(tl.int32)
+        p = packed + tl.cumsum(kept, 0) - kept
+        tl.store(place + o, tl.where(kept != 0, p, -1), mask=m)
+        tl.store(indices + p, o.to(tl.int64), mask=kept != 0)
+        alone = (first & (real == 0)).to(tl.int32)
+        tl.store(cu_seqlens + o // length, p, mask=first)
+        tl.store(key_start + o // length, p + alone, mask=first)
+        packed += tl.sum(kept, 0)
+        hidden += tl.sum(alone, 0)
+    tl.store(cu_seqlens + n_rows, packed)
+    tl.store(counts, packed.to(tl.int64))
+    tl.store(counts + 1, hidden.to(tl.int64))
+
+
+def scan(
+    mask: torch.Tensor,  # [B, S] bool or integers, neither 0
+) -> tuple[torch.Tensor, ...]:
+    """(place [B, S] int32, indices [B S] int64, cu_seqlens [B + 1] int32, key_start [B] int32,
+    counts [2] int64) of the tokens that `padding.pack_mask` keeps; see `_scan_kernel`."""
+    batch, length = mask.shape
+    n_tokens = batch * length
+    mask = mask.contiguous()
+    if mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+
+    def new(count: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(count, dtype=dtype, device=mask.device)
+
+    place, indices = new(n_tokens, torch.int32), new(n_tokens, torch.int64)
+    bounds, key_start = new(batch + 1, torch.int32), new(batch, torch.int32)
+    counts = new(2, torch.int64)
+    block = 1024 if n_tokens <= 1024 else 4096
+    _scan_kernel[(1,)](
+        mask, place, indices, bounds, key_start, counts, n_tokens, length, batch,
+        BLOCK=block, num_warps=block // 256, enable_fp_fusion=True,
+    )  # fmt: skip
+    return place.view(batch, length), indices, bounds, key_start, counts
+
+
+@triton.jit(
+    do_not_specialize=[
+        "n_tokens", "length", "type_row", "position_row", "given", "bounds", "capacity", "longest",
+    ]
+)  # fmt: skip
+def _stage_kernel(
+    place,  # [B, S] int32, or None: every token stands where it is
+    ids,  # [B, S]
+    types,  # [B, S] or [1, S]; or None
+    positions,  # [B, S] or [1, S]
+    cu_seqlens,  # [given] int32
+    key_start,  # [given - 1] int32, or None
+    to_ids,  # [capacity] int64 output
+    to_types,  # [capacity] int64 output, or None
+    to_positions,  # [capacity] int64 output
+    to_bounds,  # [bounds] int32 output
+    to_key_start,  # [bounds - 1] int32 output, or None
+    n_tokens,  # B S
+    length,
+    type_row,  # 0 where one row serves all of the batch, else S
+    position_row,
+    given,
+    bounds,
+    capacity,
+    longest,
+    BLOCK: tl.constexpr,
+):
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m = o < n_tokens
+    p = o
+    if place is not None:
+        p = tl.load(place + o, mask=m, other=-1)
+    m = m & (p >= 0)
+    row, column = o // length, o % length
+    tl.store(to_ids + p, tl.load(ids + o, mask=m).to(tl.int64), mask=m)
+    at = tl.load(positions + row * position_row + column, mask=m)
+    tl.store(to_positions + p, at.to(tl.int64), mask=m)
+    if to_types is not None:
+        kind = tl.load(types + row * type_row + column, mask=m)
+        tl.store(to_types + p, kind.to(tl.int64), mask=m)
+    if tl.program_id(0) == 0:
+        tokens = tl.load(cu_seqlens + given - 1)
+        for i in range(0, bounds, BLOCK):
+            j = i + tl.arange(0, BLOCK)
+            start = tl.load(cu_seqlens + j, mask=j < given, other=0)
+            beyond = tl.minimum(tokens + (j - given + 1) * longest, capacity)
+            start = tl.where(j < given, start, beyond)
+            tl.store(to_bounds + j, start, mask=j < bounds)
+            if to_key_start is not None:
+                key = tl.load(key_start + j, mask=j < given - 1, other=0)
+                key = tl.where(j < given - 1, key, start)
+                tl.store(to_key_start + j, key, mask=j < bounds - 1)
+
+
+def stage(
+    place: torch.Tensor | None,  # [B, S] int32
+    ids: torch.Tensor,  # [B, S]
+    types: torch.Tensor | None,  # [B or 1, S]
+    positions: torch.Tensor,  # [B or 1, S]
+    cu_seqlens: torch.Tensor,  # [B + 1] int32
+    key_start: torch.Tensor | None,  # [B] int32
+    to_ids: torch.Tensor,  # [capacity] int64 output, as are those of types and positions
+    to_types: torch.Tensor | None,
+    to_positions: torch.Tensor,
+    to_bounds: torch.Tensor,  # [bounds] int32 output; bounds > B
+    to_key_start: torch.Tensor | None,  # [bounds - 1] int32 output
+    longest: int,
+) -> None:
+    """Packs a batch into memory for `capacity` tokens, and their bounds: behind the batch's own
+    come sequences of `longest` tokens, the last ones empty."""
+    length, n_tokens = ids.shape[1], ids.numel()
+    block = 1024
+    _stage_kernel[(triton.cdiv(n_tokens, block),)](
+        place, ids.contiguous(), None if types is None else types.contiguous(),
+        positions.contiguous(), cu_seqlens, key_start,
+        to_ids, to_types, to_positions, to_bounds, to_key_start, n_tokens, length,
+        0 if types is None or types.shape[0] != ids.shape[0] else length,
+        0 if positions.shape[0] != ids.shape[0] else length,
+        cu_seqlens.shape[0], to_bounds.shape[0], to_ids.shape[0], longest,
+        BLOCK=block, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def forward(mask, save):
+    """Launches both kernels as a model does, for what compiles them without a GPU."""
+    place, _, bounds, key_start, _ = scan(mask)
+    ids, to = mask.long(), mask.new_empty(mask.numel(), dtype=torch.int64)
+    stage(place, ids, ids, ids[:1], bounds, key_start, to, to, to, bounds, key_start, 64)
+    stage(None, ids, None, ids[:1], bounds, None, to, None, to, bounds, None, 64)
+    return (place,)
