@@ -87,13 +87,13 @@ def bucket_of(batch: Batch, rows: Tensor | None) -> Bucket:
 
 
 def _round_up(number: int) -> int:
-    """To one of four steps an octave: an eighth is wasted in the mean."""
+    """To one of eight steps an octave: a sixteenth is wasted in the mean."""
     step = _step(number)
     return -(-number // step) * step
 
 
 def _step(number: int) -> int:
-    return max(16, _power(number) // 8)
+    return max(16, _power(number) // 16)
 
 
 def _power(number: int) -> int:

@@ -87,6 +87,11 @@ CASES = {
     "add_layernorm of wide rows": ("add_layernorm", lambda d: d.rows(9, 4104)),
     "add_layernorm of many rows": ("add_layernorm", lambda d: d.rows(4100, 64, p=0.1)),
     "embed_layernorm of many rows": ("embed_layernorm", lambda d: d.embeddings(4100, 64, p=0.1)),
+    "add_layernorm by streams": ("add_layernorm", lambda d: d.rows(2500, 768)),
+    "add_layernorm by streams, wide": ("add_layernorm", lambda d: d.rows(2500, 1024, p=0.1)),
+    "embed_layernorm by streams": ("embed_layernorm", lambda d: d.embeddings(2500, 1024, p=0.1)),
+    "embed_layernorm of more than 30 rows a warp": (
+        "embed_layernorm", lambda d: d.embeddings(70_000, 768, p=0.1)),
     "linear": ("linear", lambda d: d.linear(4096, 512, 2304)),
     "linear_gelu": ("linear_gelu", lambda d: (*d.linear(4096, 512, 2304), "gelu")),
     "linear_fp8": ("linear_fp8", lambda d: d.linear(4096, 512, 2304)),
@@ -96,8 +101,15 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", CASES)
+IN_FP32 = [name for name in CASES if "by streams" in name]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, dtype) for dtype in (torch.bfloat16, torch.float16) for case in CASES]
+    + [(case, torch.float32) for case in IN_FP32],
+    ids=str,
+)
 def test_large(case: str, dtype: torch.dtype) -> None:
     name, make = CASES[case]
     op, args = OPS[name], make(Draw(dtype))

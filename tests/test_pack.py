@@ -38,7 +38,7 @@ def mask_of(kind: str, batch: int, length: int) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["right", "left", "holes", "full"])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 300), (33, 257)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 300), (5, 1500), (33, 257), (9, 1030)])
 def test_scanned_as_by_torch(kind: str, shape: tuple[int, int]) -> None:
     mask = mask_of(kind, *shape)
     found, expected = pack_scanned(mask), pack_mask(mask.cpu())

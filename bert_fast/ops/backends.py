@@ -139,7 +139,7 @@ def _cpu_kernel(op: str, lead: int, limits: Limits, name: str, isa: int) -> Kern
     def backward(*args: Any, needs: list[bool]) -> tuple[Tensor, ...]:
         return _tuple(getattr(torch.ops.bert_fast_cpu, f"{op}_backward")(*args, needs, isa))
 
-    return Kernel(name, forward, backward, why_not)
+    return Kernel(name, forward, backward, why_not, device="cpu")
 
 
 def cuda_kernel(
@@ -157,7 +157,7 @@ def cuda_kernel(
     def backward(*args: Any, needs: list[bool]) -> tuple[Tensor, ...]:
         return _tuple(getattr(torch.ops.bert_fast_cuda, f"{op}_backward")(*args, needs))
 
-    return Kernel("cuda", forward, backward if has_backward else None, why_not)
+    return Kernel("cuda", forward, backward if has_backward else None, why_not, device="cuda")
 
 
 def triton_kernel(op: str, lead: int = 0, limits: Limits = no_limits) -> Kernel:

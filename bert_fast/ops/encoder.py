@@ -136,7 +136,7 @@ def _kernel(name: str, isa: int) -> Kernel:
         run = torch.ops.bert_fast_cpu.encoder_forward
         return (run(x, cu_seqlens, key_start, bias, rows, table, eps, activation, openmp(), isa),)
 
-    return Kernel(name, forward, None, why_not)
+    return Kernel(name, forward, None, why_not, device="cpu")
 
 
 def _packed(w: dict[str, Tensor], isa: int, int8: bool) -> Iterable[Tensor]:

@@ -86,7 +86,7 @@ def _kernel(first: Kernel, second: Kernel) -> Kernel:
     def why_not(x, up, up_bias, down, activation, recompute) -> list[str]:
         return first.why_not(x, up, up_bias, activation) + second.why_not(x, down, None)
 
-    return Kernel(first.backend, forward, backward, why_not, leads=first.leads)
+    return Kernel(first.backend, forward, backward, why_not, leads=first.leads, device=first.device)
 
 
 def samples(device, dtype) -> Iterable[Sample]:

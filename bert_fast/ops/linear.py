@@ -113,7 +113,7 @@ OP = Op(
     kernels=(
         *preferred(
             packed_kernels(_packed, _backward),
-            Kernel("onednn", _onednn, _backward, onednn.why_not),
+            Kernel("onednn", _onednn, _backward, onednn.why_not, device="cpu"),
         ),
         Kernel("aten", _aten, _backward, lambda *args: []),
         triton_kernel("linear"),

@@ -7,8 +7,10 @@ With r = H x and v = H w / 128, the rotated groups of `linear_int8`,
 
 and the sum is exact. One scale a row leaves a GPU's integer units undisturbed through the whole
 sum, where the groups of `linear_int8`, made for CPUs, would scale every 128 of it. The scales of x
-are found anew for every row, so nothing is calibrated. Rounding is done in fp32 whatever x's dtype;
-the gradient of x is that of the rounded W (straight-through for x). For inference.
+are found anew for every row, so nothing is calibrated. Rounding is done in fp32 whatever x's dtype,
+and a kernel may sum r of a 16-bit x in another order: q may then be off by one where it is within
+that sum's error of a tie. The gradient of x is that of the rounded W (straight-through for x). For
+inference.
 """
 
 from __future__ import annotations

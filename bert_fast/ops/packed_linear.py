@@ -53,7 +53,7 @@ def _kernel(name: str, isa: int, forward: Forward, backward: Backward | None) ->
     def why_not(x: Tensor, weight: Tensor, *rest: Any) -> list[str]:
         return cpu_reasons(x, name, isa) or reasons_against_copies(weight)
 
-    return Kernel(name, forward, backward, why_not)
+    return Kernel(name, forward, backward, why_not, device="cpu")
 
 
 def preferred(ours: tuple[Kernel, ...], onednn: Kernel) -> tuple[Kernel, ...]:

@@ -33,6 +33,7 @@ class Kernel:
     needed). A kernel without a backward borrows the reference's, or that of `backward_by`.
     `why_not(*args)` lists the reasons why it cannot run on these arguments; an empty list means
     it can. Where `leads(*args)` holds, "auto" asks it before those that stand before it.
+    `device`: the type of device that it is for, where "auto" asks no other; None: any.
     """
 
     backend: str
@@ -41,6 +42,7 @@ class Kernel:
     why_not: Callable[..., list[str]]
     backward_by: str | None = None
     leads: Callable[..., bool] | None = None
+    device: str | None = None
 
     @property
     def backward_backend(self) -> str:
@@ -108,8 +110,10 @@ class Op:
         if not isinstance(backend, str):
             return backend(self, args)
         if backend == "auto":
-            first = [k for k in self.kernels if k.leads is not None and k.leads(*args)]
-            for kernel in (*first, *self.kernels):
+            on = args[self._lead].device.type
+            near = [k for k in self.kernels if k.device in (None, on)]
+            first = [k for k in near if k.leads is not None and k.leads(*args)]
+            for kernel in (*first, *near):
                 if not kernel.why_not(*args):
                     return kernel
         elif backend in self._by_backend and not self._by_backend[backend].why_not(*args):

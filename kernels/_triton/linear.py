@@ -130,7 +130,7 @@ def samples(dtype: torch.dtype, device: torch.device, full: bool):
 
     shapes = [(16, 768, 768), (16384, 768, 768), (16384, 3072, 768)]
     if full:
-        shapes += [(256, 768, 768), (100, 37, 37)]
+        shapes += [(256, 768, 768), (512, 3072, 768), (100, 37, 37)]
     for m, n, k in shapes:
         yield f"{m}x{n}x{k}", (new(m, k), new(n, k), new(n))
 

@@ -88,14 +88,6 @@ def inverse_of_power(
     return (0x7F000000 - p.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
-@triton.jit
-def round_to_int(
-    x,  # float32 of magnitudes below 2^22
-):
-    """The nearest integer, of two the even one, as float32: above 2^23 there are no others."""
-    return x + 12582912.0 - 12582912.0
-
-
 # ------------------------------------------------------------------------- activations
 
 

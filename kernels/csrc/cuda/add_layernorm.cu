@@ -42,13 +42,43 @@ struct AddSource {
     }
   }
 
-  template <int N>
-  static __device__ __forceinline__ void add(float (&z)[N], const Pack<T, N>& term) {
-    float values[N];
-    unpack(term, values);
+  // x and residual are dead after this, or for long, and y is wanted next: it is y that the L2
+  // cache should keep.
+  template <typename Row>
+  struct Stream {
+    static constexpr int N = Row::kItems;
+    const AddSource& source;
+    int lane;
+    uint64_t policy = evict_first();
+
+    __device__ __forceinline__ Stream(const AddSource& source, int lane)
+        : source(source), lane(lane) {}
+
+    __device__ __forceinline__ void look_ahead(int64_t, int64_t, int64_t) {}
+
+    __device__ __forceinline__ void copy(int, int64_t row, uint32_t address) const {
+      const auto once = [&](uint32_t to, const T* from) { copy_async_once(to, from, policy); };
+      copy_row<Row, 0>(source.x + row * kHidden<Row>, lane, address, once);
+      if (source.residual != nullptr)
+        copy_row<Row, 1>(source.residual + row * kHidden<Row>, lane, address, once);
+    }
+
+    __device__ __forceinline__ void load_row(int, int64_t row, const Pack<T, N>* stage,
+                                             float (&z)[Row::kPacks][N]) const {
+      copy_wait<kAhead>();
+      // The bias and the seed come from the L1 cache, at every row: registers are short.
+      const bool drop = source.dropout.seed != nullptr;
+      const uint2 key = drop ? source.dropout.key() : make_uint2(0u, 0u);
 #pragma unroll
-    for (int j = 0; j < N; ++j) z[j] += values[j];
-  }
+      for (int i = 0; i < Row::kPacks; ++i) {
+        const int column = Row::column(i, lane);
+        widen(staged_pack<Row, 0>(stage, i), z[i]);
+        if (source.linear_bias != nullptr) add(z[i], load_pack<T, N>(source.linear_bias + column));
+        if (drop) apply_dropout(source.dropout, key, row, column, z[i]);
+        if (source.residual != nullptr) add(z[i], staged_pack<Row, 1>(stage, i));
+      }
+    }
+  };
 
   template <int N>
   __device__ __forceinline__ void finish(int64_t, int, float (&)[N]) const {}

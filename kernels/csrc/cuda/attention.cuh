@@ -144,12 +144,34 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   const uint32_t v_tiles = k_tiles + 2 * Shape::kKeyBytes;
 
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
-  const int warp_row = threadIdx.x / kWarpSize * Shape::kWarpRows;
+  // From one lane, so that the compiler knows that a warp does not diverge where it is asked about.
+  const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);
+  const int warp_row = warp * Shape::kWarpRows;
 
   copy_tile<Shape, Shape::kQueryTile>(q_tile, q, stride, queries);
   copy_tile<Shape, kKeyTile>(k_tiles, k, stride, keys);
   copy_tile<Shape, kKeyTile>(v_tiles, v, stride, keys);
   copy_commit();
+
+  const int tiles = (keys + kKeyTile - 1) / kKeyTile;
+  // Waits for a tile of keys and values, of which `left` are left, and starts copying the next.
+  const auto advance = [&](int tile, int left) {
+    copy_wait_all();
+    __syncthreads();  // this tile has arrived, and everyone is done with the other buffer
+    if (tile + 1 < tiles) {
+      const int64_t o_next = (tile + 1LL) * kKeyTile * stride;
+      const uint32_t o_buffer = (tile + 1) % 2 * Shape::kKeyBytes;
+      copy_tile<Shape, kKeyTile>(k_tiles + o_buffer, k + o_next, stride, left - kKeyTile);
+      copy_tile<Shape, kKeyTile>(v_tiles + o_buffer, v + o_next, stride, left - kKeyTile);
+      copy_commit();
+    }
+  };
+  // A warp whose rows are all past the end only copies, and leaves the tensor cores to others. In a
+  // loop of its own: a branch in the other's costs that a quarter of its speed.
+  if (warp_row >= queries) {
+    for (int tile = 0; tile < tiles; ++tile) advance(tile, keys - tile * kKeyTile);
+    return;
+  }
 
   uint32_t q_fragments[Shape::kQueriesInRegisters ? kKSteps : 1][M][4];
   float out[M][kOutTiles][4] = {};
@@ -161,22 +183,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   }
   const float scale2 = args.scale * kLog2E;  // exponentials are powers of two
 
-  const int tiles = (keys + kKeyTile - 1) / kKeyTile;
   for (int tile = 0; tile < tiles; ++tile) {
     const uint32_t k_tile = k_tiles + tile % 2 * Shape::kKeyBytes;
     const uint32_t v_tile = v_tiles + tile % 2 * Shape::kKeyBytes;
     const int left = keys - tile * kKeyTile;
-    copy_wait_all();
-    __syncthreads();  // this tile has arrived, and everyone is done with the other buffer
-    if (tile + 1 < tiles) {
-      const int64_t o_next = (tile + 1LL) * kKeyTile * stride;
-      const uint32_t o_buffer = (tile + 1) % 2 * Shape::kKeyBytes;
-      copy_tile<Shape, kKeyTile>(k_tiles + o_buffer, k + o_next, stride, left - kKeyTile);
-      copy_tile<Shape, kKeyTile>(v_tiles + o_buffer, v + o_next, stride, left - kKeyTile);
-      copy_commit();
-    }
-    // Past the end of the sequence: this warp only copies, and leaves the tensor cores to others.
-    if (warp_row >= queries) continue;
+    advance(tile, left);
     if constexpr (Shape::kQueriesInRegisters) {
       if (tile == 0) {
 #pragma unroll
@@ -288,7 +299,6 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
     }
   }
 
-  if (warp_row >= queries) return;
   // The warp's own query rows are no longer needed: their place takes the output, which then leaves
   // in 16-byte stores. Lanes write where ldmatrix read for other lanes, which only a barrier orders.
   __syncwarp();

@@ -71,6 +71,55 @@ struct EmbedSource {
     }
   }
 
+  // A lane holds where in their tables the rows of one of the 32 tokens to come start.
+  template <typename Row>
+  struct Stream {
+    static constexpr int N = Row::kItems;
+    const EmbedSource& source;
+    int lane;
+    int64_t word = 0, position = 0, token_type = 0;
+
+    __device__ __forceinline__ Stream(const EmbedSource& source, int lane)
+        : source(source), lane(lane) {}
+
+    __device__ __forceinline__ void look_ahead(int64_t row, int64_t step, int64_t rows) {
+      row += lane * step;
+      if (row >= rows) return;
+      word = source.word.indices.at(row, source.word.count) * kHidden<Row>;
+      position = source.position.indices.at(row, source.position.count) * kHidden<Row>;
+      if (source.token_type.rows != nullptr)
+        token_type = source.token_type.indices.at(row, source.token_type.count) * kHidden<Row>;
+    }
+
+    static __device__ __forceinline__ const T* found(const Table<T>& table, int64_t start,
+                                                     int owner) {
+      return table.rows + __shfl_sync(kFullWarp, start, owner);
+    }
+
+    // Where sequences are of one length, and `step` is a multiple of it, a warp meets the same
+    // position again and again: in the L1 cache, from which words would only displace it.
+    __device__ __forceinline__ void copy(int index, int64_t, uint32_t address) const {
+      copy_row<Row, 0>(found(source.word, word, index), lane, address,
+                       [](uint32_t to, const T* from) { copy_async(to, from, true); });
+      copy_row<Row, 1>(found(source.position, position, index), lane, address,
+                       [](uint32_t to, const T* from) { copy_async_cached(to, from); });
+    }
+
+    __device__ __forceinline__ void load_row(int index, int64_t, const Pack<T, N>* stage,
+                                             float (&z)[Row::kPacks][N]) const {
+      const bool typed = source.token_type.rows != nullptr;
+      const T* types = nullptr;  // few rows: the L1 cache holds them
+      if (typed) types = found(source.token_type, token_type, index);
+      copy_wait<kAhead>();
+#pragma unroll
+      for (int i = 0; i < Row::kPacks; ++i) {
+        widen(staged_pack<Row, 0>(stage, i), z[i]);
+        if (typed) add(z[i], load_pack<T, N>(types + Row::column(i, lane)));
+        add(z[i], staged_pack<Row, 1>(stage, i));
+      }
+    }
+  };
+
   template <int N>
   __device__ __forceinline__ void finish(int64_t row, int column, float (&y)[N]) const {
     if (dropout.seed != nullptr) apply_dropout(dropout, dropout.key(), row, column, y);

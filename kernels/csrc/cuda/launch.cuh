@@ -139,6 +139,14 @@ void dispatch_float(const char* op, ScalarType dtype, F&& f) {
   }
 }
 
+// Multiprocessors of the current device.
+inline int64_t processors() {
+  int device = 0, count = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
 inline int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
 }  // namespace bert_fast

@@ -13,6 +13,8 @@
 //   };
 #pragma once
 
+#include <type_traits>
+
 #include "../reduce.cuh"
 
 namespace bert_fast {
@@ -51,6 +53,62 @@ __device__ __forceinline__ void load_row_packs(
   }
 }
 
+// What unpack gives; bf16 in pairs, where single items take an instruction more for every second.
+template <typename T, int N>
+__device__ __forceinline__ void widen(const Pack<T, N>& pack, float (&out)[N]) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16> && N % 2 == 0) {
+    uint32_t words[N / 2];
+    memcpy(words, &pack, sizeof(words));
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      out[2 * i] = __uint_as_float(words[i] << 16);
+      out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+  } else {
+    unpack(pack, out);
+  }
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void add(float (&z)[N], const Pack<T, N>& term) {
+  float values[N];
+  widen(term, values);
+#pragma unroll
+  for (int j = 0; j < N; ++j) z[j] += values[j];
+}
+
+// Subtracts the mean from a row; gives it, and 1 / sqrt(variance + eps).
+template <typename Row>
+__device__ __forceinline__ void centre_row(float (&z)[Row::kPacks][Row::kItems], int hidden,
+                                           int thread, float eps,
+                                           float (&scratch)[Row::kThreads / kWarpSize][1],
+                                           float& mean, float& rstd) {
+  float sum[1] = {0.0f};
+#pragma unroll
+  for (int i = 0; i < Row::kPacks; ++i) {
+    if (Row::column(i, thread) < hidden) {
+#pragma unroll
+      for (int j = 0; j < Row::kItems; ++j) sum[0] += z[i][j];
+    }
+  }
+  group_sum<Row::kThreads>(sum, scratch);
+  mean = sum[0] / hidden;
+
+  float squares[1] = {0.0f};
+#pragma unroll
+  for (int i = 0; i < Row::kPacks; ++i) {
+    if (Row::column(i, thread) < hidden) {
+#pragma unroll
+      for (int j = 0; j < Row::kItems; ++j) {
+        z[i][j] -= mean;
+        squares[0] = fmaf(z[i][j], z[i][j], squares[0]);
+      }
+    }
+  }
+  group_sum<Row::kThreads>(squares, scratch);
+  rstd = rsqrtf(squares[0] / hidden + eps);
+}
+
 template <typename Source, typename Row>
 __global__ void __launch_bounds__(Row::kBlock, 1)
     layernorm_forward_kernel(Source source,
@@ -73,30 +131,8 @@ __global__ void __launch_bounds__(Row::kBlock, 1)
   float z[Row::kPacks][N];
   source.template load_row<Row>(row, hidden, thread, z);
 
-  float sum[1] = {0.0f};
-#pragma unroll
-  for (int i = 0; i < Row::kPacks; ++i) {
-    if (Row::column(i, thread) < hidden) {
-#pragma unroll
-      for (int j = 0; j < N; ++j) sum[0] += z[i][j];
-    }
-  }
-  group_sum<Row::kThreads>(sum, scratch);
-  const float mean = sum[0] / hidden;
-
-  float squares[1] = {0.0f};
-#pragma unroll
-  for (int i = 0; i < Row::kPacks; ++i) {
-    if (Row::column(i, thread) < hidden) {
-#pragma unroll
-      for (int j = 0; j < N; ++j) {
-        z[i][j] -= mean;
-        squares[0] = fmaf(z[i][j], z[i][j], squares[0]);
-      }
-    }
-  }
-  group_sum<Row::kThreads>(squares, scratch);
-  const float rstd = rsqrtf(squares[0] / hidden + eps);
+  float mean, rstd;
+  centre_row<Row>(z, hidden, thread, eps, scratch, mean, rstd);
 
 #pragma unroll
   for (int i = 0; i < Row::kPacks; ++i) {

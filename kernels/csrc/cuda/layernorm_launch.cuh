@@ -1,8 +1,8 @@
-// Host side of layernorm.cuh: picks the row shape and launches.
+// Host side of layernorm.cuh and layernorm_stream.cuh: picks the row shape and launches.
 #pragma once
 
 #include "launch.cuh"
-#include "layernorm.cuh"
+#include "layernorm_stream.cuh"
 #include "partials.cuh"
 
 namespace bert_fast {
@@ -45,6 +45,20 @@ void launch_layernorm_forward(const Source& source, bool vectors, const Tensor& 
                               const Tensor& rstd, double eps, cudaStream_t stream) {
   const int64_t rows = y.size(0), hidden = y.size(1);
   vectors = vectors && vectors_fit<T>(hidden, {data<T>(weight), data<T>(bias), data<T>(y)});
+  if (vectors && rows >= kFewRows && (hidden == 768 || hidden == 1024)) {
+    const auto launch = [&](auto shape) {
+      using Row = decltype(shape);
+      constexpr int kWarps = kStreamWarps<Row>;
+      // As many blocks as are resident at once, or as few as take no longer: equal shares.
+      const int64_t turns = ceil_div(rows, processors() * kStreamBlocks * kWarps);
+      const int64_t blocks = ceil_div(rows, turns * kWarps);
+      layernorm_stream_kernel<Source, Row><<<blocks, kWarps * kWarpSize, 0, stream>>>(
+          source, data<T>(weight), data<T>(bias), output<T>(y), output<float>(mean),
+          output<float>(rstd), rows, static_cast<float>(eps));
+      BERT_FAST_LAUNCH_CHECK();
+    };
+    return hidden == 768 ? launch(StreamRow<T, 768>{}) : launch(StreamRow<T, 1024>{});
+  }
   dispatch_row<T, true>(rows, hidden, vectors, [&](auto shape) {
     using Row = decltype(shape);
     const int64_t blocks = ceil_div(rows, Row::kRowsPerBlock);

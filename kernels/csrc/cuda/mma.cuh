@@ -32,6 +32,24 @@ __device__ __forceinline__ void copy_async(uint32_t target, const void* source, 
                : "memory");
 }
 
+// The same where the row is likely to be wanted again by this multiprocessor.
+__device__ __forceinline__ void copy_async_cached(uint32_t target, const void* source) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;\n" ::"r"(target), "l"(source) : "memory");
+}
+
+// The same of memory that is not wanted again: what the L2 cache drops first. `policy` is this.
+__device__ __forceinline__ uint64_t evict_first() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ void copy_async_once(uint32_t target, const void* source,
+                                                uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;\n" ::"r"(target),
+               "l"(source), "l"(policy)
+               : "memory");
+}
+
 __device__ __forceinline__ void copy_commit() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");
 }
@@ -39,6 +57,12 @@ __device__ __forceinline__ void copy_commit() {
 // Waits for this thread's own copies; a barrier must follow before others read them.
 __device__ __forceinline__ void copy_wait_all() {
   asm volatile("cp.async.wait_group 0;\n" ::: "memory");
+}
+
+// Waits for all of this thread's groups of copies but the last LEFT.
+template <int LEFT>
+__device__ __forceinline__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(LEFT) : "memory");
 }
 
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
