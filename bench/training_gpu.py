@@ -21,7 +21,6 @@ from . import workloads
 from .measure import Clock, short
 from .training_cases import COMPILED, SIDES, SIZES, batch_of, mlm_batches, step_flop, untrained
 
-WARM_UPS = 2
 # Relative, beside the first side. The loss of an untrained model says little of its encoder; the
 # gradient of the first layer has come through all of them. On a CPU those of two sides in bf16
 # differ by 0.005, with 4 layers.
@@ -52,7 +51,7 @@ class Side:
         self.model = SIDES[self.name](untrained(size, self.name, self.device))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.check(batches[0])
-        for batch in [*batches, *batches][:WARM_UPS]:
+        for batch in batches:  # each has a shape of its own, whose first step loads and allocates
             self.step(batch)
         self.held = self.allocated() - before
 

@@ -128,10 +128,10 @@ class Op:
 
     def __call__(self, *args: Any, backend: str | Chooser = "auto") -> Tensor:
         """Checks the arguments, picks a kernel and runs it, differentiably where asked."""
-        if torch.is_autocast_enabled(args[self._lead].device.type):
+        kind = args[self._lead].device.type
+        if torch.is_autocast_enabled(kind):
             # An op computes in the dtype it is given; what is cast under autocast, its caller says.
-            with torch.autocast(args[self._lead].device.type, enabled=False):
-                return self(*args, backend=backend)
+            return self._without_autocast(kind, args, backend)
         self._check_tensors(args)
         self.check(*args)
         if tracing():  # the kernel is chosen when the traced call runs, on real tensors
@@ -142,6 +142,16 @@ class Op:
         if self._needs_gradient(args):
             return _Differentiable.apply(self, kernel, *map(_contiguous, args))
         return self.infer(kernel, args)
+
+    def _without_autocast(self, kind: str, args: tuple[Any, ...], backend: str | Chooser) -> Tensor:
+        if tracing():  # which knows the context, not the switch
+            with torch.autocast(kind, enabled=False):
+                return self(*args, backend=backend)
+        torch.set_autocast_enabled(kind, False)  # a context takes as long as many a launch
+        try:
+            return self(*args, backend=backend)
+        finally:
+            torch.set_autocast_enabled(kind, True)
 
     def infer(self, kernel: Kernel, args: tuple[Any, ...]) -> Tensor:
         """Runs a chosen kernel on arguments known to be right, without a gradient."""

@@ -36,6 +36,7 @@ struct Table {
 template <typename T>
 struct EmbedSource {
   static constexpr bool kColumnSum = false;
+  static constexpr int64_t kMostStreamedWide = INT64_MAX;
 
   Table<T> word, position, token_type;
   const T* dy;  // [T, H], backward only

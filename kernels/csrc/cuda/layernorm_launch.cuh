@@ -45,7 +45,8 @@ void launch_layernorm_forward(const Source& source, bool vectors, const Tensor& 
                               const Tensor& rstd, double eps, cudaStream_t stream) {
   const int64_t rows = y.size(0), hidden = y.size(1);
   vectors = vectors && vectors_fit<T>(hidden, {data<T>(weight), data<T>(bias), data<T>(y)});
-  if (vectors && rows >= kFewRows && (hidden == 768 || hidden == 1024)) {
+  const bool wide = hidden == 1024 && rows <= Source::kMostStreamedWide;
+  if (vectors && rows >= kFewRows && (hidden == 768 || wide)) {
     const auto launch = [&](auto shape) {
       using Row = decltype(shape);
       constexpr int kWarps = kStreamWarps<Row>;
