@@ -94,10 +94,28 @@ def gemm(
     scales: Sequence[torch.Tensor | None],  # of a, b and y
 ) -> None:
     """`linear.gemm` of what `fits`."""
+    best = tile(family, a.shape[0], b.shape[1], tiles.processors(a.device))
+    launch(best, a, b, bias, y, u, act, scales)
+
+
+def launch(
+    best: tuple[int, int, int, int, int],  # a tile
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    u: torch.Tensor | None,
+    act: str,
+    scales: Sequence[torch.Tensor | None],
+    warm_up: bool = False,
+) -> None:
+    """`gemm` by one tile; or, to warm up, no more than its compilation."""
     (m, k), n = a.shape, b.shape[1]
-    bm, bn, bytes_k, warps, stages = tile(family, m, n, tiles.processors(a.device))
+    bm, bn, bytes_k, warps, stages = best
     bk = bytes_k // a.element_size()
-    kernel[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](
+    grid = (triton.cdiv(m, bm) * triton.cdiv(n, bn),)
+    run = functools.partial(kernel.warmup, grid=grid) if warm_up else kernel[grid]
+    run(
         _blocks(a, bm, bk), _blocks(b.t(), bn, bk), *scales, bias,
         _blocks(y, bm, bn), None if u is None else _blocks(u, bm, bn), m, n, k,
         ACT=act, BM=bm, BN=bn, BK=bk, num_warps=warps, num_stages=stages, enable_fp_fusion=True,
