@@ -205,6 +205,8 @@ def training(run: results.Run, options: argparse.Namespace) -> Iterable[None]:
             continue
         for row in measure(device, (size,), sides, steps, quick, batch=batch, dtype=dtype):
             run.training.append(row)
+            if row.get("compared") is False:
+                run.missing[f"values of {row['side']}, training {size}"] = "nothing to compare with"
             print(told(row), flush=True)
         yield
 

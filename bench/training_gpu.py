@@ -169,9 +169,10 @@ def wrong(side: Side, first: Side) -> str | None:
 def _row(
     side: Side, first: Side, tokens: Sequence[int], flop: Sequence[float], texts: int, most: float
 ) -> dict[str, Any]:
-    """ratio: this side's time over the first's, step by step, None where that failed; share: of the
-    matmul rate."""
+    """compared: whether the first had values to compare with; ratio: this side's time over the
+    first's, step by step, None where that failed; share: of the matmul rate."""
     row: dict[str, Any] = {"side": side.name, "beside": first.name, "loss": side.loss,
+                           "compared": first.loss is not None,
                            "failed": side.failed, "seconds": side.seconds}  # fmt: skip
     if side.failed:
         return row

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .inputs import Batch
 from .notice import warn_once
 from .ops.backends import triton_missing, triton_module
-from .ops.registry import tracing
+from .ops.registry import for_a_recording, tracing
 from .ops.weight_copies import holding_copies
 from .padding import Packing
 from .structure import Structure
@@ -200,7 +200,7 @@ def capture_cuda(run: Callable[[], Tensor], place: Place) -> tuple[Callable[[], 
     """Records after two runs, on yet another stream, that compile kernels and copy weights."""
     here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
     aside.wait_stream(here)
-    with torch.cuda.stream(aside):
+    with torch.cuda.stream(aside), for_a_recording():
         for _ in range(2):
             run()
     here.wait_stream(aside)
@@ -333,7 +333,12 @@ def graphs_of(model: nn.Module, structure: Structure) -> Graphs:
 
 def look(model: nn.Module, structure: Structure) -> None:
     """What a model's graphs have to know before a call whose inputs may be for one."""
-    if structure.embeddings.words.is_cuda and not (torch.is_grad_enabled() or tracing()):
+    on_gpu = structure.embeddings.words.is_cuda
+    if not on_gpu or torch.is_grad_enabled() or tracing():
+        return
+    if (
+        not torch.cuda.is_current_stream_capturing()
+    ):  # none is replayed in somebody else's recording
         graphs_of(model, structure).look()
 
 

@@ -113,12 +113,12 @@ def pack_mask(mask: Tensor) -> Packing:
     batch, length = mask.shape
     if torch.compiler.is_compiling():
         return pack_traced(mask.bool())
-    if mask.is_cuda and mask.numel() and not triton_missing():
+    if mask.is_cuda and mask.numel() and not tracing() and not triton_missing():
         return pack_scanned(mask)
-    # On a GPU, asking about values would stall the launch queue; there every mask is taken as
-    # ragged, and the only wait is the one for the number of tokens.
+    # On a GPU, asking about values would stall the launch queue: without Triton every mask is taken
+    # as ragged there, and the only wait is the one for the number of tokens.
     on_host = mask.device.type == "cpu"
-    if on_host and bool(mask.all()):
+    if not mask.numel() or (on_host and bool(mask.all())):
         return pack_full(batch, length, mask.device)
     keep = mask.bool()
     hidden_first = ~keep[:, 0]
@@ -135,7 +135,7 @@ def pack_mask(mask: Tensor) -> Packing:
 
 
 def pack_scanned(mask: Tensor) -> Packing:
-    """`pack_mask` of a mask that is not empty, by one kernel and one wait for what it has counted.
+    """`pack_mask` of a mask that is not empty, by a kernel or two and one wait for their counts.
 
     A dozen of torch's own kernels took longer to launch than a small model takes to run.
     """
@@ -144,7 +144,7 @@ def pack_scanned(mask: Tensor) -> Packing:
         mask = mask.bool()
     with on_device_of(mask):
         place, indices, bounds, key_start, counts = triton_module("pack").scan(mask)
-    tokens, hidden_first = counts.tolist()
+    tokens, hidden_first = counts.cpu().tolist()
     if tokens == batch * length and not hidden_first:
         return pack_full(batch, length, mask.device)
     starts = key_start if hidden_first else None

@@ -49,6 +49,7 @@ def run(
 
 Results = dict[str, Tensor]
 NEIGHBOURS = 8
+LUCK = 10.0  # times its budget; single draws of rounding were seen at up to 1.4 times
 
 
 def misses(
@@ -62,22 +63,24 @@ def misses(
     Both errors are one draw each of what rounding may do, so that their quotient has tails: with
     other random weights 1 in 70 models has a tensor whose error is over 3 times HF's, where HF's is
     small by chance. What exceeds its budget is therefore measured once more, where luck has no
-    reason to repeat itself and a fault has: on neighbours of the model. The budget is the same, of
-    the median errors: where the maximum of a pooling moves to another token, one says nothing.
+    reason to repeat itself and a fault has: on neighbours of the model. Not where it is exceeded
+    `LUCK` times over: what comes and goes (a race) may be large and rare. The budget is the same,
+    of the median errors: where the maximum of a pooling moves to another token, one says nothing.
     """
 
-    def over(models: list[nn.Module]) -> dict[str, str]:
+    def over(models: list[nn.Module]) -> dict[str, tuple[str, float]]:
         draws = [
             (theirs(copy.deepcopy(m).double()), theirs(copy.deepcopy(m)), ours(copy.deepcopy(m)))
             for m in models
         ]
         return _over_budget(draws)
 
-    if not (first := over([model])):
-        return []
+    first = over([model])
+    if not first or not all(times <= LUCK for _, times in first.values()):
+        return [words for words, _ in first.values()]
     again = over([model, *(_neighbour(model, seed) for seed in range(NEIGHBOURS))])
     told = f"; with {NEIGHBOURS} neighbours "
-    return [words + told + again[name] for name, words in first.items() if name in again]
+    return [words + told + again[name][0] for name, (words, _) in first.items() if name in again]
 
 
 def _neighbour(model: nn.Module, seed: int) -> nn.Module:
@@ -92,13 +95,16 @@ def _neighbour(model: nn.Module, seed: int) -> nn.Module:
 
 def over_budget(exact: Results, plain: Results, found: Results) -> list[str]:
     """What exceeds its budget, in words; empty when all is well."""
-    return list(_over_budget([(exact, plain, found)]).values())
+    return [words for words, _ in _over_budget([(exact, plain, found)]).values()]
 
 
-def _over_budget(draws: list[tuple[Results, Results, Results]]) -> dict[str, str]:
-    """By name, what exceeds its budget in the median of draws: exact, HF's and our results."""
+def _over_budget(
+    draws: list[tuple[Results, Results, Results]],
+) -> dict[str, tuple[str, float]]:
+    """By name, what exceeds its budget in the median of draws (exact, HF's and our results): in
+    words, and how many times over."""
     exact, _, found = draws[0]
-    told = {name: f"only one side has {name}" for name in exact.keys() ^ found.keys()}
+    told = {name: (f"only one side has {name}", math.inf) for name in exact.keys() ^ found.keys()}
     for name in exact.keys() & found.keys():
         if not exact[name].numel():
             continue
@@ -106,7 +112,8 @@ def _over_budget(draws: list[tuple[Results, Results, Results]]) -> dict[str, str
         error, yardstick, last_place = map(statistics.median, columns)
         budget = (3 if name.startswith("d") else 2) * yardstick + last_place
         if not error <= budget or not all(map(math.isfinite, columns[0])):
-            told[name] = f"{name}: {error:.3e} > {budget:.3e} (HF itself {yardstick:.3e})"
+            words = f"{name}: {error:.3e} > {budget:.3e} (HF itself {yardstick:.3e})"
+            told[name] = words, error / budget if budget else math.inf
     return told
 
 

@@ -32,10 +32,11 @@ def planted(factor: float, calls: Iterable[int]) -> list[str]:
 def test_a_fault_is_told_and_luck_is_not() -> None:
     everywhere = range(2 + NEIGHBOURS)
     assert not planted(1.0, everywhere)
-    assert not planted(1 + 1e-5, (0, 1, 3))
-    (told,) = planted(1 + 1e-5, everywhere)
+    assert not planted(1 + 2e-6, (0, 1, 3))
+    (told,) = planted(1 + 2e-6, everywhere)
     assert told.startswith("dweight: ") and f"; with {NEIGHBOURS} neighbours dweight: " in told
-    assert planted(torch.nan, (0, 1))  # no rounding makes it
+    for factor in (torch.nan, 1 + 1e-4):  # no rounding makes those, however rare
+        assert planted(factor, (0,))
 
 
 def test_what_is_missing_is_told() -> None:

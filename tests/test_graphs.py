@@ -220,9 +220,13 @@ class Waits(TorchDispatchMode):
         self.seen: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+        found = func(*args, **kwargs or {})
+        to_host = isinstance(found, Tensor) and not found.is_cuda
+        to_host = to_host and any(isinstance(a, Tensor) and a.is_cuda for a in args)
+        waits = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        if func.overloadpacket in waits or to_host:
             self.seen.append(str(func))
-        return func(*args, **kwargs or {})
+        return found
 
 
 @pytest.mark.parametrize("kind", ["none", "full"])

@@ -73,6 +73,10 @@ class Draw:
 
 CASES = {
     "attention of two tiles": ("attention", lambda d: d.attention((150, 20), 64)),
+    # Enough for 32 query rows a warp; of some tiles only the first rows are there.
+    "attention of many": ("attention", lambda d: d.attention((150, 20, 129, 70, 64) * 8, 64)),
+    "attention of many, narrow": (
+        "attention", lambda d: d.attention((150, 20, 256, 1) * 9, 32, skip=(1, 0, 130, 0) * 9)),
     "attention of wide heads": ("attention", lambda d: d.attention((140, 3), 128)),
     "attention with dropout": ("attention", lambda d: d.attention((200, 70), 64, p=0.1)),
     "attention with dropout, wide": ("attention", lambda d: d.attention((200, 70), 128, p=0.1)),
@@ -94,6 +98,8 @@ CASES = {
         "embed_layernorm", lambda d: d.embeddings(70_000, 768, p=0.1)),
     "linear": ("linear", lambda d: d.linear(4096, 512, 2304)),
     "linear_gelu": ("linear_gelu", lambda d: (*d.linear(4096, 512, 2304), "gelu")),
+    "linear_gelu of few rows": ("linear_gelu", lambda d: (*d.linear(500, 768, 3072), "gelu")),
+    "linear_gelu of fewer": ("linear_gelu", lambda d: (*d.linear(70, 768, 3072), "gelu")),
     "linear_fp8": ("linear_fp8", lambda d: d.linear(4096, 512, 2304)),
     "linear_row_int8": ("linear_row_int8", lambda d: (*d.linear(4096, 512, 2304), "gelu")),
     "feed_forward_fp8": ("feed_forward_fp8", lambda d: (

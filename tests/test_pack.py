@@ -69,6 +69,16 @@ def test_masks_of_any_dtype(dtype: torch.dtype) -> None:
     assert torch.equal(found.indices, expected.indices)
 
 
+def test_bounds_of_any_stride() -> None:
+    bounds = torch.tensor([[0, 9], [3, 9], [8, 9]], dtype=torch.int32, device=DEVICE)[:, 0]
+    packed, to = ids(1, 8), torch.full((8,), -1, device=DEVICE)
+    positions, found = to.clone(), torch.zeros(6, dtype=torch.int32, device=DEVICE)
+    triton_module("pack").stage(
+        None, packed, None, packed, bounds, None, to, None, positions, found, None, 4
+    )
+    assert found.tolist() == [0, 3, 8, 8, 8, 8] and torch.equal(to, packed[0])
+
+
 @pytest.mark.parametrize("kind", ["right", "holes", "full"])
 @pytest.mark.parametrize("types", ["none", "one row", "all rows"])
 def test_staged_as_by_torch(kind: str, types: str) -> None:

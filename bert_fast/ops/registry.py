@@ -13,7 +13,9 @@ All three run the same kernel and the same backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,7 +101,8 @@ class Op:
     # -- choosing ---------------------------------------------------------------------------
 
     def reasons(self, args: tuple[Any, ...]) -> list[tuple[str, list[str]]]:
-        """For every kernel, in order of preference, why it would not run (empty: it would)."""
+        """For every kernel, in order of preference (but see `Kernel.leads`), why it would not run
+        (empty: it would)."""
         return [(kernel.backend, kernel.why_not(*args)) for kernel in self.kernels]
 
     def choose(self, args: tuple[Any, ...], backend: str | Chooser = "auto") -> Kernel:
@@ -230,6 +233,28 @@ def tracing() -> bool:
     # A non-empty dispatch-mode stack means FakeTensor, make_fx or a counter is watching: such
     # modes see dispatcher calls only, so a direct kernel call would escape them.
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+class _Recording(threading.local):
+    soon = False
+
+
+_recording = _Recording()
+
+
+@contextmanager
+def for_a_recording() -> Iterator[None]:
+    """Around what warms up for a CUDA graph's recording: it chooses the same kernels."""
+    before, _recording.soon = _recording.soon, True
+    try:
+        yield
+    finally:
+        _recording.soon = before
+
+
+def recorded() -> bool:
+    """Whether calls go into a CUDA graph, or are about to: Python's time to launch is no cost."""
+    return _recording.soon or torch.cuda.is_current_stream_capturing()
 
 
 class _Differentiable(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """From a padded batch's mask to packed tokens; and a batch into the inputs of a graph.
 
-Both are what a GPU has to do before the first layer, and small: what they cost is their launches,
-so each is one. A program packs one row of the batch, and counts what stands before it: in a large
+Both are what a GPU has to do before the first layer, and small: what they cost is their launches.
+A program packs one row of the batch, and counts what stands before it: in a large
 batch a kernel before this one has counted each row (98,304 tokens took one program 160 us).
 Nothing here is differentiable.
 """
@@ -203,7 +203,7 @@ def stage(
     block = 1024
     _stage_kernel[(triton.cdiv(n_tokens, block),)](
         place, ids.contiguous(), None if types is None else types.contiguous(),
-        positions.contiguous(), cu_seqlens, key_start,
+        positions.contiguous(), cu_seqlens.contiguous(), key_start,
         to_ids, to_types, to_positions, to_bounds, to_key_start, n_tokens, length,
         0 if types is None or types.shape[0] != ids.shape[0] else length,
         0 if positions.shape[0] != ids.shape[0] else length,
