@@ -43,7 +43,7 @@ def fits(family: str, a: torch.Tensor, b: torch.Tensor, y: torch.Tensor) -> bool
 
 
 @triton.jit(do_not_specialize=["m"])
-def kernel(
+def gemm_kernel(
     a,  # descriptor of [m, k]
     b,  # descriptor of [n, k]
     a_scale,  # as in `products`, as are the next three
@@ -116,7 +116,7 @@ def launch(
     bm, bn, bytes_k, warps, stages = best
     bk = bytes_k // a.element_size()
     grid = (triton.cdiv(m, bm) * triton.cdiv(n, bn),)
-    run = functools.partial(kernel.warmup, grid=grid) if warm_up else kernel[grid]
+    run = functools.partial(gemm_kernel.warmup, grid=grid) if warm_up else gemm_kernel[grid]
     run(
         _blocks(a, bm, bk), _blocks(b.t(), bn, bk), *scales, bias,
         _blocks(y, bm, bn), None if u is None else _blocks(u, bm, bn), m, n, k,
