@@ -336,9 +336,8 @@ def look(model: nn.Module, structure: Structure) -> None:
     on_gpu = structure.embeddings.words.is_cuda
     if not on_gpu or torch.is_grad_enabled() or tracing():
         return
-    if (
-        not torch.cuda.is_current_stream_capturing()
-    ):  # none is replayed in somebody else's recording
+    # In somebody else's recording none is replayed, and an event of before may not be waited for.
+    if not torch.cuda.is_current_stream_capturing():
         graphs_of(model, structure).look()
 
 
