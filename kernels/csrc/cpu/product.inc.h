@@ -53,7 +53,7 @@ void multiply_by_panel(
     const float* right = as_fp32(panel + first * kPanel, deep * kPanel, buffer);
     const T* ahead = block + 1 < blocks ? panel + (first + deep) * kPanel : next;
     auto run = [&]<bool ADD>() {
-      multiply_panel<Fp32Product, Layout::row_major, ADD, kMaxVectors>(
+      multiply_panel<Fp32Product, Layout::row_major, ADD, kPanel, kMaxVectors>(
           rows, deep, x + first, ldx, right, kPanel, sums, kPanel, ahead,
           deep * kPanel * int64_t(sizeof(T)));
     };

@@ -41,7 +41,7 @@ constexpr bool kHasDot = false;
 #endif
 #endif
 template <bool DOT>
-constexpr int kInt8Rows = DOT ? 6 : 5;  // of a register tile
+constexpr int kInt8Rows = DOT ? 6 : kMaxVectors > 3 ? 5 : 3;  // of a register tile
 
 inline int64_t groups_of(int64_t depth) { return ceil_div(depth, kGroup); }
 
@@ -219,6 +219,7 @@ ALWAYS_INLINE void add_int8_products(vi (&sums)[kMaxVectors], const uint8_t* x, 
 #else
       const bytes twos = _mm256_maddubs_epi16(x4, w4);
       eights[j] = q == 0 ? twos : _mm256_add_epi16(eights[j], twos);
+      asm("" : "+x"(eights[j]));  // one after another: GCC's tree of sums would spill
 #endif
     }
   }

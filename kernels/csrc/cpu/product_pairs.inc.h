@@ -83,7 +83,7 @@ struct PairProduct {
     multiply_tiles<ADD, kMaxVectors>(
         rows - whole, deep, rest + first, pairs, w, kPanel, sums + whole * kPanel, kPanel);
 #else
-    multiply_panel<Bf16PairProduct, Layout::row_major, ADD, kMaxVectors>(
+    multiply_panel<Bf16PairProduct, Layout::row_major, ADD, kPanel, kMaxVectors>(
         rows, deep, (whole ? x : rest) + first, pairs, w, kPanel, sums, kPanel, next, bytes);
 #endif
   }
