@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .casting import cast
 from .families import HEAD_BY_CLASS, HEADS, Head, HeadParts
-from .modeling import activated_linear, cast, linear, normalized
+from .modeling import activated_linear, linear, normalized
 from .ops.masked_lm_loss import IGNORED
 from .packed import (
     AS_PACKED,
@@ -209,12 +210,9 @@ def _loss(model: Any, states: PackedStates, targets: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():  # whose sizes may not depend on values
         rows = (targets != IGNORED).nonzero().flatten()
         h, targets = ops.unpad(h, rows), targets[rows]
-    loss = ops.masked_lm_loss(
-        cast(_transformed(model, parts, h)),
-        *(cast(parts.decoder.weight), cast(parts.decoder.bias), targets),
-        chosen(options_of(model).backend, "masked_lm_loss"),
-    )
-    return loss.to(h.dtype)
+    x, weight, bias = cast(_transformed(model, parts, h), parts.decoder.weight, parts.decoder.bias)
+    use = chosen(options_of(model).backend, "masked_lm_loss")
+    return ops.masked_lm_loss(x, weight, bias, targets, use).to(h.dtype)
 
 
 def _logits(model: Any, states: PackedStates, targets: Tensor | None) -> Tensor | None:
@@ -263,11 +261,8 @@ def splade(model: Any, *args: Any, **kwargs: Any) -> Tensor:
         h = ops.unpad(h, packing.unpad_ids(real).nonzero().flatten())
         bounds = F.pad(real.sum(1).cumsum(0, dtype=torch.int32), (1, 0))
     parts = model.bert_fast_head.parts(model)
-    return ops.splade(
-        cast(_transformed(model, parts, h)),
-        *(cast(parts.decoder.weight), cast(parts.decoder.bias), bounds),
-        chosen(options_of(model).backend, "splade"),
-    )
+    x, weight, bias = cast(_transformed(model, parts, h), parts.decoder.weight, parts.decoder.bias)
+    return ops.splade(x, weight, bias, bounds, chosen(options_of(model).backend, "splade"))
 
 
 def _transformed(model: Any, parts: HeadParts, h: Tensor) -> Tensor:

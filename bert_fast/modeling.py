@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from . import ops
+from .casting import cast
 from .families import LayerParts, family_of
 from .inputs import Batch, read_batch
 from .notice import warn_once
@@ -272,10 +272,10 @@ def project_qkv(m: LayerParts, h: Tensor, backend: Backend, narrow: str | None =
         one, bias = packed([part.weight for part in three] + [part.bias for part in three], True)
         qkv = narrow_linear(h, one, bias, backend, narrow)
     elif all(type(part) is nn.Linear for part in three):
-        q, k, v = (cast(part.weight) for part in three)
-        q_bias, k_bias, v_bias = (cast(part.bias) for part in three)
+        weights, biases = (part.weight for part in three), (part.bias for part in three)
+        x, q, k, v, q_bias, k_bias, v_bias = cast(h, *weights, *biases)
         use = chosen(backend, "qkv_linear")
-        qkv = ops.qkv_linear(cast(h), q, k, v, q_bias, k_bias, v_bias, use)
+        qkv = ops.qkv_linear(x, q, k, v, q_bias, k_bias, v_bias, use)
     else:
         qkv = torch.cat([linear(part, h, backend) for part in three], -1)
     return qkv.view(h.shape[0], 3, m.heads, qkv.shape[1] // (3 * m.heads))
@@ -290,8 +290,8 @@ def activated_linear(
         return activation(linear(part, h, backend))  # type: ignore[operator]
     if type(part) is not nn.Linear:
         return ops.bias_gelu(linear(part, h, backend), None, name, chosen(backend, "bias_gelu"))
-    weight, bias = cast(part.weight), cast(part.bias)
-    return ops.linear_gelu(cast(h), weight, bias, name, chosen(backend, "linear_gelu"))
+    x, weight, bias = cast(h, part.weight, part.bias)
+    return ops.linear_gelu(x, weight, bias, name, chosen(backend, "linear_gelu"))
 
 
 def normalized(x: Tensor, norm: nn.Module, backend: Backend) -> Tensor:
@@ -319,9 +319,9 @@ def feed_forward(
         return ops.feed_forward_fp8(h, *weights, name, use), m.down.bias
     if name is None or not plain:
         return without_bias(m.down, activated_linear(m.up, m.activation, h, backend), backend)
-    up, up_bias, down = cast(m.up.weight), cast(m.up.bias), cast(m.down.weight)
+    x, up, up_bias, down = cast(h, m.up.weight, m.up.bias, m.down.weight)
     use = chosen(backend, "feed_forward")
-    return ops.feed_forward(cast(h), up, up_bias, down, name, recompute, use), m.down.bias
+    return ops.feed_forward(x, up, up_bias, down, name, recompute, use), m.down.bias
 
 
 def without_bias(
@@ -332,8 +332,8 @@ def without_bias(
         return narrow_linear(x, part.weight, None, backend, narrow), part.bias
     if type(part) is not nn.Linear:
         return linear(part, x, backend), None
-    y = ops.linear(cast(x), cast(part.weight), None, chosen(backend, "linear"))
-    return y, part.bias
+    x, weight = cast(x, part.weight)
+    return ops.linear(x, weight, None, chosen(backend, "linear")), part.bias
 
 
 def narrow_linear(
@@ -365,14 +365,8 @@ def linear(part: nn.Module, x: Tensor, backend: Backend) -> Tensor:
     """A projection: fused where it is a plain nn.Linear, else (LoRA, quantised) its own forward."""
     if type(part) is not nn.Linear:
         return part(x)
-    return ops.linear(cast(x), cast(part.weight), cast(part.bias), chosen(backend, "linear"))
-
-
-def cast(x: Any) -> Any:
-    """x in autocast's dtype where autocast is on."""
-    if x is None or not torch.is_autocast_enabled(x.device.type):
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
+    x, weight, bias = cast(x, part.weight, part.bias)
+    return ops.linear(x, weight, bias, chosen(backend, "linear"))
 
 
 def rate(dropout: nn.Module | None) -> float:

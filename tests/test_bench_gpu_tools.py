@@ -60,6 +60,18 @@ def test_a_forward_is_profiled(capsys: pytest.CaptureFixture[str]) -> None:
     assert "bert_fast_" in told or "aten::" in told or "_kernel" in told  # a row of the table
 
 
+def test_a_step_is_profiled_with_what_the_processor_does(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profile, "batch_of", lambda size, lengths: 1)
+    for name in ("WARM_UPS", "TIMED", "PROFILED"):
+        monkeypatch.setattr(profile, name, 1)
+    profile.main(["--training", "tiny", "--rows", "200", "--host"])
+    told = capsys.readouterr().out
+    assert "training tiny by bert_fast" in told and "the processor: " in told
+    assert told.count("_fused_adamw_") >= 2, told  # in both tables on a CPU; of the whole step
+
+
 def test_times_are_of_one_call() -> None:
     calls: list[int] = []
 

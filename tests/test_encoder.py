@@ -212,7 +212,7 @@ def test_weights_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """`eval()`, which sentence-transformers calls before every batch of texts, drops no copy."""
     page, packed = importlib.import_module("bert_fast.ops.encoder"), []
     pack = page.pack
-    monkeypatch.setattr(page, "pack", lambda *args: packed.append(args) or pack(*args))
+    monkeypatch.setattr(page, "pack", lambda *a, **k: packed.append(a) or pack(*a, **k))
     model = bert_fast.accelerate(tiny())
     for _ in range(2):
         outputs(model.eval())

@@ -92,7 +92,7 @@ def test_every_instruction_set_rounds_alike(level: int) -> None:
     for args in (*(s.args for s in OP.samples(torch.device("cpu"), torch.float32)), many):
         x, weight, bias, activation = args
         x, weight = x.contiguous(), weight.contiguous()
-        packed = cpu.pack_weight(weight, True, level)
+        packed = cpu.pack_weight(weight, True, 0, level)
         found = cpu.linear_forward(x, packed, bias, weight.shape[0], activation, level)
         wide = None if bias is None else bias.double()
         expected = OP.reference(x.double(), weight.double(), wide, activation)

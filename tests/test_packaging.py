@@ -189,7 +189,8 @@ LAYERS = (
     {"masked_lm", "reading"},
     {"packed"},
     {"graphs", "modeling"},
-    {"attention_interface", "families", "inputs", "padding", "paths", "structure", "swap"},
+    {"attention_interface", "casting", "families", "inputs", "padding", "paths", "structure"}
+    | {"swap"},
     {"console", "notice", "ops"},
 )
 RANKS = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}

@@ -175,7 +175,7 @@ def test_lesser_avx512(name: str, isa: int) -> None:
         args = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in expected.args]
         if packed:
             x, weight, bias, activation = (*args, "none")[:4]
-            panels = cpu.pack_weight(weight, False, isa)
+            panels = cpu.pack_weight(weight, False, 0, isa)
             found = cpu.linear_forward(x, panels, bias, weight.shape[0], activation, isa)
         else:
             found = forward(*args, True, isa)

@@ -140,13 +140,13 @@ def _kernel(name: str, isa: int) -> Kernel:
 
 
 def _packed(w: dict[str, Tensor], isa: int, int8: bool) -> Iterable[Tensor]:
-    """A layer's weights as C++ takes them: q, k and v as one, matrices in panels."""
+    """A layer's weights as C++ takes them: q, k and v as one, matrices in panels, q's apart."""
     three = [w[name] for name in LAYER[:6]]
 
     def make() -> tuple[Tensor, Tensor]:
         qkv, qkv_bias = packed(three, keep=False)
         assert qkv_bias is not None
-        return pack(qkv, isa, int8), qkv_bias
+        return pack(qkv, isa, int8, apart=three[0].shape[0]), qkv_bias
 
     # Once where layers share their weights.
     yield from copy_of(three, f"qkv panels {isa} {int8}", make)

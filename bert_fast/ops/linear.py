@@ -88,6 +88,8 @@ def samples(device: torch.device, dtype: torch.dtype, large: bool = True) -> Ite
         ("qkv", 37, 64, 192, True),
         ("no_bias", 20, 96, 64, False),
         ("odd", 7, 37, 41, True),
+        # With AVX2 four rows are multiplied at once, or these: three and two.
+        ("five_tokens", 5, 66, 50, True),
         # A short sum: for one row ATen takes a split dot product, more exact than any GEMM.
         ("one_token", 1, 32, 64, True),
         ("empty", 0, 64, 32, True),

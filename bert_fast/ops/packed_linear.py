@@ -33,9 +33,12 @@ def panels(weight: Tensor, isa: int, int8: bool = False) -> Tensor:
     return copy_of((weight,), f"panels {isa} {int8}", lambda: pack(weight, isa, int8))
 
 
-def pack(weight: Tensor, isa: int, int8: bool = False) -> Tensor:
-    """A weight [N, K] as panels of columns, in its dtype or in 8 bits."""
-    return torch.ops.bert_fast_cpu.pack_weight(weight.contiguous(), int8, isa)
+def pack(weight: Tensor, isa: int, int8: bool = False, apart: int = 0) -> Tensor:
+    """A weight [N, K] as panels of columns, in its dtype or in 8 bits.
+
+    apart: so many of the first columns have panels of their own.
+    """
+    return torch.ops.bert_fast_cpu.pack_weight(weight.contiguous(), int8, apart, isa)
 
 
 Forward = Callable[..., tuple[Tensor, ...]]

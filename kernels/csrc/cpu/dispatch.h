@@ -37,7 +37,7 @@ bool has_int8_values(const Tensor& packed);
 // The address of a packed weight [cols, depth] that x is multiplied by.
 const void* checked_panels(
     const char* op, const char* name, const Tensor& packed, const Tensor& x, bool int8,
-    int64_t cols, int64_t depth, const Kernels& kernels);
+    int64_t cols, int64_t depth, const Kernels& kernels, int64_t apart = 0);
 
 // Rows whose inner states are in memory at once, where the two products of a feed-forward network
 // are not one kernel: few enough that these states stay in the threads' caches.

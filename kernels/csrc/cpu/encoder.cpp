@@ -18,7 +18,7 @@
 namespace bert_fast::cpu {
 
 // One layer's weights, in the order of bert_fast/ops/encoder.py; q, k and v are one, and matrices
-// are in panels.
+// are in panels, those of q apart from those of k and v.
 struct Layer {
   static constexpr size_t kTensors = 12;
   int64_t inside, inner;  // heads * head_dim; width of the feed-forward network
@@ -32,13 +32,13 @@ static Layer layer_at(
     int64_t hidden, const Kernels& kernels) {
   const Tensor* next = weights.data() + index * Layer::kTensors;
   Layer layer{next[1].numel() / 3, next[7].numel()};
-  auto matrix = [&](const char* name, int64_t cols, int64_t depth) {
-    return checked_panels(op, name, *next++, like, int8, cols, depth, kernels);
+  auto matrix = [&](const char* name, int64_t cols, int64_t depth, int64_t apart = 0) {
+    return checked_panels(op, name, *next++, like, int8, cols, depth, kernels, apart);
   };
   auto row = [&](const char* name, int64_t cols) {
     return checked(op, name, *next++, like.scalar_type(), {cols});
   };
-  layer.qkv = matrix("qkv", 3 * layer.inside, hidden);
+  layer.qkv = matrix("qkv", 3 * layer.inside, hidden, layer.inside);
   layer.qkv_bias = row("qkv_bias", 3 * layer.inside);
   layer.out = matrix("out", hidden, layer.inside);
   layer.out_bias = row("out_bias", hidden);
@@ -165,10 +165,12 @@ struct Encoder {
     kernels.add_layernorm_forward(a);
   }
 
-  // w.qkv: Q [heads, rows of xq, width], K and V [heads, rows of x, width].
-  void project_parts(
+  // qkv: Q [heads, rows of xq, width], K and V [heads, rows of x, width].
+  void project_qkv(
       const Layer& m, int64_t rows, const void* x, int64_t asked, const void* xq, char* qkv) const {
     const int64_t width = m.inside / heads, bytes = size_of(dtype);
+    if (x == xq && m.inside % kernels.panel == 0)  // panels of q end where those of k begin
+      return project(rows, hidden, 3 * m.inside, x, m.qkv, m.qkv_bias, qkv, width);
     const auto* packed = static_cast<const char*>(m.qkv);
     const auto* bias = static_cast<const char*>(m.qkv_bias);
     const int64_t part = kernels.packed_bytes({dtype, int8, m.inside, hidden});
@@ -196,12 +198,12 @@ struct Encoder {
     a.out = w.context;
     const void *context = w.context, *residual = x;
     if (some) residual = gather(x, chunk.wanted, hidden * size_of(dtype), w.residual);
-    if (some && !a.bias && m.inside % kernels.panel == 0 && rows <= tokens) {
+    if (some && !a.bias && rows <= tokens) {
       a.asked = chunk.asked.data();
-      project_parts(m, tokens, x, rows, residual, w.qkv);
+      project_qkv(m, tokens, x, rows, residual, w.qkv);
       kernels.attention_forward(a);
     } else {
-      project(tokens, hidden, 3 * m.inside, x, m.qkv, m.qkv_bias, w.qkv, a.width);
+      project_qkv(m, tokens, x, tokens, x, w.qkv);
       kernels.attention_forward(a);
       if (some)  // w.qkv has been read
         context = gather(context, chunk.wanted, m.inside * size_of(dtype), w.qkv);

@@ -11,7 +11,8 @@
 
 namespace bert_fast::cpu::BERT_FAST_ISA {
 
-constexpr int64_t kSlice = 192;  // inner columns, a multiple of the panel
+constexpr int64_t kSlice = 192;  // inner columns
+static_assert(kSlice % kPanel == 0, "a slice is whole panels");
 constexpr int64_t kFeedForwardRows = 128;  // more leave L2, fewer read the weights more often
 
 // Not for products of pairs: they take the inner states as bf16, in memory as rows.

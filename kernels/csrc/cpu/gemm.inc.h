@@ -6,8 +6,9 @@
 // 25 rows are 9 + 8 + 8, not 12 + 12 + 1. Operands are packed by the caller: n is a multiple of W.
 //
 // Two threads of a core share its front end, and so do tenants of a cloud's machine: what counts
-// then is instructions per FMA. Hence tiles of 4 x 3 rather than 6 x 2 (19 loads and FMAs for 12
-// instead of 20) and steps along k in fours, whose addresses are displacements.
+// then is instructions per FMA. Hence, with AVX2, tiles of 4 x 3 rather than 6 x 2 (19 loads and FMAs
+// for 12 instead of 20), and steps along k in fours, which share what is not a product; where the
+// distance of B's rows is known, their addresses are displacements.
 #pragma once
 
 #include <utility>
@@ -18,8 +19,10 @@ namespace bert_fast::cpu::BERT_FAST_ISA {
 
 #if defined(BERT_FAST_AVX512) || defined(__aarch64__)
 constexpr int kMaxVectors = 4, kAccumulators = 24, kMaxRows = 12;  // of 32 registers
-#else
+#elif defined(BERT_FAST_AVX2)
 constexpr int kMaxVectors = 3, kAccumulators = 12, kMaxRows = 6;  // of 16 registers
+#else
+constexpr int kMaxVectors = 2, kAccumulators = 12, kMaxRows = 6;  // of 16, one of them for products
 #endif
 
 constexpr int kCacheLine = 64;  // bytes

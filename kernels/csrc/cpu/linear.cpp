@@ -19,10 +19,11 @@ bool has_int8_values(const Tensor& packed) { return packed.scalar_type() == Scal
 
 const void* checked_panels(
     const char* op, const char* name, const Tensor& packed, const Tensor& x, bool int8,
-    int64_t cols, int64_t depth, const Kernels& kernels) {
-  const PackWeight a{float_dtype(op, "x", x), int8, cols, depth};
-  const ScalarType type = int8 ? ScalarType::Byte : x.scalar_type();
-  return checked(op, name, packed, type, {packed_elements(kernels, a)});
+    int64_t cols, int64_t depth, const Kernels& kernels, int64_t apart) {
+  const Dtype dtype = float_dtype(op, "x", x);
+  const PackWeight first{dtype, int8, apart, depth}, rest{dtype, int8, cols - apart, depth};
+  const int64_t elements = packed_elements(kernels, first) + packed_elements(kernels, rest);
+  return checked(op, name, packed, int8 ? ScalarType::Byte : x.scalar_type(), {elements});
 }
 
 // Asks for huge pages: a weight is read from end to end in every call, and of few tokens' time the
@@ -39,21 +40,32 @@ static void hint_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
-static Tensor pack_weight(const Tensor& weight, bool int8, int64_t isa) {
+// The first `apart` columns and the others are in panels of their own.
+static Tensor pack_weight(const Tensor& weight, bool int8, int64_t apart, int64_t isa) {
   const char* op = "pack_weight";
-  PackWeight a{};
+  PackWeight first{};
   require_rank(op, "weight", weight, 2);
-  a.dtype = float_dtype(op, "weight", weight);
-  a.int8 = int8;
-  a.cols = weight.size(0);
-  a.depth = weight.size(1);
-  a.weight = checked(op, "weight", weight, weight.scalar_type(), {a.cols, a.depth});
+  const int64_t cols = weight.size(0);
+  require(
+      0 <= apart && apart <= cols, op, ": apart is ", apart, ", expected 0 to ", cols);
+  first.dtype = float_dtype(op, "weight", weight);
+  first.int8 = int8;
+  first.cols = apart;
+  first.depth = weight.size(1);
+  first.weight = checked(op, "weight", weight, weight.scalar_type(), {cols, first.depth});
+  PackWeight rest = first;
+  rest.cols = cols - apart;
+  rest.weight =
+      static_cast<const char*>(first.weight) + apart * first.depth * size_of(first.dtype);
   const Kernels& kernels = kernels_for(op, isa);
-  Tensor packed = uninitialised(
-      {packed_elements(kernels, a)}, int8 ? ScalarType::Byte : weight.scalar_type());
-  a.packed = packed.data_ptr();
-  hint_huge_pages(a.packed, kernels.packed_bytes(a));
-  kernels.pack_weight(a);
+  const int64_t elements = packed_elements(kernels, first) + packed_elements(kernels, rest);
+  Tensor packed = uninitialised({elements}, int8 ? ScalarType::Byte : weight.scalar_type());
+  const int64_t bytes = kernels.packed_bytes(first);
+  first.packed = packed.data_ptr();
+  rest.packed = static_cast<char*>(first.packed) + bytes;
+  hint_huge_pages(first.packed, bytes + kernels.packed_bytes(rest));
+  kernels.pack_weight(first);
+  kernels.pack_weight(rest);
   return packed;
 }
 
@@ -124,7 +136,7 @@ static Tensor feed_forward_forward(
 }  // namespace bert_fast::cpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bert_fast_cpu, m) {
-  m.def("pack_weight(Tensor weight, bool int8, int isa) -> Tensor");
+  m.def("pack_weight(Tensor weight, bool int8, int apart, int isa) -> Tensor");
   m.def(
       "linear_forward(Tensor x, Tensor packed, Tensor? bias, int cols, str activation, int isa) "
       "-> Tensor");

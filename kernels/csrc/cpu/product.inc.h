@@ -13,7 +13,7 @@ namespace bert_fast::cpu::BERT_FAST_ISA {
 constexpr int64_t kPanel = kMaxVectors * W;
 constexpr int64_t kDepth = kPanel < 16 ? 384 : 6144 / kPanel;  // 24 KiB of a panel, most of L1
 constexpr int64_t kBlockBytes = 393216;  // of rows in fp32, beside the panels in L2
-constexpr int64_t kMaxBlock = 192;       // rows, so that their sums stay in L1
+constexpr int64_t kMaxBlock = 192;       // rows: 12 KiB of sums, or 18 with AVX2
 constexpr int64_t kLaneRows = 48;        // fewer, and a thread mostly waits for panels
 
 inline int64_t packed_columns(int64_t cols) { return round_up(cols, kPanel); }

@@ -41,7 +41,7 @@ constexpr bool kHasDot = false;
 #endif
 #endif
 template <bool DOT>
-constexpr int kInt8Rows = DOT ? 6 : kMaxVectors > 3 ? 5 : 3;  // of a register tile
+constexpr int kInt8Rows = DOT ? 6 : kMaxVectors == 3 ? 3 : 5;  // of a register tile
 
 inline int64_t groups_of(int64_t depth) { return ceil_div(depth, kGroup); }
 
