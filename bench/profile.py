@@ -4,9 +4,9 @@
     python -m bench.profile --training base [--side sdpa] --host   # a step of pre-training
 
 Times are of a mean forward, or step. "back to back" is the time from one call to the next while
-calls follow each other, "alone" from idle to idle; what the kernels' sum lacks of the first, the GPU
-waited for. Kernels that a CUDA graph replays are counted too. `--host` tells what the processor does
-meanwhile, op by op, slower than without a profiler.
+calls follow each other, "alone" from idle to idle; what the kernels' sum lacks of the first, the
+GPU waited for. Kernels that a CUDA graph replays are counted too. `--host` tells what the processor
+does meanwhile, op by op, slower than without a profiler.
 """
 
 from __future__ import annotations
