@@ -6,9 +6,9 @@
 // 25 rows are 9 + 8 + 8, not 12 + 12 + 1. Operands are packed by the caller: n is a multiple of W.
 //
 // Two threads of a core share its front end, and so do tenants of a cloud's machine: what counts
-// then is instructions per FMA. Hence, with AVX2, tiles of 4 x 3 rather than 6 x 2 (19 loads and FMAs
-// for 12 instead of 20), and steps along k in fours, which share what is not a product; where the
-// distance of B's rows is known, their addresses are displacements.
+// then is instructions per FMA. Hence, with AVX2, tiles of 4 x 3 rather than 6 x 2 (19 loads and
+// FMAs for 12 instead of 20), and steps along k in fours, which share what is not a product; where
+// the distance of B's rows is known, their addresses are displacements.
 #pragma once
 
 #include <utility>
