@@ -30,7 +30,7 @@ def cast(first: Tensor, *rest: Tensor | None) -> tuple[Any, ...]:
     learned = [torch.is_grad_enabled() and t.requires_grad for t in others]
     in_graph = iter(_Cast.apply(dtype, *compress(others, learned)) if any(learned) else ())
     frozen = [(t, dtype) for t, yes in zip(others, learned, strict=True) if not yes]
-    outside = iter(_copies(frozen))
+    outside = iter(copies(frozen))
     done = iter([next(in_graph if yes else outside) for yes in learned])
     return tuple(t if t is None or t.dtype == dtype else next(done) for t in tensors)
 
@@ -40,18 +40,19 @@ class _Cast(torch.autograd.Function):
     def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.dtypes = [t.dtype for t in tensors]
         ctx.set_materialize_grads(False)
-        return tuple(_copies([(t, dtype) for t in tensors]))
+        return tuple(copies([(t, dtype) for t in tensors]))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         there = [(g, to) for g, to in zip(grads, ctx.dtypes, strict=True) if g is not None]
-        found = iter(_copies(there))
+        found = iter(copies(there))
         return None, *(None if g is None else next(found) for g in grads)
 
 
-def _copies(wanted: Sequence[tuple[Tensor, torch.dtype]]) -> list[Tensor]:
-    copies = [torch.empty_like(t, dtype=to) for t, to in wanted]
-    if copies:
-        torch._foreach_copy_(copies, [t for t, _ in wanted])
-    return copies
+def copies(wanted: Sequence[tuple[Tensor, torch.dtype]]) -> list[Tensor]:
+    """Of each tensor one in the dtype beside it, in one launch; without a gradient."""
+    made = [torch.empty_like(t, dtype=to) for t, to in wanted]
+    if made:
+        torch._foreach_copy_(made, [t for t, _ in wanted])
+    return made

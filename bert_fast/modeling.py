@@ -8,14 +8,14 @@ arXiv 1706.03762).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from . import ops
+from . import layer_node, ops
 from .casting import cast
 from .families import LayerParts, family_of
 from .inputs import Batch, read_batch
@@ -205,6 +205,7 @@ def run_layers(
         told = other if h.is_cuda else dict.fromkeys([*why, *other])
         warn_once(f"bert_fast: the layers run in {h.dtype}, not in 8 bits: {'; '.join(told)}")
     seeds = draw_seeds(3 * len(layers), h.device) if dropping else None
+    plain = None if narrow or tracing() else structure.plain
     h = h if between is None else between(h)
     for i, (module, layer) in enumerate(zip(modules, layers, strict=True)):
         run = partial(
@@ -216,6 +217,7 @@ def run_layers(
             recompute=checkpoint == "selective",
             narrow=narrow,
             rows=rows if i == len(layers) - 1 else None,
+            weights=plain and plain.of(i),
         )
         if recompute and module.gradient_checkpointing:
             h = module._gradient_checkpointing_func(run, h)
@@ -236,16 +238,26 @@ def layer_forward(
     recompute: bool = False,
     narrow: str | None = None,
     rows: Tensor | None = None,
+    weights: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """One post-LN encoder layer on packed tokens [T, H] -> [T, H], or [R, H] of `rows`.
 
     narrow: "fp8": its products with weights are those of `ops.linear_fp8` and `feed_forward_fp8`;
         "int8": those of `ops.linear_row_int8`. Its linears must be plain ones.
+    weights: of a plain layer, in the order of `ops.encoder.LAYER`: it may train as one node.
     """
     m = layer
     s0, s1, s2 = (None, None, None) if seeds is None else seeds.split(1)
     p0 = m.attention_dropout.p if m.attention.training else 0.0
     p1, p2 = rate(m.out_dropout), rate(m.down_dropout)
+    if weights is not None and layer_node.applies(h, weights):
+        settings = layer_node.Settings(
+            sequences, m.heads, m.scale(weights[0].shape[0] // m.heads),
+            (m.out_norm.eps, m.down_norm.eps), activation_name(m.activation),
+            (p0, p1, p2), (s0 if p0 else None, s1 if p1 else None, s2 if p2 else None),
+            recompute, rows, backend,
+        )  # fmt: skip
+        return layer_node.layer_node(h, weights, settings)
 
     qkv = project_qkv(m, h, backend, narrow)  # [T, 3, N, D]
     context = ops.attention(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .families import Family, LayerParts
+from .ops.encoder import LAYER
 from .ops.registry import tracing
 
 # By the name of the activation's class; any other runs unfused.
@@ -80,6 +81,10 @@ class Plain(NamedTuple):
     eps: float
     activation: str
     width: int
+
+    def of(self, layer: int) -> list[Tensor]:
+        """The weights of one layer, in the order of `ops.encoder.LAYER`."""
+        return self.weights[layer * len(LAYER) : (layer + 1) * len(LAYER)]
 
 
 @dataclass(frozen=True)

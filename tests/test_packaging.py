@@ -189,6 +189,7 @@ LAYERS = (
     {"masked_lm", "reading"},
     {"packed"},
     {"graphs", "modeling"},
+    {"layer_node"},
     {"attention_interface", "casting", "families", "inputs", "padding", "paths", "structure"}
     | {"swap"},
     {"console", "notice", "ops"},

@@ -134,31 +134,30 @@ class Op:
         kind = args[self._lead].device.type
         if torch.is_autocast_enabled(kind):
             # An op computes in the dtype it is given; what is cast under autocast, its caller says.
-            return self._without_autocast(kind, args, backend)
-        self._check_tensors(args)
-        self.check(*args)
+            with torch.autocast(kind, enabled=False) if tracing() else without_autocast(kind):
+                return self(*args, backend=backend)
+        self.validate(args)
         if tracing():  # the kernel is chosen when the traced call runs, on real tensors
             op = getattr(torch.ops.bert_fast, self.name)
             out = op(*args, backend, self._needs_gradient(args))
             return out if isinstance(out, Tensor) else out[0]
         kernel = self.choose(args, backend)
         if self._needs_gradient(args):
-            return _Differentiable.apply(self, kernel, *map(_contiguous, args))
+            return _Differentiable.apply(self, kernel, *map(contiguous, args))
         return self.infer(kernel, args)
 
-    def _without_autocast(self, kind: str, args: tuple[Any, ...], backend: str | Chooser) -> Tensor:
-        if tracing():  # which knows the context, not the switch
-            with torch.autocast(kind, enabled=False):
-                return self(*args, backend=backend)
-        torch.set_autocast_enabled(kind, False)  # a context takes as long as many a launch
-        try:
-            return self(*args, backend=backend)
-        finally:
-            torch.set_autocast_enabled(kind, True)
+    def validate(self, args: tuple[Any, ...]) -> None:
+        """Raises what the op says of arguments that it cannot take."""
+        self._check_tensors(args)
+        self.check(*args)
+
+    def given(self, args: Sequence[Any]) -> list[bool]:
+        """Which of the differentiable arguments are there."""
+        return [args[i] is not None for i in self._wanted]
 
     def infer(self, kernel: Kernel, args: tuple[Any, ...]) -> Tensor:
         """Runs a chosen kernel on arguments known to be right, without a gradient."""
-        return kernel.forward(*map(_contiguous, args), save=False)[0]
+        return kernel.forward(*map(contiguous, args), save=False)[0]
 
     def backward(
         self,
@@ -224,7 +223,8 @@ class Op:
         return [next(found) if need else None for need in needs]
 
 
-def _contiguous(value: Any) -> Any:
+def contiguous(value: Any) -> Any:
+    """An argument as kernels take it."""
     return value.contiguous() if isinstance(value, Tensor) else value
 
 
@@ -233,6 +233,18 @@ def tracing() -> bool:
     # A non-empty dispatch-mode stack means FakeTensor, make_fx or a counter is watching: such
     # modes see dispatcher calls only, so a direct kernel call would escape them.
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+@contextmanager
+def without_autocast(kind: str) -> Iterator[None]:
+    """Autocast off for this type of device, where nothing is traced: by its switch, as
+    `torch.autocast` takes as long as many a launch."""
+    before = torch.is_autocast_enabled(kind)
+    torch.set_autocast_enabled(kind, False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(kind, before)
 
 
 class _Recording(threading.local):
@@ -269,10 +281,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():  # only by create_graph: its term would be missing in silence
-            raise RuntimeError(
-                f"bert_fast.{ctx.op.name}: there is no gradient of a gradient (create_graph=True)"
-            )
+        refuse_second_gradient(ctx.op.name)
         args, kept = _unstash(ctx)
         needs = [ctx.needs_input_grad[2 + i] for i in ctx.op._wanted]
         found = ctx.op.backward(ctx.kernel, dy, args, kept, needs)
@@ -280,6 +289,15 @@ class _Differentiable(torch.autograd.Function):
         for i, grad in zip(ctx.op._wanted, found, strict=True):
             grads[2 + i] = grad
         return tuple(grads)
+
+
+def refuse_second_gradient(name: str) -> None:
+    """Called in a backward, where gradients are on by create_graph only: its term would be missing
+    in silence."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"bert_fast.{name}: there is no gradient of a gradient (create_graph=True)"
+        )
 
 
 def _stash(ctx: Any, op: Op, args: Sequence[Any], outputs: Sequence[Tensor]) -> None:
@@ -314,7 +332,7 @@ def _register(op: Op) -> None:
 
     def forward(*inputs: Any) -> Any:
         *args, backend, save = inputs
-        args = list(map(_contiguous, args))
+        args = list(map(contiguous, args))
         kernel = op.choose(tuple(args), backend)
         y, *residuals = _unaliased(kernel.forward(*args, save=save), args)
         return one_or_many([y, *(r if save else y.new_empty(0) for r in residuals)])
@@ -326,7 +344,7 @@ def _register(op: Op) -> None:
 
     def backward(dy: Tensor, *inputs: Any) -> Any:
         *rest, needs, backend = inputs
-        args = list(map(_contiguous, rest[: len(op.names)]))
+        args = list(map(contiguous, rest[: len(op.names)]))
         kernel = op.choose(tuple(args), backend)
         grads = op.backward(kernel, dy, args, rest[len(op.names) :], list(needs))
         filled = [dy.new_empty(0) if g is None else g for g in grads]
