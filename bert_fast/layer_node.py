@@ -88,7 +88,7 @@ class _Layer(torch.autograd.Function):
         eps, (p0, p1, p2), (s0, s1, s2), about = s.eps, s.rates, s.seeds, s.sequences
 
         qkv = run(QKV_LINEAR, x.to(dtype), *(w[name] for name in LAYER[:6]))
-        qkv = qkv.view(x.shape[0], 3, s.heads, -1)  # [T, 3, N, D]
+        qkv = qkv.view(x.shape[0], 3, s.heads, w["q"].shape[0] // s.heads)  # [T, 3, N, D]
         c = run(
             ATTENTION, qkv, about.cu_seqlens, about.key_start, like(about.bias, qkv),
             about.max_seqlen, s.scale, p0, s0,
@@ -119,8 +119,8 @@ class _Layer(torch.autograd.Function):
         dc, g["out"], _ = out.gradients(dz.to(ctx.dtype))
         if taken:
             (dc,), (dx,) = (step.gradients(d) for step, d in zip(taken, (dc, dx), strict=True))
-        width = attention.values[0].shape[2:]
-        (dqkv,) = attention.gradients(dc.view(-1, *width))
+        heads_and_width = attention.values[0].shape[2:]
+        (dqkv,) = attention.gradients(dc.view(dc.shape[0], *heads_and_width))
         more, *grads = qkv.gradients(dqkv.flatten(1))
         g |= zip(LAYER, grads, strict=False)
         return None, None, dx + more, *_cast([g[name] for name in LAYER], ctx.dtypes)

@@ -116,6 +116,13 @@ def test_what_is_frozen_gets_no_gradient(
     assert nodes == [False, True, False, True]
 
 
+def test_no_texts(monkeypatch: pytest.MonkeyPatch, nodes: list[bool]) -> None:
+    model = bert_fast.accelerate(model_of())
+    none = {"input_ids": ids(0, 9), "attention_mask": MASK[:0].to(DEVICE)}
+    alike(monkeypatch, lambda: step(model, True, **none))
+    assert nodes == [True] * 2
+
+
 def test_where_nothing_is_one_node(nodes: list[bool]) -> None:
     model = bert_fast.accelerate(model_of())
     model.encoder.layer[1].output.dense.bias = None  # not plain
