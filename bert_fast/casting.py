@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .ops.registry import tracing
+from .ops.modes import tracing
 
 
 def cast(first: Tensor, *rest: Tensor | None) -> tuple[Any, ...]:

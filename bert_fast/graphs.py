@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .inputs import Batch
 from .notice import warn_once
 from .ops.backends import triton_missing, triton_module
-from .ops.registry import for_a_recording, tracing
+from .ops.modes import for_a_recording, tracing
 from .ops.weight_copies import holding_copies
 from .padding import Packing
 from .structure import Structure

@@ -20,9 +20,10 @@ from .ops.attention import OP as ATTENTION
 from .ops.encoder import LAYER
 from .ops.feed_forward import OP as FEED_FORWARD
 from .ops.linear import OP as LINEAR
+from .ops.modes import without_autocast
 from .ops.padding import UNPAD
 from .ops.qkv_linear import OP as QKV_LINEAR
-from .ops.registry import Kernel, Op, contiguous, refuse_second_gradient, without_autocast
+from .ops.registry import Kernel, Op, contiguous, refuse_second_gradient
 from .paths import Backend, Sequences, chosen, like
 
 # Those that the norms add are not cast: norms run in the dtype of the weights.

@@ -23,8 +23,8 @@ from .notice import warn_once
 from .ops.backends import ISAS
 from .ops.embed_layernorm import OP as EMBED
 from .ops.encoder import preferred
+from .ops.modes import tracing
 from .ops.qkv_linear import packed
-from .ops.registry import tracing
 from .ops.rng import draw_seeds
 from .paths import (
     Backend,

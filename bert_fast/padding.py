@@ -16,7 +16,8 @@ from torch import Tensor
 
 from . import ops
 from .ops.backends import on_device_of, triton_missing, triton_module
-from .ops.registry import Chooser, tracing
+from .ops.modes import tracing
+from .ops.registry import Chooser
 
 
 @dataclass(frozen=True)

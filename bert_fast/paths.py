@@ -13,7 +13,8 @@ from .ops.encoder import LAYER
 from .ops.encoder import OP as ENCODER
 from .ops.linear_fp8 import OP as LINEAR_FP8
 from .ops.linear_row_int8 import OP as LINEAR_ROW_INT8
-from .ops.registry import Chooser, Op, tracing
+from .ops.modes import tracing
+from .ops.registry import Chooser, Op
 from .ops.weight_copies import reasons_against_copies
 from .structure import Plain, Structure
 

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .families import Family, LayerParts
 from .ops.encoder import LAYER
-from .ops.registry import tracing
+from .ops.modes import tracing
 
 # By the name of the activation's class; any other runs unfused.
 ACTIVATIONS = {

@@ -27,9 +27,10 @@ from .bias_gelu import activate
 from .linear import check as check_linear
 from .linear import cost, gradients
 from .linear import samples as linear_samples
+from .modes import recorded
 from .packed_linear import Forward, multiply, packed_kernels, preferred
 from .products import affine
-from .registry import Chooser, Kernel, Op, Sample, recorded
+from .registry import Chooser, Kernel, Op, Sample
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
