@@ -5,8 +5,7 @@
 It needs nvcc but no GPU and no CUDA build of torch: the sources use torch's stable headers only.
 Where nvcc is missing it says so and exits with 0. The flags are those of setup.py and of torch.
 `--quick` is for CI: every file for the oldest architecture, where an instruction that is too new
-fails, and attention, which is what fills the registers, for the newest too. No source asks for the
-architecture, so that all compile the same code.
+fails. No source asks for the architecture, so that all compile the same code.
 """
 
 from __future__ import annotations
@@ -107,9 +106,7 @@ def compile_file(nvcc: str, source: Path, quick: bool) -> tuple[list[KernelUse],
     """Compiles one file for all architectures; returns its kernels, and the errors if it fails."""
     from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
 
-    chosen = ARCHITECTURES
-    if quick:
-        chosen = (chosen[0], chosen[-1]) if source.stem == "attention" else chosen[:1]
+    chosen = ARCHITECTURES[:1] if quick else ARCHITECTURES
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in chosen]
     with tempfile.TemporaryDirectory() as folder:
         command = [nvcc, *FLAGS, *COMMON_NVCC_FLAGS, *targets, "-Xptxas", "-v"]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import chain
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .casting import copies
+from .casting import in_dtypes
 from .ops.add_layernorm import OP as ADD_LAYERNORM
 from .ops.attention import OP as ATTENTION
 from .ops.encoder import LAYER
@@ -23,7 +23,7 @@ from .ops.linear import OP as LINEAR
 from .ops.modes import without_autocast
 from .ops.padding import UNPAD
 from .ops.qkv_linear import OP as QKV_LINEAR
-from .ops.registry import Kernel, Op, contiguous, refuse_second_gradient
+from .ops.registry import Kernel, Op, contiguous, keep, kept, refuse_second_gradient
 from .paths import Backend, Sequences, chosen, like
 
 # Those that the norms add are not cast: norms run in the dtype of the weights.
@@ -72,9 +72,7 @@ class _Step(NamedTuple):
     values: list[Any]
 
     def gradients(self, dy: Tensor) -> list[Any]:
-        count = len(self.op.names)
-        args, kept = self.values[:count], self.values[count:]
-        return self.op.backward(self.kernel, dy, args, kept, self.op.given(args))
+        return self.op.backward(self.kernel, dy, self.values, self.op.given(self.values))
 
 
 class _Layer(torch.autograd.Function):
@@ -83,7 +81,7 @@ class _Layer(torch.autograd.Function):
         steps: list[_Step] = []
         run = partial(_run, steps, s.backend)
         w = dict(zip(LAYER, weights, strict=True))
-        cast = _cast([w[name] for name in _MULTIPLIED], [dtype] * len(_MULTIPLIED))
+        cast = in_dtypes([w[name] for name in _MULTIPLIED], [dtype] * len(_MULTIPLIED))
         # As the weights: no other copy is worth keeping of a copy that is true for one step.
         w |= zip(_MULTIPLIED, [t.requires_grad_() for t in cast], strict=True)
         eps, (p0, p1, p2), (s0, s1, s2), about = s.eps, s.rates, s.seeds, s.sequences
@@ -105,13 +103,15 @@ class _Layer(torch.autograd.Function):
         out = run(ADD_LAYERNORM, y, w["down_bias"], h, *norm, eps[1], p2, s2)
 
         ctx.dtype, ctx.dtypes = dtype, [weight.dtype for weight in weights]
-        _save(ctx, steps)
+        ctx.ran = [(step.op, step.kernel, len(step.values)) for step in steps]
+        keep(ctx, [value for step in steps for value in step.values])
         return out
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         refuse_second_gradient("layer")
-        steps, g = _saved(ctx), {}
+        values, g = iter(kept(ctx)), {}
+        steps = [_Step(op, kernel, list(islice(values, count))) for op, kernel, count in ctx.ran]
         qkv, attention, *taken, out, first_norm, feed_forward, second_norm = steps
         dz, g["down_bias"], dh, g["down_norm"], g["down_norm_bias"] = second_norm.gradients(dy)
         more, g["up"], g["up_bias"], g["down"] = feed_forward.gradients(dz.to(ctx.dtype))
@@ -124,7 +124,7 @@ class _Layer(torch.autograd.Function):
         (dqkv,) = attention.gradients(dc.view(dc.shape[0], *heads_and_width))
         more, *grads = qkv.gradients(dqkv.flatten(1))
         g |= zip(LAYER, grads, strict=False)
-        return None, None, dx + more, *_cast([g[name] for name in LAYER], ctx.dtypes)
+        return None, None, dx + more, *in_dtypes([g[name] for name in LAYER], ctx.dtypes)
 
 
 def _run(steps: list[_Step], backend: Backend, op: Op, *args: Any) -> Tensor:
@@ -134,33 +134,5 @@ def _run(steps: list[_Step], backend: Backend, op: Op, *args: Any) -> Tensor:
         kernel = op.choose(args, chosen(backend, op.name))
     args = tuple(map(contiguous, args))
     outputs = kernel.forward(*args, save=True)
-    steps.append(_Step(op, kernel, [*args, *(outputs if op.saves_output else outputs[1:])]))
+    steps.append(_Step(op, kernel, op.for_backward(args, outputs)))
     return outputs[0]
-
-
-def _cast(tensors: Sequence[Tensor], to: Sequence[torch.dtype]) -> list[Tensor]:
-    """The tensors in these dtypes, in one launch; those that have theirs, as they are."""
-    others = [(t, dtype) for t, dtype in zip(tensors, to, strict=True) if t.dtype != dtype]
-    done = iter(copies(others))
-    return [t if t.dtype == dtype else next(done) for t, dtype in zip(tensors, to, strict=True)]
-
-
-_SAVED = object()  # stands where a tensor was
-
-
-def _save(ctx: Any, steps: Sequence[_Step]) -> None:
-    """As autograd wants tensors kept, which tells where one was written to since."""
-    ctx.steps = [
-        step._replace(values=[_SAVED if isinstance(v, Tensor) else v for v in step.values])
-        for step in steps
-    ]
-    every = chain.from_iterable(step.values for step in steps)
-    ctx.save_for_backward(*(v for v in every if isinstance(v, Tensor)))
-
-
-def _saved(ctx: Any) -> list[_Step]:
-    tensors = iter(ctx.saved_tensors)
-    return [
-        step._replace(values=[next(tensors) if v is _SAVED else v for v in step.values])
-        for step in ctx.steps
-    ]

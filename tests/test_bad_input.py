@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import bert_fast
 from bert_fast.ops import OPS
@@ -109,3 +110,11 @@ def test_ids_outside_a_table_are_nan_by_triton() -> None:
     ids[1], ids[2] = words.shape[0], -1
     y = op(ids, *sample[1:], backend="triton")
     assert y[1:3].isnan().all() and y[3:].isfinite().all() and y[0].isfinite().all()
+
+
+def test_a_tensor_without_memory_is_no_weight() -> None:
+    """What is left of a FakeTensorMode calls itself a CPU's."""
+    with FakeTensorMode():
+        x = torch.empty(2, 8)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        OPS["qkv_linear"](x, x, x, x, None, None, None)

@@ -169,7 +169,7 @@ def plan_with(monkeypatch: pytest.MonkeyPatch, peers: Sequence[Peer]) -> models.
     tiny = workloads.Model("tiny", 2, 64, 2, 128, vocab=2_000)
     monkeypatch.setitem(workloads.MODELS, "tiny", tiny)
     return models.Plan(
-        ("tiny",), ("sentence",), precisions=("fp32", "bf16"), batches=2, seconds=1.0
+        ("tiny",), ("sentence",), precisions=("fp32", "bf16"), batches=2, flop=2e8, seconds=0.3
     )
 
 
@@ -186,7 +186,7 @@ def peer(name: str, change: Callable[[Tensor], Tensor]) -> Peer:
 
 def test_a_wrong_result_and_a_missing_peer_get_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(x: Tensor) -> Tensor:
-        time.sleep(0.1)
+        time.sleep(0.02)
         return x
 
     def broken(x: Tensor) -> Tensor:

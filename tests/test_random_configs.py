@@ -58,7 +58,7 @@ def test_random_configurations(chunk: int) -> None:
         random.seed(case)
         torch.manual_seed(case)
         width = random.choice(WIDTHS)
-        heads = random.randint(-(-32 // width), 1024 // width)
+        heads = random.randint(-(-32 // width), 512 // width)
         heads = min(heads, random.choice((2, 4, 12, 16)))
         hidden = max(32, width * heads)
         types, act = random.randint(1, 3), random.choice(("gelu", "gelu_new", "relu", "silu"))

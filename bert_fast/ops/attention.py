@@ -48,7 +48,7 @@ def reference(
             one = bias[b if bias.shape[0] > 1 else 0]
             scores = scores + one[:, : end - start, first - start : end - start].to(scores.dtype)
         # A row without keys: softmax of nothing (or of -inf only) is defined as zeros here.
-        alive = (scores > -torch.inf).any(-1, keepdim=True)
+        alive = (scores != -torch.inf).any(-1, keepdim=True)
         probabilities = torch.where(alive, scores, 0.0).softmax(-1).where(alive, 0.0)
         if p > 0.0:
             assert seed is not None

@@ -78,7 +78,7 @@ def _kernel(first: Kernel, second: Kernel) -> Kernel:
         del a  # the next three are as large
         if da is None:
             return None, None, None, d_down
-        du, _ = BIAS_GELU.backward(elementwise, da, (u, None, activation), (), [True, False])
+        du, _ = BIAS_GELU.backward(elementwise, da, [u, None, activation], [True, False])
         del da
         assert du is not None
         return *gradients(du, x, up, needs[:3]), d_down

@@ -50,7 +50,7 @@ def fake(x, weight, bias, activation, *, save) -> tuple[Tensor, ...]:
 def _backward(dy, x, weight, bias, activation, u, *, needs) -> Sequence[Tensor | None]:
     """Shared by the kernels whose GEMM is ATen's: du by bias_gelu's kernel, then the GEMMs."""
     kernel = BIAS_GELU.choose((u, None, activation))
-    (du, _) = BIAS_GELU.backward(kernel, dy, (u, None, activation), (), [True, False])
+    (du, _) = BIAS_GELU.backward(kernel, dy, [u, None, activation], [True, False])
     return gradients(du, x, weight, needs)
 
 

@@ -159,17 +159,16 @@ class Op:
         """Runs a chosen kernel on arguments known to be right, without a gradient."""
         return kernel.forward(*map(contiguous, args), save=False)[0]
 
+    def for_backward(self, args: Sequence[Any], outputs: Sequence[Tensor]) -> list[Any]:
+        """What `backward` reads: the arguments, then what of a kernel's outputs is kept."""
+        return [*args, *(outputs if self.saves_output else outputs[1:])]
+
     def backward(
-        self,
-        kernel: Kernel,
-        dy: Tensor,
-        args: Sequence[Any],
-        saved: Sequence[Tensor],
-        needs: list[bool],
+        self, kernel: Kernel, dy: Tensor, values: Sequence[Any], needs: list[bool]
     ) -> list[Tensor | None]:
         """Gradients of the differentiable arguments, None where not needed."""
         run = kernel.backward or self._reference_backward
-        grads = run(dy.contiguous(), *args, *saved, needs=needs)
+        grads = run(dy.contiguous(), *values, needs=needs)
         return [g if need else None for g, need in zip(grads, needs, strict=True)]
 
     # -- inside -----------------------------------------------------------------------------
@@ -235,16 +234,15 @@ class _Differentiable(torch.autograd.Function):
     def forward(ctx: Any, op: Op, kernel: Kernel, *args: Any) -> Tensor:
         outputs = kernel.forward(*args, save=True)
         ctx.op, ctx.kernel = op, kernel
-        _stash(ctx, op, args, outputs)
+        keep(ctx, op.for_backward(args, outputs))
         return outputs[0]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         refuse_second_gradient(ctx.op.name)
-        args, kept = _unstash(ctx)
         needs = [ctx.needs_input_grad[2 + i] for i in ctx.op._wanted]
-        found = ctx.op.backward(ctx.kernel, dy, args, kept, needs)
-        grads: list[Tensor | None] = [None] * (2 + len(args))
+        found = ctx.op.backward(ctx.kernel, dy, kept(ctx), needs)
+        grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         for i, grad in zip(ctx.op._wanted, found, strict=True):
             grads[2 + i] = grad
         return tuple(grads)
@@ -259,19 +257,19 @@ def refuse_second_gradient(name: str) -> None:
         )
 
 
-def _stash(ctx: Any, op: Op, args: Sequence[Any], outputs: Sequence[Tensor]) -> None:
-    """Keeps what backward needs: every tensor argument and the kernel's residuals."""
-    ctx.constants = [None if isinstance(a, Tensor) else a for a in args]
-    ctx.tensor_at = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
-    kept = outputs if op.saves_output else outputs[1:]
-    ctx.save_for_backward(*(args[i] for i in ctx.tensor_at), *kept)
+def keep(ctx: Any, values: Sequence[Any]) -> None:
+    """Keeps values for backward, their tensors as autograd wants it: it tells where one was
+    written to since."""
+    ctx.kept = [_TENSOR if isinstance(v, Tensor) else v for v in values]
+    ctx.save_for_backward(*(v for v in values if isinstance(v, Tensor)))
 
 
-def _unstash(ctx: Any) -> tuple[list[Any], Sequence[Tensor]]:
-    args, saved = list(ctx.constants), ctx.saved_tensors  # once: checkpointing forbids twice
-    for i, tensor in zip(ctx.tensor_at, saved, strict=False):
-        args[i] = tensor
-    return args, saved[len(ctx.tensor_at) :]
+def kept(ctx: Any) -> list[Any]:
+    tensors = iter(ctx.saved_tensors)  # once: checkpointing forbids twice
+    return [next(tensors) if v is _TENSOR else v for v in ctx.kept]
+
+
+_TENSOR = object()  # stands where a tensor was
 
 
 def _register(op: Op) -> None:
@@ -305,7 +303,7 @@ def _register(op: Op) -> None:
         *rest, needs, backend = inputs
         args = list(map(contiguous, rest[: len(op.names)]))
         kernel = op.choose(tuple(args), backend)
-        grads = op.backward(kernel, dy, args, rest[len(op.names) :], list(needs))
+        grads = op.backward(kernel, dy, [*args, *rest[len(op.names) :]], list(needs))
         filled = [dy.new_empty(0) if g is None else g for g in grads]
         return one_or_many(_unaliased(filled, [dy, *args]))
 
@@ -324,16 +322,17 @@ def _register(op: Op) -> None:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *args, backend, _ = inputs
         ctx.backend = backend
-        _stash(ctx, op, args, output if isinstance(output, tuple) else (output,))
+        outputs = output if isinstance(output, tuple) else (output,)
+        keep(ctx, op.for_backward(args, outputs))
 
     def gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
-        args, kept = _unstash(ctx)
-        needs = [ctx.needs_input_grad[i] for i in op._wanted]
+        values, needs = kept(ctx), [ctx.needs_input_grad[i] for i in op._wanted]
         run = getattr(torch.ops.bert_fast, f"{op.name}_backward")
-        found = run(dy, *args, *kept, needs, ctx.backend)
+        found = run(dy, *values, needs, ctx.backend)
         found = (found,) if isinstance(found, Tensor) else found
         # The dispatcher wants a gradient for each tensor of a list.
-        grads = [[None] * len(a) if isinstance(a, list) else None for a in (*args, None, None)]
+        args = (*values[: len(op.names)], None, None)
+        grads = [[None] * len(a) if isinstance(a, list) else None for a in args]
         for i, grad, need in zip(op._wanted, found, needs, strict=True):
             grads[i] = grad if need else None
         return tuple(grads)

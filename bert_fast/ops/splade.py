@@ -83,7 +83,7 @@ def _forward(x, weight, bias, cu_seqlens, *, save) -> tuple[Tensor, ...]:
     if bias is not None:
         top += bias
     top = top.masked_fill_((lengths == 0).unsqueeze(1), 0.0).relu_()
-    slope = torch.where(top > 0, 1 / (1 + top), 0.0) if save else top
+    slope = torch.where(top <= 0, 0.0, 1 / (1 + top)) if save else top  # NaN of NaN
     return top.log1p().to(x.dtype), won, slope
 
 
@@ -92,7 +92,7 @@ def _backward(dy, x, weight, bias, cu_seqlens, won, slope, *, needs) -> tuple[Te
     db = g.sum(0).to(x.dtype) if needs[2] else None
     dx = torch.zeros_like(x, dtype=slope.dtype)
     dw = torch.zeros_like(weight)
-    had = (slope > 0).any(0).nonzero().flatten()
+    had = (slope != 0).any(0).nonzero().flatten()
     for words in _chunks(x, had.shape[0]) if needs[0] or needs[1] else ():
         some = had[words]
         # [T, words]: one value per sequence and word, in the row of the token that won.

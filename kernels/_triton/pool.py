@@ -42,6 +42,12 @@ def samples(dtype: torch.dtype, device: torch.device, full: bool):
 
 
 @triton.jit
+def _floored(norm):
+    """At least 1e-12; NaN stays, unlike in maximum."""
+    return tl.where(norm <= 1e-12, 1e-12, norm)
+
+
+@triton.jit
 def _pooled(
     x,
     start,
@@ -86,7 +92,7 @@ def _forward_kernel(
     m_col = o_col < n_cols
     v = _pooled(x, start, end, o_col, m_col, n_cols, MEAN, ROWS, COLS)
     if NORMALIZE:
-        v = v / tl.maximum(tl.sqrt(tl.sum(v * v, 0)), 1e-12)
+        v = v / _floored(tl.sqrt(tl.sum(v * v, 0)))
     tiles.store(y + i_seq.to(tl.int64) * n_cols + o_col, v, m_col)
 
 
@@ -111,9 +117,9 @@ def _norm_backward_kernel(
     norm = tl.sqrt(tl.sum(v * v, 0))
     p_row = i_seq.to(tl.int64) * n_cols + o_col
     b_dy = tiles.load(dy + p_row, m_col)
-    y = v / tl.maximum(norm, 1e-12)
+    y = v / _floored(norm)
     along = tl.where(norm > 1e-12, tl.sum(y * b_dy, 0), 0.0)
-    tl.store(dv + p_row, (b_dy - y * along) / tl.maximum(norm, 1e-12), mask=m_col)
+    tl.store(dv + p_row, (b_dy - y * along) / _floored(norm), mask=m_col)
 
 
 @triton.jit

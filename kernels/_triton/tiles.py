@@ -164,7 +164,7 @@ def activate_grad(
         s, slope = _sigmoid_slope(1.5957691216057308 * (u + 0.044715 * u * u * u))
         d = s + u * slope * 1.5957691216057308 * (1.0 + 0.134145 * u * u)
     elif ACT == "relu":
-        d = tl.where(u > 0.0, 1.0, 0.0)
+        d = tl.where(u <= 0.0, 0.0, 1.0)  # 1 of NaN, as PyTorch
     elif ACT == "silu":
         s, slope = _sigmoid_slope(u)
         d = s + u * slope

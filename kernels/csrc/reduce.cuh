@@ -252,7 +252,7 @@ __device__ __forceinline__ void activation_slope(Activation activation, float (&
   switch (activation) {
     case Activation::kGelu: return each(values, gelu_slope<T>);
     case Activation::kGeluTanh: return each(values, gelu_tanh_slope<T>);
-    case Activation::kRelu: return each(values, [](float x) { return x > 0.0f ? 1.0f : 0.0f; });
+    case Activation::kRelu: return each(values, [](float x) { return x <= 0.0f ? 0.0f : 1.0f; });
     default: return each(values, silu_slope<T>);
   }
 }

@@ -105,6 +105,15 @@ float block_scores(
   return 1.0f;
 }
 
+// The factor before scores that exp(factor score - base) takes. Where a base is so far out that the
+// rounding of scale score, which a fused multiply-add leaves out, is no small number, scores are
+// multiplied here and rounded as their base was: the largest must come to exp(0).
+ALWAYS_INLINE float factor_before(float* scores, int64_t keys, float scale, vf base) {
+  if (hsum(magnitude(base) > 0x1p20f ? set1(1.0f) : vf{}) == 0.0f) return scale;
+  for (int64_t j = 0; j < keys * kQueries; j += kQueries) store(scores + j, load(scores + j) * scale);
+  return 1.0f;
+}
+
 // Turns scores into exp(scale score - running maximum); updates maximum and sum of W queries.
 // Returns the factor that rescales what earlier blocks summed. The base is changed after the
 // subtraction: a finite mask over all keys of a query, times log2 e, would be infinite.
@@ -115,6 +124,7 @@ ALWAYS_INLINE vf softmax_columns(
   for (int64_t j = 0; j < keys; ++j) top = vmax(top, load(scores + j * kQueries) * scale);
   // A query that saw no key yet: any finite base gives exp(-inf) = 0 instead of NaN.
   const vf base = top > none ? top : vf{};
+  scale = factor_before(scores, keys, scale, base);
   vf total{};
   by_fours(keys, [&]<int N>(int64_t j) ALWAYS_INLINE_LAMBDA {
     float* at = scores + j * kQueries;

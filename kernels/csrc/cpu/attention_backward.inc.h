@@ -109,13 +109,14 @@ void attention_gradient_block(
   for (int64_t i = 0; i < queries; i += W) {
     // Rows without keys (lse = -inf) and padding lanes: exp(score - inf) = 0, no gradient.
     vf lse = load_up_to(a.lse + head.h * a.tokens + token + i, queries - i);
-    vi alive = (lane_index() < int32_t(queries - i)) & (lse > -__builtin_inff());
-    lse = alive ? lse : set1(__builtin_inff());
+    vi alive = (lane_index() < int32_t(queries - i)) & (lse != -__builtin_inff());
     float *scores = m.scores + i, *dscores = m.dscores + i;
+    const float factor = factor_before(scores, head.keys, scale, alive ? lse : vf{});
+    lse = alive ? lse : set1(__builtin_inff());
     if (a.dropout.on)
-      gradient_columns<true>(scores, dscores, m.factors + i, head.keys, scale, a.scale, lse);
+      gradient_columns<true>(scores, dscores, m.factors + i, head.keys, factor, a.scale, lse);
     else
-      gradient_columns<false>(scores, dscores, nullptr, head.keys, scale, a.scale, lse);
+      gradient_columns<false>(scores, dscores, nullptr, head.keys, factor, a.scale, lse);
   }
   multiply<Layout::row_major, true>(
       head.keys, s.padded, queries, m.scores, kQueries, m.dout, s.padded, m.dvalues, s.padded);

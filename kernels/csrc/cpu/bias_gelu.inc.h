@@ -48,7 +48,7 @@ ALWAYS_INLINE vf activate_slope(vf u) {
   if constexpr (A == Activation::none) return set1(1.0f);
   if constexpr (A == Activation::gelu)
     return fma(u * exp(-0.5f * u * u), set1(0.3989422804f), normal_cdf(u));
-  if constexpr (A == Activation::relu) return u > 0.0f ? set1(1.0f) : vf{};
+  if constexpr (A == Activation::relu) return u <= 0.0f ? vf{} : set1(1.0f);  // 1 of NaN, as PyTorch
   vf slope, inner = set1(1.0f), argument = u;
   if constexpr (A == Activation::gelu_tanh) {
     inner = fma(u * u, set1(3 * kTanhCubic), kTanhLinear);

@@ -241,6 +241,7 @@ static Tensor encoder_forward(
   require(
       header.isa == isa && header.dtype == static_cast<int64_t>(dtype), op,
       ": the table of weights is for another dtype or instruction set");
+  require(heads > 0, op, ": the table of weights is for ", heads, " heads");
   const Encoder encoder{kernels, dtype, header.int8 != 0, act, hidden, heads, float(eps)};
   const auto* input = static_cast<const char*>(checked(op, "x", x, type, {tokens, hidden}));
 

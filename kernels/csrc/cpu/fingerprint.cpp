@@ -19,8 +19,10 @@ static int64_t fingerprint(const Tensors& weights) {
   for (const Tensor& weight : weights) {
     const auto* data = static_cast<const char*>(weight.data_ptr());
     const size_t bytes = weight.element_size();
+    require(weight.is_cpu(), "fingerprint: a weight is not on the CPU");
     require(bytes <= 8, "fingerprint: elements have ", bytes, " bytes, expected 8 at most");
     if (weight.numel() == 0) continue;
+    require(data != nullptr, "fingerprint: a weight has no memory");
     const auto sizes = weight.sizes(), strides = weight.strides();
     for (int64_t i = 0; i < kSamples; ++i) {
       int64_t at = 0;
@@ -43,6 +45,6 @@ static int64_t fingerprint(const Tensors& weights) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bert_fast_cpu, m) { m.def("fingerprint(Tensor[] weights) -> int"); }
 
-STABLE_TORCH_LIBRARY_IMPL(bert_fast_cpu, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(bert_fast_cpu, CPU, m) {
   m.impl("fingerprint", TORCH_BOX(&bert_fast::cpu::fingerprint));
 }

@@ -1,0 +1,74 @@
+"""NaN, and numbers near the end of their range: what PyTorch makes of them, the kernels make too.
+
+A NaN that a kernel drops hides a fault: GradScaler, for one, skips a step by what it finds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bert_fast.ops import OPS
+from bert_fast.ops.backends import ISAS
+
+from .parity import DEVICE, leaves_of, results, smallest_sample, trainable
+from .test_parity import BACKENDS, skip_unless_willing
+
+# Of 8 bits a NaN spreads over its row or its block: `test_int8`, `test_row_int8` and `test_fp8`.
+EXACT = [(op, backend) for op, backend in BACKENDS if not op.endswith(("_int8", "_fp8"))]
+# Of the tokens that these leave out, PyTorch's products have 0 * NaN.
+SPARSE = ("masked_lm_loss", "splade")
+
+
+def nans(found: list[Tensor | None]) -> list[Tensor]:
+    return [torch.tensor(False, device=DEVICE) if one is None else one.isnan() for one in found]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "backend"), EXACT)
+def test_nan_goes_where_it_goes_in_pytorch(name: str, backend: str) -> None:
+    op = OPS[name]
+    (args,) = (s.args for s in op.samples(DEVICE, torch.float32) if s.name == smallest_sample(name))
+    skip_unless_willing(name, backend, args)
+    wanted, seen = trainable(op, backend, args), False
+    for i, argument in enumerate(args):
+        if not isinstance(argument, Tensor) or not argument.is_floating_point():
+            continue
+        planted = argument.clone()
+        planted.view(-1)[planted.numel() // 2] = torch.nan
+        given: tuple[Any, ...] = (*args[:i], planted, *args[i + 1 :])
+        dy = torch.ones_like(op.reference(*given))
+        if dy.dim():
+            dy[::2] = 0.0  # of rows that no loss reads
+        theirs = nans(results(op, op.reference, given, dy, wanted))
+        ours = nans(results(op, lambda *a: op(*a, backend=backend), given, dy, wanted))
+        seen |= any(mask.any() for mask in theirs)
+        for what, found, expected in zip(("y", *op.differentiable), ours, theirs, strict=True):
+            wrong = found ^ expected
+            if name in SPARSE:  # but what the result shows is in some gradient
+                wrong = found & ~expected | (ours[0].any() and not any(m.any() for m in ours[1:]))
+            assert not wrong.any(), f"{what}, of a NaN in {op.names[i]}"
+    assert seen
+
+
+@pytest.mark.parametrize("backend", [*ISAS, "reference"])  # on a GPU there is no such care
+@pytest.mark.parametrize("width", [32, 64])
+def test_scores_beyond_two_to_the_thirty(backend: str, width: int) -> None:
+    """Their rounding alone is more than an exponent can hold; the largest wins all the same."""
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(24, 3, 2, width, generator=generator)
+    qkv[:, :2] *= 3e5
+    cu_seqlens = torch.tensor([0, 24], dtype=torch.int32)
+    args = (qkv, cu_seqlens, None, None, 24, width**-0.5, 0.0, None)
+    skip_unless_willing("attention", backend, args)
+    (leaf, *_) = leaves = leaves_of(OPS["attention"], args, ("qkv",))
+    found = OPS["attention"](*leaves, backend=backend)
+    found.sum().backward()
+    q, k, v = qkv.double().unbind(1)
+    best = torch.einsum("inw,jnw->inj", q, k).argmax(-1)  # [T, N]
+    expected = torch.stack([v[best[:, n], n] for n in range(2)], 1)
+    torch.testing.assert_close(found.detach(), expected.float())
+    assert leaf.grad.isfinite().all()
