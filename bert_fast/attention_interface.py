@@ -60,6 +60,7 @@ def attention_forward(
     causal = getattr(module, "is_causal", False) if causal is None else causal
     if (
         causal
+        or _may_cross(module)
         or query.shape != key.shape
         or _not_2d(attention_mask)
         or _has_bias(kwargs)
@@ -86,6 +87,13 @@ def attention_forward(
         seed=draw_seeds(1, query.device) if dropout else None,
     )
     return packing.pad(out.flatten(1)).view(batch, length, heads, width), None
+
+
+def _may_cross(module: nn.Module) -> bool:
+    """Whether its keys may be another sequence's, whose mask says nothing of its queries: a shape
+    does not tell where both are as long."""
+    decodes = any(getattr(module, name, False) for name in ("is_decoder", "is_cross_attention"))
+    return decodes or "Cross" in type(module).__name__
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

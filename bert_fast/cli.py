@@ -102,7 +102,7 @@ def embed(
         check_choice("dtype", dtype, MODES)
         check_choice("device", device, DEVICES)
         check_choice("pooling", pooling or "mean", POOLINGS)
-        check_output(output)
+        check_output(output, source)
         check_model(model)
         texts = read_texts(source, field_of(source, text_field))
 

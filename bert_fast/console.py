@@ -111,8 +111,10 @@ def check_model(folder: Path) -> None:
         raise ValueError(f"{folder} has no config.json: not the folder of a model")
 
 
-def check_output(file: Path) -> None:
-    """What would otherwise fail after the work is done."""
+def check_output(file: Path, source: str = "") -> None:
+    """What would otherwise fail, or write over the input, after the work is done."""
+    if file.exists() and Path(source).is_file() and file.samefile(source):
+        raise ValueError(f"{file} is the input, expected another file to write")
     if file.is_dir():
         raise ValueError(f"{file} is a folder, expected a file to write")
     if not file.parent.is_dir():

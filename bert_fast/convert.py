@@ -102,7 +102,7 @@ def accelerate(
     Warns: UserWarning, once, if the transformers installed computes something else in a class
         than this version of bert_fast knows; the model is then left as it was.
     """
-    _check_backend(backend)
+    check_backend(backend)
     if checkpoint not in CHECKPOINTS:
         raise ValueError(
             f"bert_fast.accelerate: checkpoint is {checkpoint!r}, expected one of {CHECKPOINTS}"
@@ -304,9 +304,15 @@ def _why_not_other(module: nn.Module) -> list[str]:
     return []
 
 
-def _check_backend(backend: Backend) -> None:
+def check_backend(backend: Backend) -> None:
+    """Raises: ValueError or TypeError for what is no backend."""
     if not isinstance(backend, str | Mapping):
-        return  # a chooser decides per call
+        if not callable(backend):
+            raise TypeError(
+                f"bert_fast.accelerate: backend is {backend!r}, expected a name, a mapping from op "
+                "to name, or a function that chooses"
+            )
+        return  # it decides per call
     values = [backend] if isinstance(backend, str) else list(backend.values())
     for name in () if isinstance(backend, str) else backend:
         if name not in ops.OPS:

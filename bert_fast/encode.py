@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .convert import is_encoder, why_not_packed
+from .convert import check_backend, is_encoder, why_not_packed
 from .families import family_of
-from .inputs import most_tokens
+from .inputs import check_texts, most_tokens
 from .modeling import encode
 from .ops.pool import MODES
 from .packed import options_of
@@ -114,9 +114,10 @@ def embed(
 def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> Tokens:
     """The ids of every text with its special tokens, cut to `max_length`, without padding.
 
-    Raises: ValueError for a tokenizer that is not fast.
+    Raises: ValueError for a tokenizer that is not fast; TypeError for one text instead of several.
     """
     check_fast(tokenizer)
+    check_texts(texts)
     pieces, counts, truncated = [np.empty(0, np.int32)], [0], 0
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         found = tokenizer(
@@ -151,8 +152,10 @@ def embed_tokens(
     """`embed` for a corpus that is tokenised already; the arguments are those of `embed`."""
     if pooling not in MODES:
         raise ValueError(f"pooling is {pooling!r}, expected one of {MODES}")
-    if batch_tokens < 1:
-        raise ValueError(f"batch_tokens is {batch_tokens}, expected at least 1")
+    if not isinstance(batch_tokens, int) or batch_tokens < 1:
+        raise ValueError(f"batch_tokens is {batch_tokens!r}, expected a number of at least 1")
+    if backend is not None:
+        check_backend(backend)
     bert = _packable(model)
     options = options_of(bert)
     backend = options.backend if backend is None else backend

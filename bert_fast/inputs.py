@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .ops.modes import tracing
 from .padding import Packing, pack_full, pack_mask, progression
 from .structure import Embeddings, Structure
 
@@ -85,7 +86,10 @@ def read_batch(
     batch, length = given.shape[:2]
     bounds, longest = inputs.get("cu_seq_lens_q"), inputs.get("max_length_q")
     if bounds is not None:
+        if not isinstance(bounds, Tensor):
+            raise TypeError(f"cu_seq_lens_q is {bounds!r}, expected a tensor [batch + 1] of int32")
         bounds = bounds.to(given.device, torch.int32)
+        _check_bounds(bounds, length)
     position_ids = inputs.get("position_ids")
     if position_ids is None and embeddings.known:
         position_ids = _positions(embeddings, input_ids, given, bounds, longest)
@@ -118,6 +122,12 @@ def read_batch(
         whole=keep_padding, in_place=family.bias is not None,
     )  # fmt: skip
     return Batch(packing, bias, input_ids, embeds, token_type_ids, position_ids, extra)
+
+
+def check_texts(texts: Any) -> None:
+    """Raises: TypeError for one text, whose characters would be taken for texts."""
+    if isinstance(texts, str | bytes):
+        raise TypeError(f"texts is {texts!r}, expected a sequence of texts")
 
 
 def first_position(embeddings: Any) -> int:
@@ -160,6 +170,17 @@ def _positions(
         before = F.pad(columns[0], (1, 0))[starts] if by_id else starts
         columns = columns - torch.repeat_interleave(before, lengths, output_size=length)
     return columns * real + first - 1 if by_id else columns
+
+
+def _check_bounds(bounds: Tensor, length: int) -> None:
+    """Of those on the host: a GPU would be waited for."""
+    if bounds.device.type != "cpu" or tracing():
+        return
+    found = bounds.tolist() if bounds.dim() == 1 else []
+    if not found or found[0] != 0 or found[-1] != length or found != sorted(found):
+        raise ValueError(
+            f"cu_seq_lens_q is {bounds.tolist()}, expected ascending numbers from 0 to {length}"
+        )
 
 
 def _check_length(length: int, limit: int) -> None:
@@ -263,7 +284,9 @@ def _fits(embeds: Tensor, table: Tensor) -> bool:
     return torch.promote_types(embeds.dtype, table.dtype) == table.dtype
 
 
-def _check_ids(name: str, ids: Tensor) -> None:
+def _check_ids(name: str, ids: Any) -> None:
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} is a {type(ids).__name__}, expected a tensor of int32 or int64")
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} is {ids.dtype}, expected int32 or int64")
 

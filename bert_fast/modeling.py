@@ -112,6 +112,7 @@ def packed_forward(
     h = embed(structure.embeddings, batch, backend)
     projection = family.project(model)
     h = h if projection is None else linear(projection, h, backend)
+    h = h.to(structure.embeddings.words.dtype)  # autocast leaves what a product comes in
     packing, bias = batch.packing, batch.bias
     if family.bias is not None:
         learned = family.bias(model, packing.max_seqlen, packing.cu_seqlens).to(h.dtype)
@@ -126,7 +127,10 @@ def embed(e: Embeddings, batch: Batch, backend: Backend) -> Tensor:
     """The embedding layer -> packed tokens [T, E]."""
     packing, ids = batch.packing, batch.input_ids
     if not e.fused:
-        return packing.unpad(e.module(**batch.embedding_inputs()), chosen(backend, "unpad"))
+        inputs = batch.embedding_inputs()
+        if e.known and not hasattr(e.module, "token_type_embeddings"):
+            inputs.pop("token_type_ids", None)  # transformers' models do not hand them on either
+        return packing.unpad(e.module(**inputs), chosen(backend, "unpad"))
     assert batch.position_ids is not None
     table, padding_idx = e.words, e.word.padding_idx
     if batch.inputs_embeds is None:
@@ -142,8 +146,8 @@ def embed(e: Embeddings, batch: Batch, backend: Backend) -> Tensor:
         packing.unpad_ids(batch.token_type_ids) if has_types else None,
         packing.unpad_ids(batch.position_ids),
         table,
-        _position_table(e),
-        e.types,
+        _learned(e.position, e.positions),
+        _learned(e.type, e.types),
         e.scale,
         e.shift,
         e.norm.eps,
@@ -159,11 +163,10 @@ def embed(e: Embeddings, batch: Batch, backend: Backend) -> Tensor:
     return EMBED.infer(EMBED.choose(args, use), args)
 
 
-def _position_table(e: Embeddings) -> Tensor:
+def _learned(module: nn.Embedding | None, table: Tensor | None) -> Tensor | None:
     """The table; where it is trained, without a gradient for the row of padding, as in HF."""
-    assert e.position is not None and e.positions is not None
-    table, row = e.positions, e.position.padding_idx
-    if row is None or not (torch.is_grad_enabled() and table.requires_grad):
+    row = None if module is None else module.padding_idx
+    if table is None or row is None or not (torch.is_grad_enabled() and table.requires_grad):
         return table
     rows = torch.arange(table.shape[0], device=table.device).unsqueeze(1)
     return torch.where(rows == row, table.detach(), table)
@@ -283,7 +286,9 @@ def project_qkv(m: LayerParts, h: Tensor, backend: Backend, narrow: str | None =
     if narrow:
         one, bias = packed([part.weight for part in three] + [part.bias for part in three], True)
         qkv = narrow_linear(h, one, bias, backend, narrow)
-    elif all(type(part) is nn.Linear for part in three):
+    elif all(type(part) is nn.Linear for part in three) and (
+        len({part.bias is None for part in three}) == 1
+    ):
         weights, biases = (part.weight for part in three), (part.bias for part in three)
         x, q, k, v, q_bias, k_bias, v_bias = cast(h, *weights, *biases)
         use = chosen(backend, "qkv_linear")

@@ -140,8 +140,10 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     words = {name: kwargs.pop(name) for name in WORDS if name in kwargs}
     as_packed, real_only = words.get(AS_PACKED, False), words.get(REAL_ONLY, False)
     given, family = arguments(model, args, kwargs), model.bert_fast_family
-    structure = structure_of(model, family)
-    why = reasons_against_call(model, given) or reasons_against(model, structure)
+    why = reasons_against_call(model, given)
+    if not why:  # nor would a trace for TorchScript like to see it looked at
+        structure = structure_of(model, family)
+        why = reasons_against(model, structure)
     if why:
         tell(why)
         return model.bert_fast_original.forward(model, *args, **kwargs)
@@ -295,6 +297,8 @@ def reasons_against(model: Any, structure: Structure) -> list[str]:
         or rule._global_backward_pre_hooks
     ):
         why.append("global module hooks are registered")
+    if model.training and any(dropout.p == 1.0 for _, dropout in structure.dropouts):
+        why.append("a dropout drops all (p = 1)")
     return why
 
 

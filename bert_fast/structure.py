@@ -9,14 +9,15 @@ from itertools import chain, repeat
 from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .families import Family, LayerParts
 from .ops.encoder import LAYER
-from .ops.modes import tracing
+from .ops.modes import recorded, tracing
 
-# By the name of the activation's class; any other runs unfused.
+# By the name of the activation's class, torch's or transformers'; any other runs unfused.
 ACTIVATIONS = {
     "GELUActivation": "gelu",
     "NewGELUActivation": "gelu_tanh",
@@ -59,6 +60,7 @@ class Embeddings(NamedTuple):
     positions: Tensor | None
     known: bool
     tables: tuple[nn.Embedding, ...] = ()
+    type: nn.Embedding | None = None
     types: Tensor | None = None
     norm: Any = None
     scale: Any = None
@@ -108,6 +110,10 @@ class Structure:
     dropouts: list[tuple[nn.Module, nn.Module]]
 
 
+# What transformers' modules hold beside modules and tensors, and forwards ask for: set anew on one,
+# it is another structure. (Scale, eps and dropout are asked of the module each time.)
+_SETTINGS = ("num_attention_heads", "n_heads", "is_causal", "intermediate_act_fn", "activation")
+
 # Called for every inner module in every forward: without a frame of Python each.
 _parameters = itemgetter("_parameters")
 _dtype = attrgetter("dtype")
@@ -130,6 +136,9 @@ class _Seen:
         below = [inside["_modules"] for inside in self.insides]
         self.parents = [model._modules, *filter(None, below)]
         self.owners = [inside for inside in self.insides if inside["_parameters"]]
+        self.settings = [(i, name) for i in self.insides for name in _SETTINGS if name in i]
+        self.buffers = structure.embeddings.module._buffers if structure.embeddings else {}
+        self.alive = list(self.buffers.values())
         self.parameters, self.rest = self._now()
 
     def _now(self) -> tuple[list[Tensor | None], tuple[list[Any], ...]]:
@@ -141,6 +150,8 @@ class _Seen:
             list(map(dict.__contains__, self.insides, repeat("forward"))),
             list(map(_dtype, there)),
             list(map(Tensor.get_device, there)),
+            [inside.get(name) for inside, name in self.settings],
+            [(id(b), b.is_inference() or b._version) for b in self.buffers.values()],
         )
 
     def holds(self) -> bool:
@@ -192,15 +203,30 @@ def _look(model: nn.Module, family: Family) -> Structure:
 
 def _embeddings(module: nn.Module, family: Family) -> Embeddings:
     word, position = module.word_embeddings, getattr(module, "position_embeddings", None)
-    known = type(module).__module__ == family.module
+    known = type(module).__module__ == family.module and _buffers_as_made(module)
     parts = module, word, position, word.weight, getattr(position, "weight", None), known
     children = dict(module.named_children())
     if not known or any(type(m) is not _FUSED_EMBEDDINGS.get(n) for n, m in children.items()):
         return Embeddings(*parts)
     tables = tuple(m for m in children.values() if isinstance(m, nn.Embedding))
-    types, norm = getattr(module, "token_type_embeddings", None), module.LayerNorm
-    table = None if types is None else types.weight
-    return Embeddings(*parts, tables, table, norm, norm.weight, norm.bias, module.dropout)
+    kind, norm = getattr(module, "token_type_embeddings", None), module.LayerNorm
+    weights = [m.weight for m in (*tables, norm)]
+    if any(odd(weight, word.weight) for weight in (*weights, norm.bias)):
+        return Embeddings(*parts)
+    types = None if kind is None else kind.weight
+    return Embeddings(*parts, tables, kind, types, norm, norm.weight, norm.bias, module.dropout)
+
+
+def _buffers_as_made(module: nn.Module) -> bool:
+    """Whether positions are columns and types 0 where none are given, as transformers has it."""
+    for name, numbers in (("position_ids", torch.arange), ("token_type_ids", torch.zeros)):
+        buffer = module._buffers.get(name)
+        if buffer is None or buffer.is_meta or tracing() or (buffer.is_cuda and recorded()):
+            continue  # there are no values to look at
+        expected = numbers(buffer.shape[-1], dtype=buffer.dtype, device=buffer.device)
+        if not torch.equal(buffer, expected.expand_as(buffer)):
+            return False
+    return True
 
 
 def _plain(layers: list[LayerParts]) -> Plain | None:
@@ -227,7 +253,9 @@ def activation_name(activation: nn.Module | str) -> str | None:
     """Which of `ops`' activations this is; None for any other."""
     if isinstance(activation, str):
         return activation
-    return ACTIVATIONS.get(type(activation).__name__)
+    cls = type(activation)
+    home = cls.__module__.startswith(("torch.nn.", "transformers."))
+    return ACTIVATIONS.get(cls.__name__) if home else None
 
 
 # -- where the packed forward does not apply ------------------------------------------------
@@ -278,11 +306,13 @@ def _unfit(parts: LayerParts, weight: Tensor) -> str | None:
             return f"{name} is {type(part).__qualname__}, not nn.LayerNorm"
         if part.weight is None or part.bias is None:
             return f"{name} has no weight or no bias"
-        if why := odd(part.weight, weight):
+        if why := odd(part.weight, weight) or odd(part.bias, weight):
             return why
     for _, dropout in parts.dropouts():
         if type(dropout) is not nn.Dropout:
             return f"a dropout is {type(dropout).__qualname__}, not nn.Dropout"
+    if getattr(parts.attention, "is_causal", False):
+        return "its attention is causal"
     return None
 
 

@@ -34,14 +34,14 @@ def tiny(cls: type = BertModel, seed: int = 0, **changes: Any) -> Any:
     return model.to(DEVICE).eval()
 
 
-def small(module: str, name: str) -> Any:
+def small(module: str, name: str, **changes: Any) -> Any:
     """As `tiny`, of any family: the class `name` of transformers' `module`."""
     cls = getattr(importlib.import_module(module), name)
     torch.manual_seed(0)
     config = cls.config_class(
         vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=37, max_position_embeddings=24, pad_token_id=1,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **changes,
     )  # fmt: skip
     model = cls(config)
     for parameter in model.parameters():

@@ -10,6 +10,7 @@ LOOP, PRETRAINING = ("tests/test_training_loop.py",), ("tests/test_pretraining.p
 SPANS, FINETUNE = ("tests/test_spans.py",), ("tests/test_finetune.py",)
 PREDICT = ("tests/test_finetune_predict.py",)
 OWN, SETTINGS = ("tests/test_own_parts.py",), ("tests/test_own_settings.py",)
+SET = ("tests/test_set_since.py",)
 COPIES = "bert_fast/ops/weight_copies.py"
 MODELS = [
     Mutant("model: no attention scale", "bert_fast/modeling.py",
@@ -112,6 +113,26 @@ MODELS = [
     Mutant("autocast: ignored", "bert_fast/casting.py",
            "if not torch.is_autocast_enabled(kind):", "if True:",
            ("tests/test_compile.py", "-k", "autocast")),
+    Mutant("autocast: a product's dtype is the residual's", "bert_fast/modeling.py",
+           "    h = h.to(structure.embeddings.words.dtype)", "    h = h", ("tests/test_casting.py",)),
+    Mutant("attention by name: another sequence's mask", "bert_fast/attention_interface.py",
+           "        or _may_cross(module)\n", "",
+           ("tests/test_ecosystem.py", "-k", "another_sequence")),
+    Mutant("structure: an activation by its name alone", "bert_fast/structure.py",
+           "if home else None", "if cls else None", SET),
+    Mutant("structure: settings not looked at again", "bert_fast/structure.py",
+           "[inside.get(name) for inside, name in self.settings]", "[]", SET),
+    Mutant("structure: buffers not looked at again", "bert_fast/structure.py",
+           "b.is_inference() or b._version", "0", SET),
+    Mutant("structure: buffers as they may be", "bert_fast/structure.py",
+           " and _buffers_as_made(module)", "", SET),
+    Mutant("structure: plain tensors are fused", "bert_fast/structure.py",
+           "if any(odd(weight, word.weight) for weight in (*weights, norm.bias)):", "if False:",
+           SET),
+    Mutant("structure: causal attention", "bert_fast/structure.py",
+           'getattr(parts.attention, "is_causal", False)', "False", SET),
+    Mutant("padding's type has a gradient", "bert_fast/modeling.py",
+           "_learned(e.type, e.types)", "e.types", SET),
     Mutant("autocast: gradients of frozen weights", "bert_fast/casting.py",
            "t.requires_grad and t.dtype", "t.dtype",
            ("tests/test_casting.py",)),

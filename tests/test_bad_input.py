@@ -19,6 +19,22 @@ MASK = torch.ones(2, 6, device=DEVICE)
 CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "too long": ({"input_ids": ids(1, LIMIT + 1)}, ValueError, "length 41 exceeds max_position_"),
     "float ids": ({"input_ids": ids(2, 6).float()}, TypeError, "input_ids is torch.float32"),
+    "a list of ids": ({"input_ids": [[1, 2]]}, TypeError, "input_ids is a list, expected a tensor"),
+    "bounds in a list": (
+        {"input_ids": ids(1, 6), "cu_seq_lens_q": [0, 6]},
+        TypeError,
+        r"cu_seq_lens_q is \[0, 6\]",
+    ),
+    "bounds beyond the ids": (
+        {"input_ids": ids(1, 6), "cu_seq_lens_q": torch.tensor([0, 2, 5])},
+        ValueError,
+        r"cu_seq_lens_q is \[0, 2, 5\], expected ascending numbers from 0 to 6",
+    ),
+    "bounds that go back": (
+        {"input_ids": ids(1, 6), "cu_seq_lens_q": torch.tensor([0, 5, 2, 6])},
+        ValueError,
+        r"cu_seq_lens_q is \[0, 5, 2, 6\]",
+    ),
     "one-dimensional ids": ({"input_ids": ids(1, 6)[0]}, ValueError, r"shape \(6,\), expected"),
     "nothing": ({}, ValueError, "exactly one of input_ids or inputs_embeds"),
     "mask of another batch": (
@@ -83,6 +99,12 @@ def test_empty_batches_give_empty_outputs(shape: tuple[int, int]) -> None:
     output = bert_fast.accelerate(tiny())(ids(*shape), output_hidden_states=True)
     assert output.last_hidden_state.shape == (*shape, 64)
     assert len(output.hidden_states) == 3
+
+
+@pytest.mark.parametrize("backend", [None, 3, ["triton"]])
+def test_a_backend_that_is_none(backend: Any) -> None:
+    with pytest.raises(TypeError, match=r"backend is .*, expected a name"):
+        bert_fast.accelerate(tiny(), backend=backend)
 
 
 def test_length_over_the_limit_is_allowed_with_positions() -> None:

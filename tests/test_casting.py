@@ -1,5 +1,7 @@
 """Casts under autocast: the values and gradients of `Tensor.to`, in few steps."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,6 +10,7 @@ from transformers import BertConfig, BertForMaskedLM
 import bert_fast
 from bert_fast.casting import cast
 
+from .models import ids, small
 from .parity import DEVICE
 
 pytestmark = pytest.mark.gpu
@@ -93,6 +96,31 @@ def casts_of(loss: Tensor) -> int:
             seen.add(node)
             left += [to for to, _ in node.next_functions]
     return sum(node.name() in ("ToCopyBackward0", "_CastBackward") for node in seen)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(("module", "name"), [
+    ("albert", "AlbertModel"), ("electra", "ElectraModel"), ("roc_bert", "RoCBertModel"),
+])  # fmt: skip
+def test_what_a_product_comes_in_is_no_residual(module: str, name: str, grad: bool) -> None:
+    """Embeddings that end in a product are in autocast's dtype."""
+    module = f"transformers.models.{module}.modeling_{module}"
+    model = small(module, name, embedding_size=16)
+    ours, exact = (copy.deepcopy(model) for _ in range(2))
+    bert_fast.accelerate(ours)
+    exact = exact.double()
+    tokens = ids(3, 12)
+    with torch.set_grad_enabled(grad):
+        expected = exact(tokens).last_hidden_state
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            theirs, found = (one(tokens).last_hidden_state for one in (model, ours))
+        assert found.dtype == torch.float32
+        errors = [(one.double() - expected).norm() for one in (found, theirs)]
+    assert errors[0] <= 2 * errors[1]
+    if grad:
+        found.square().sum().backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in ours.parameters())
 
 
 def test_a_layer_casts_in_five_steps() -> None:

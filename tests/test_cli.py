@@ -216,7 +216,10 @@ def test_wrong_inputs(bert_fast_embed, tmp_path):
 
 
 def test_wrong_outputs(folder, text_file, tmp_path):
-    for out, word in ((tmp_path, "is a folder"), (tmp_path / "no" / "x.npy", "no folder")):
+    for out, word in (
+        (tmp_path, "is a folder"), (tmp_path / "no" / "x.npy", "no folder"),
+        (text_file, "is the input"),
+    ):  # fmt: skip
         line = ["embed", str(text_file), "-o", str(out), "--model", str(folder)]
         refused(CliRunner().invoke(app, line), word)
 

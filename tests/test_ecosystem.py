@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoTokenizer,
+    BartConfig,
+    BartModel,
     BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
@@ -159,6 +161,31 @@ def test_attention_by_name(folder: Path) -> None:
     decoder = AutoModel.from_pretrained(folder, attn_implementation="bert_fast", is_decoder=True)
     causal = AutoModel.from_pretrained(folder, is_decoder=True)
     close(decoder(ids(2, 6, 20))[0].detach(), causal(ids(2, 6, 20))[0].detach())
+
+
+@pytest.mark.parametrize("kind", ["bart", "bert"])
+def test_attention_by_name_to_another_sequence(kind: str) -> None:
+    """As long as the one that attends: the mask is of the keys alone."""
+    bert_fast.register_attention()
+    mask = masks(3, 12)["right"]
+    if kind == "bart":
+        sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 20}
+        heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        model = BartModel(BartConfig(**sizes, **heads)).to(DEVICE).eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.15)
+        inputs = {"input_ids": ids(3, 12, 20), "decoder_input_ids": ids(3, 12, 19) + 1,
+                  "attention_mask": mask}  # fmt: skip
+    else:
+        model = tiny(is_decoder=True, add_cross_attention=True)
+        inputs = {"input_ids": ids(3, 12), "encoder_attention_mask": mask,
+                  "encoder_hidden_states": torch.randn(3, 12, 64, device=DEVICE)}  # fmt: skip
+    found = []
+    with torch.inference_mode():
+        for name in ("sdpa", "bert_fast"):
+            model.set_attn_implementation(name)
+            found.append(model(**inputs, use_cache=False)[0])
+    close(found[1], found[0])
 
 
 def test_attention_by_name_drops_in_training(folder: Path) -> None:

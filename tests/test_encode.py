@@ -197,15 +197,24 @@ def test_positions_that_begin_behind_padding(tokenizer):
     ("arguments", "message"),
     [
         ({"pooling": "max"}, "pooling is 'max', expected one of"),
-        ({"batch_tokens": 0}, "batch_tokens is 0, expected at least 1"),
+        ({"batch_tokens": 0}, "batch_tokens is 0, expected a number of at least 1"),
         ({"max_length": 25}, "max_length is 25, expected 3 .* to 24"),
         ({"max_length": 2}, "max_length is 2, expected 3 "),
+        ({"batch_tokens": "7"}, "batch_tokens is '7', expected a number"),
         ({"backend": "nonesuch"}, "nonesuch"),
+        ({"backend": {"zz": "reference"}}, "no op 'zz'"),
     ],
 )
 def test_wrong_arguments_are_named(model, tokenizer, arguments, message):
     with pytest.raises(ValueError, match=message):
         embed(model, tokenizer, tiny.TEXTS, **arguments)
+
+
+def test_one_text_is_not_its_characters(model, tokenizer):
+    for call in (lambda: embed(model, tokenizer, "the cat"),
+                 lambda: bert_fast.verify(model, "the cat", tokenizer)):  # fmt: skip
+        with pytest.raises(TypeError, match="texts is 'the cat', expected a sequence"):
+            call()
 
 
 def test_models_that_cannot_run_packed_are_refused(tmp_path, tokenizer):

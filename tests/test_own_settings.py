@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers import (
     AlbertConfig,
     AlbertModel,
@@ -186,6 +187,23 @@ def test_a_trace_of_a_head_knows_no_ops_of_ours(grad: bool) -> None:
     file = io.BytesIO()
     torch.jit.save(traced, file)
     alike(traced(IDS, MASK)["logits"], outputs(model).logits)
+
+
+@pytest.mark.filterwarnings("ignore:bert_fast. Hugging Face's own forward runs")
+def test_a_trace_of_what_has_never_run() -> None:
+    """It is made twice, and the two have to be the same."""
+    model = bert_fast.accelerate(tiny(return_dict=False))
+    traced = torch.jit.trace(model, (IDS, MASK))
+    alike(traced(IDS, MASK)[0], outputs(model)[0])
+
+
+def test_types_for_a_model_without_them() -> None:
+    """Which the words' own module, changed, does not take either."""
+    model = small("transformers.models.distilbert.modeling_distilbert", "DistilBertModel")
+    parametrize.register_parametrization(model.embeddings.word_embeddings, "weight", nn.Identity())
+    expected = outputs(model, token_type_ids=torch.ones_like(IDS)).last_hidden_state
+    ours = bert_fast.accelerate(model)
+    alike(outputs(ours, token_type_ids=torch.ones_like(IDS)).last_hidden_state, expected)
 
 
 def test_derivatives_of_a_head_by_torch_func() -> None:
