@@ -178,6 +178,11 @@ def test_resumed_where_it_was_stopped(finetune, sentences):
     named = [list(csv.DictReader(text.splitlines()))
              for text in (rows, (folder / "metrics.csv").read_text())]  # fmt: skip
     assert [row["loss"] for row in named[0]] == [row["loss"] for row in named[1]]
+    text = sentences.read_text()
+    text = text.replace('"dog"}', '"?"}').replace('"cat"}', '"dog"}').replace('"?"}', '"cat"}')
+    sentences.write_text(text)
+    result, _, _ = finetune("classification", *options, "--resume", **files)
+    assert result.exit_code == 2 and "with contents" in result.stderr
 
 
 def test_pairs(finetune, tmp_path):
@@ -362,6 +367,25 @@ def test_spans_leave_out_answers_that_are_not_there(finetune, tmp_path):
 
 
 # -- embedding ------------------------------------------------------------------------------
+
+
+def test_an_embedding_model_is_saved_as_it_was_trained(finetune, model, tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    folder = tmp_path / "lower"
+    made = sentence_transformers.SentenceTransformer(str(model), device="cpu")
+    made.tokenizer.backend_tokenizer.normalizer = None
+    made.save(str(folder))
+    settings = folder / "sentence_bert_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"do_lower_case": True}))
+    given = folder / "config_sentence_transformers.json"
+    prompts = {"prompts": {"query": "the: "}, "default_prompt_name": "query"}
+    given.write_text(json.dumps(json.loads(given.read_text()) | prompts))
+    file = lines(tmp_path / "pairs.jsonl", [{"text": "The CAT", "text_b": "A Dog SAT"}] * 8)
+    result, _, out = finetune("embedding", *fast(epochs=1), "--model", folder, train=file)
+    assert result.exit_code == 0 and "default prompt 'query'" in result.stderr, result.output
+    loaded = sentence_transformers.SentenceTransformer(str(out), device="cpu")
+    upper, lower = loaded.encode(["The CAT sat", "the cat sat"])
+    np.testing.assert_allclose(upper, lower)
 
 
 @pytest.mark.parametrize("scores", [True, False])

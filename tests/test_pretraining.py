@@ -82,6 +82,8 @@ def test_documents_of_every_format(tmp_path):
 
 
 def test_text_refuses(tmp_path):
+    with pytest.raises(ValueError, match=r"is a folder: name its files, as in .*\*\.txt"):
+        find_files([tmp_path])
     with pytest.raises(ValueError, match=r"none\.txt: no such file"):
         find_files([tmp_path / "none.txt"])
     for name, data, told in (
@@ -212,10 +214,19 @@ def test_items_are_functions_of_seed_epoch_and_index(corpus, tokenizer):
 def test_pairs_refuse(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text("One.\n\nTwo.\n\nThree. Four.\n\nFive.\n")
     made = load_corpus([tmp_path / "a.txt"], tokenizer, tmp_path / "made", "text")
-    with pytest.raises(ValueError, match="1 of 4 documents have two sentences"):
+    with pytest.raises(ValueError, match=r"1 of 4 documents have two sentences"):
         SentencePairs(made, np.arange(4), tokenizer, Masking.of(tokenizer), 48, 0)
-    with pytest.raises(ValueError, match="the corpus has 4 documents"):
+    with pytest.raises(ValueError, match=r"1 of 4 documents .* 2 of them to train on and 2 to"):
         made.split(0.9, 0)
+
+
+def test_documents_of_one_sentence_are_on_neither_side(tokenizer, tmp_path):
+    text = "".join(f"The cat {i}.{' A dog sat.' * (i % 2)}\n\n" for i in range(40))
+    (tmp_path / "a.txt").write_text(text)
+    made = load_corpus([tmp_path / "a.txt"], tokenizer, tmp_path / "made", "text")
+    for seed in range(8):
+        train, held = made.split(0.05, seed)
+        assert len(held) == 2 and sorted([*train, *held]) == list(range(1, 40, 2))
 
 
 # -- masks ----------------------------------------------------------------------------------
@@ -385,6 +396,7 @@ def test_pretrain_refuses(tmp_path):
     refused(invoke("pretrain", empty, "-o", out), "the corpus is empty")
     refused(invoke("pretrain", text, "-o", out, "--vocab-size", 20), "vocab_size is 20")
     refused(invoke(*small, "--hidden", 33), "hidden 33", "heads 2")
+    refused(invoke(*small, "--intermediate", 0), "intermediate is 0")
     refused(invoke(*small, "--max-length", 3), "max_length is 3")
     refused(invoke(*small, "--batch-tokens", 10), "one example has")
     refused(invoke(*small, "--batch-size", 0), "batch_size is 0")

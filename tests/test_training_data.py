@@ -64,6 +64,21 @@ def test_csv_fields_may_hold_line_ends(tmp_path):
         read_texts(file, pairs=False)
 
 
+def test_a_row_of_empty_fields_is_a_row(tmp_path):
+    file = write(tmp_path / "a.tsv", "text\ttext_b\nthe cat\ta dog\n\t\n\na\tb\n")
+    found = read_texts(file, pairs=True, labelled=False)
+    assert found.texts == ["the cat", "", "a"] and list(found.table.places) == [2, 3, 5]
+
+
+def test_labels_that_are_hardly_numbers(tmp_path):
+    """Longer than a float takes, and with two signs."""
+    for labels in (["1" * 400, "2"], ["--1", "1"]):
+        assert set(labels_of(with_labels(tmp_path, labels)).names) == set(labels)
+    long = write(tmp_path / "a.jsonl", f'{{"text": "a", "label": {"1" * 400}}}\n' * 2)
+    with pytest.raises(ValueError):
+        labels_of(read_texts(long, pairs=False))
+
+
 def test_columns_by_name_and_as_in_glue(tmp_path):
     header = "id\tquestion1\tquestion2\tis_duplicate\n"
     file = write(tmp_path / "qqp.tsv", header + "7\tis it?\tis it so?\t1\n")
@@ -210,9 +225,18 @@ def test_words_of_json_lines(tmp_path):
     assert (found.words, found.labels, found.places) == ([["EU", "rejects"]], [["3", "0"]], [2])
 
 
+def test_other_spaces_part_no_words(tmp_path):
+    found = read_words(write(tmp_path / "a.txt", "10\u00a0000  B-NUM\ncats O\n"))
+    assert found.words == [["10\u00a0000", "cats"]] and found.labels == [["B-NUM", "O"]]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
+        *(
+            ("a.jsonl", f'{{"tokens": ["a"], "labels": [{value}]}}', ["line 1, column 'labels'"])
+            for value in ("NaN", "Infinity", '{"a": 1}', "[1]", "null")
+        ),
         ("a.txt", "EU B-ORG\nrejects\n", ["line 2", "'rejects'", "a word and its label"]),
         ("a.txt", "\n\n", ["has no words"]),
         ("a.csv", "text,label\n", ["not .csv"]),

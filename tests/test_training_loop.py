@@ -310,6 +310,12 @@ def test_resume_refuses_other_settings(tmp_path):
     texts = Texts()
     with pytest.raises(ValueError, match="with max_length 9: it was started with None"):
         train(model, texts, same, collate, lengths=texts.lengths, about={"max_length": 9})
+    other = tiny(BertForMaskedLM, intermediate_size=38)
+    with pytest.raises(ValueError, match=r"with parameters \d+: it was started with"):
+        train(other, texts, same, collate, lengths=texts.lengths)
+    (tmp_path / "settings.json").write_text("")
+    with pytest.raises(ValueError, match=r"cannot resume .*settings\.json"):
+        train(model, texts, same, collate, lengths=texts.lengths)
 
 
 @pytest.mark.parametrize(
@@ -319,6 +325,8 @@ def test_resume_refuses_other_settings(tmp_path):
         ({"max_steps": -1}, "max_steps is -1"),
         ({"lr": float("nan")}, "lr is nan"),
         ({"warmup": -0.1}, "warmup is -0.1"),
+        ({"warmup": float("inf")}, "warmup is inf"),
+        ({"weight_decay": float("inf")}, "weight_decay is inf"),
         ({"dtype": "fp8"}, "unknown dtype 'fp8', expected one of fp32, bf16"),
         ({"optimizer": "sgd"}, "unknown optimizer 'sgd'"),
         ({"device": "tpu"}, "unknown device 'tpu'"),

@@ -172,6 +172,7 @@ def write_predictions(
             for key, p in zip(ids, found, strict=True)
         },
     }
+    (folder / "null_odds.json").unlink(missing_ok=True)  # of another file's predictions
     if answering["null_allowed"]:
         files["null_odds"] = {key: p.null_odds for key, p in zip(ids, found, strict=True)}
     for name, content in files.items():

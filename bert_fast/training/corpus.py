@@ -55,16 +55,19 @@ class Corpus:
     def split(self, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Document numbers to train on and to hold back, sorted; each side gets two at least.
 
-        Raises: ValueError for fewer than 4 documents (2 where nothing is held back).
+        Those of one sentence, which make no pair, are on neither side.
+
+        Raises: ValueError for fewer than 4 documents of two sentences (2 where none is held back).
         """
-        count = len(self.documents) - 1
-        held = max(2, round(count * fraction)) if fraction else 0
-        if count - held < 2:
+        usable = np.flatnonzero(np.diff(self.documents) >= 2)
+        held = max(2, round(len(usable) * fraction)) if fraction else 0
+        if len(usable) - held < 2:
             raise ValueError(
-                f"the corpus has {count} documents, and pairs of sentences need 2 to train on"
-                f"{' and 2 to hold back' if held else ''}: separate documents by blank lines"
+                f"{len(usable)} of {len(self.documents) - 1} documents have two sentences or more, "
+                f"and pairs need 2 of them to train on{' and 2 to hold back' if held else ''}: "
+                "separate documents by blank lines"
             )
-        order = np.random.default_rng(seed).permutation(count)
+        order = usable[np.random.default_rng(seed).permutation(len(usable))]
         return np.sort(order[held:]), np.sort(order[:held])
 
 

@@ -8,6 +8,7 @@ the encoder as one batch.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from .scores import accuracy, pearson, spearman
 from .tasks import Job, Metrics, Task, token_limit
 
 LOSSES = {True: "CoSENTLoss", False: "MultipleNegativesRankingLoss"}  # by: there are scores
+SETTINGS = "sentence_bert_config.json"
 PAIRS_AT_ONCE = 4_096  # bounds the memory of their vectors
 
 
@@ -74,6 +76,8 @@ def embedding(job: Job) -> Task:
         notes.append(
             f"{job.model} is no folder of sentence-transformers': the mean of all tokens is taken"
         )
+    if name := model.default_prompt_name:
+        notes.append(f"its default prompt {name!r} is put before no text")
     items: list[Item] = []
     objective = MODEL_LOSS
     if train is not None:
@@ -94,11 +98,20 @@ def embedding(job: Job) -> Task:
         items,
         lambda items: _collate(items, collate),
         evaluate,
-        lambda folder: model.save(str(folder)),
+        lambda folder: _save(model, folder),
         predict,
         objective,
         notes,
     )
+
+
+def _save(model: Any, folder: Path) -> None:
+    """As a folder of sentence-transformers, which keeps of what it reads all but one setting."""
+    model.save(str(folder))
+    if getattr(model[0], "do_lower_case", False):
+        file = folder / sentence_modules(folder).get("Transformer", "") / SETTINGS
+        settings = json.loads(file.read_text(encoding="utf-8")) | {"do_lower_case": True}
+        file.write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
 
 
 def _objective(loss: Any) -> Objective:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
@@ -14,7 +16,7 @@ from ..convert import accelerate
 from .answers import spans
 from .classes import classification
 from .embedding import embedding
-from .items import lengths_of
+from .items import Item, lengths_of
 from .loop import train
 from .monitor import write_metrics
 from .tags import tokens
@@ -89,7 +91,7 @@ def finetune(job: Job, told: Callable[[str], None] = print) -> dict[str, Any]:
             lengths=lengths_of(task.items),
             evaluate=evaluate if task.evaluate is not None else None,
             objective=task.objective,
-            about=job.to_json(),
+            about=job.to_json() | {"contents": _checksum(task.items)},
             tokenizer=task.tokenizer,
         )
     task.model.to(processes.device)
@@ -111,3 +113,12 @@ def finetune(job: Job, told: Callable[[str], None] = print) -> dict[str, Any]:
         found = ", ".join(f"{name} {value:.4g}" for name, value in last.items())
         told(f"{found or ('predicted' if job.train is None else 'trained')}; {folder}")
     return last
+
+
+def _checksum(items: Sequence[Item]) -> int:
+    """Of all that is trained on, labels too: what other data a resumed run is told by."""
+    found = 0
+    for item in items:
+        for name in sorted(item):
+            found = zlib.crc32(np.asarray(item[name]).tobytes(), found)
+    return found

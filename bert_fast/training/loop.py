@@ -80,8 +80,9 @@ class Settings:
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} is {value}, expected a positive number")
         for name in ("warmup", "weight_decay", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name} is {value}, expected 0 or more")
         choices = (("dtype", DTYPES), ("optimizer", OPTIMIZERS), ("device", DEVICES))
         for name, allowed in choices:
             check_choice(name, getattr(self, name), allowed)
@@ -171,13 +172,16 @@ def train(
         **(about or {}),
         "examples": len(dataset),
         "tokens": int(_costs(dataset, lengths)(0).sum()),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "processes": arguments.world_size,
     }
     checkpoint = _checkpoint(settings, json.loads(json.dumps(agreed)))
     trainer = _Trainer(model, arguments, dataset, settings, collate, lengths, evaluate, objective)
     trainer.add_callback(Checkpoints(settings.output_dir, tokenizer))
     if arguments.should_save:
-        (settings.output_dir / "settings.json").write_text(json.dumps(agreed) + "\n")
+        part = settings.output_dir / "settings.json.part"
+        part.write_text(json.dumps(agreed) + "\n")
+        part.replace(settings.output_dir / "settings.json")
     if checkpoint and _done(checkpoint):  # Trainer would take one more step
         trainer.load(checkpoint)
     else:
@@ -363,7 +367,11 @@ def _checkpoint(settings: Settings, agreed: Mapping[str, Any]) -> Path | None:
     whole = [checkpoint for checkpoint in checkpoints if _whole(checkpoint)]
     if not whole:
         return None
-    before = json.loads((settings.output_dir / "settings.json").read_text())
+    file = settings.output_dir / "settings.json"
+    try:
+        before = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"cannot resume {settings.output_dir}: {file}: {error}") from None
     for name, value in agreed.items():
         if before.get(name) != value:
             raise ValueError(

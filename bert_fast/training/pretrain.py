@@ -93,9 +93,10 @@ class Recipe:
             raise ValueError(
                 f"max_length is {self.max_length}, expected {SPECIALS + LEAST} or more"
             )
-        for name in ("layers", "hidden", "heads", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        for name in ("layers", "hidden", "heads", "vocab_size", "intermediate"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected 1 or more")
 
     # What may change between a run and its resumption: where things lie.
     PLACES = ("sources", "tokenizer", "model", "config")

@@ -269,7 +269,7 @@ def in_order(names: set[str], known: Mapping[str, int] | None = None) -> tuple[s
     """By value where all are integers, else alphabetically; as in `known` where it has all."""
     if known and names <= set(known):
         return tuple(sorted(known, key=known.__getitem__))
-    if all(name.lstrip("-").isdecimal() for name in names):
+    if all(map(_is_integer, names)):
         return tuple(sorted(names, key=int))
     return tuple(sorted(names))
 
@@ -278,11 +278,15 @@ def label_name(value: Any) -> str:
     """The name under which a label is kept: 1, 1.0, "1" and " 1 " are the same one."""
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, float) and value == int(value):
+    if isinstance(value, float) and value.is_integer():
         return str(int(value))
     name = str(value).strip()
     whole = name.removesuffix(".0")
-    return whole if whole.lstrip("-").isdecimal() else name
+    return whole if _is_integer(whole) else name
+
+
+def _is_integer(name: str) -> bool:
+    return name.removeprefix("-").isdecimal()
 
 
 def _number(value: Any) -> float | None:
@@ -291,7 +295,7 @@ def _number(value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 

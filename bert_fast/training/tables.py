@@ -76,7 +76,7 @@ def _csv(file: Path) -> Rows:
 
 
 def _tsv(file: Path) -> Rows:
-    lines = [(n, line) for n, line in enumerate(read_lines(file), 1) if line.strip()]
+    lines = [(n, line) for n, line in enumerate(read_lines(file), 1) if line.strip(" ")]
     return _with_header(file, [line.split("\t") for _, line in lines], [n for n, _ in lines])
 
 

@@ -38,6 +38,8 @@ def find_files(sources: Sequence[str | Path]) -> list[Path]:
     for source in map(str, sources):
         matches = [source] if Path(source).exists() else sorted(glob.glob(source, recursive=True))
         files = [Path(match) for match in matches if Path(match).is_file()]
+        if not files and Path(source).is_dir():
+            raise ValueError(f"{source} is a folder: name its files, as in {source}/*.txt")
         if not files:
             raise ValueError(f"{source}: no such file, and no file matches it")
         found |= dict.fromkeys(files)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .readers import NO_LABEL, Columns, field_of, label_name
 from .tables import READERS, Table, read_table
@@ -69,10 +71,10 @@ def _words_of_table(table: Table, asked: Columns, labelled: bool) -> Words:
         found = []
         for column in columns:
             values = field_of(table, row, column)
-            if not isinstance(values, list) or any(v is None or v == "" for v in values):
+            if not isinstance(values, list) or not all(map(_is_value, values)):
                 raise ValueError(
                     f"{table.where(row)}, column {column!r}: {str(values)[:40]!r}, expected a "
-                    "list without empty values, one for each word"
+                    "list of texts or numbers, none of them empty, one for each word"
                 )
             found.append([label_name(v) for v in values] if column == tag_column else values)
         if not all(isinstance(word, str) for word in found[0]):
@@ -94,11 +96,23 @@ def _words_of_table(table: Table, asked: Columns, labelled: bool) -> Words:
     return Words(table.file, words, labels, places)
 
 
+def _is_value(value: Any) -> bool:
+    """Whether it may be a word or a label."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, str | int) and value != ""
+
+
+def _by_spaces(line: str) -> list[str]:
+    """Its fields; other spaces of Unicode, as between the digits of a number, part no words."""
+    return [field for field in line.split(" ") if field]
+
+
 def _conll(file: Path, labelled: bool) -> Words:
     words: list[list[str]] = []
     labels: list[list[str]] = []
     places: list[int] = []
-    lines = [line.split("\t") if "\t" in line else line.split() for line in read_lines(file)]
+    lines = [line.split("\t") if "\t" in line else _by_spaces(line) for line in read_lines(file)]
     usual, width = _width(lines)
     inside = False
     for number, fields in enumerate(lines, 1):
