@@ -71,7 +71,8 @@ def kernels(
     kind = DeviceType.CUDA if shown else DeviceType.CPU
     count, total = Counter[str](), Counter[str]()
     for event in found.events():
-        if event.device_type == kind:
+        # A GPU's events have the spans of `record_function` too, which kernels fill.
+        if event.device_type == kind and not (shown and event.is_user_annotation):
             count[event.name] += 1
             total[event.name] += (
                 event.time_range.elapsed_us() if shown else event.self_cpu_time_total

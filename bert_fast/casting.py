@@ -47,13 +47,14 @@ class _Cast(torch.autograd.Function):
 
 
 def in_dtypes(tensors: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> list[Any]:
-    """The tensors in these dtypes, copied in one launch and without a gradient; what has its dtype
-    already, as it is."""
-    made = [
+    """The tensors in these dtypes, copied in one launch for each dtype and without a gradient; what
+    has its dtype already, as it is."""
+    made: list[Any] = [
         t if t is None or t.dtype == dtype else torch.empty_like(t, dtype=dtype)
         for t, dtype in zip(tensors, dtypes, strict=True)
     ]
-    copied = [new is not t for new, t in zip(made, tensors, strict=True)]
-    if any(copied):
-        torch._foreach_copy_(list(compress(made, copied)), list(compress(tensors, copied)))
+    pairs = [(new, t) for new, t in zip(made, tensors, strict=True) if new is not t]
+    for to in {new.dtype for new, _ in pairs}:  # of several at once, some GPU builds took the first
+        some = [pair for pair in pairs if pair[0].dtype == to]
+        torch._foreach_copy_([new for new, _ in some], [t for _, t in some])
     return made

@@ -88,8 +88,8 @@ def read_batch(
     if bounds is not None:
         if not isinstance(bounds, Tensor):
             raise TypeError(f"cu_seq_lens_q is {bounds!r}, expected a tensor [batch + 1] of int32")
-        bounds = bounds.to(given.device, torch.int32)
         _check_bounds(bounds, length)
+        bounds = bounds.to(given.device, torch.int32)
     position_ids = inputs.get("position_ids")
     if position_ids is None and embeddings.known:
         position_ids = _positions(embeddings, input_ids, given, bounds, longest)

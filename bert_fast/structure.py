@@ -187,14 +187,15 @@ def _look(model: nn.Module, family: Family) -> Structure:
     embeddings: Any = None
     modules: Any = []
     try:
-        embeddings, modules = _embeddings(model.embeddings, family), family.layers(model)
-        why = reasons_against_layers(model, family)
+        modules, why = family.layers(model), reasons_against_layers(model, family)
+        if (kind := model.embeddings.word_embeddings.weight.device.type) not in ("cpu", "cuda"):
+            why.append(f"parameters are on {kind}")
+        if found := hooked_inside(model):
+            why.append(f"a hook or a replaced forward sits on an inner {type(found).__name__}")
+        if not why:  # to look at a GPU's buffers is to wait for it
+            embeddings = _embeddings(model.embeddings, family)
     except AttributeError as error:
         why = [f"its modules have another layout than {family.model}'s ({error})"]
-    if found := hooked_inside(model):
-        why.append(f"a hook or a replaced forward sits on an inner {type(found).__name__}")
-    if embeddings and embeddings.words.device.type not in ("cpu", "cuda"):
-        why.append(f"parameters are on {embeddings.words.device.type}")
     layers = [] if why else [family.parts(module) for module in modules]
     norms = [norm for m in layers for norm in (m.out_norm, m.down_norm)]
     dropouts = [pair for m in layers for pair in m.dropouts()]

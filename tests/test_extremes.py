@@ -28,10 +28,11 @@ def nans(found: list[Tensor | None]) -> list[Tensor]:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("name", "backend"), EXACT)
-def test_nan_goes_where_it_goes_in_pytorch(name: str, backend: str) -> None:
+def test_nan_goes_where_it_goes_in_pytorch(name: str, backend: str, dtype: torch.dtype) -> None:
     op = OPS[name]
-    (args,) = (s.args for s in op.samples(DEVICE, torch.float32) if s.name == smallest_sample(name))
+    (args,) = (s.args for s in op.samples(DEVICE, dtype) if s.name == smallest_sample(name))
     skip_unless_willing(name, backend, args)
     wanted, seen = trainable(op, backend, args), False
     for i, argument in enumerate(args):

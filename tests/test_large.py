@@ -93,6 +93,7 @@ CASES = {
     "embed_layernorm of many rows": ("embed_layernorm", lambda d: d.embeddings(4100, 64, p=0.1)),
     "add_layernorm by streams": ("add_layernorm", lambda d: d.rows(2500, 768)),
     "add_layernorm by streams, wide": ("add_layernorm", lambda d: d.rows(2500, 1024, p=0.1)),
+    "add_layernorm by streams, wide and many": ("add_layernorm", lambda d: d.rows(16_500, 1024)),
     "embed_layernorm by streams": ("embed_layernorm", lambda d: d.embeddings(2500, 1024, p=0.1)),
     "embed_layernorm of more than 30 rows a warp": (
         "embed_layernorm", lambda d: d.embeddings(70_000, 768, p=0.1)),

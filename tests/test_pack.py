@@ -18,10 +18,13 @@ from bert_fast.structure import structure_of
 from .models import ids, tiny
 from .parity import DEVICE
 
-pytestmark = pytest.mark.skipif(
-    bool(triton_missing()) or not (DEVICE.type == "cuda" or triton_interprets()),
-    reason="Triton does not run here",
-)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        bool(triton_missing()) or not (DEVICE.type == "cuda" or triton_interprets()),
+        reason="Triton does not run here",
+    ),
+]
 
 
 def mask_of(kind: str, batch: int, length: int) -> Tensor:

@@ -95,7 +95,8 @@ def test_random_configurations(chunk: int) -> None:
         try:
             # In half precision, which units of a ReLU flip at zero is luck on both sides: of 100
             # such cases our error is 0.8 of HF's in the mean, and 0.006 to 38 times it in one.
-            steady = act != "relu" or dtype == torch.float32
+            # So it is in fp32, but rare: a GPU rounds otherwise, and draws anew.
+            steady = act != "relu" or (dtype == torch.float32 and DEVICE.type == "cpu")
             compare(model.to(DEVICE), dtype, (inputs, rows.to(DEVICE)), gradients=steady)
         except AssertionError as error:
             raise AssertionError(f"case {told}: {error}") from None

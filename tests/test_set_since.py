@@ -102,6 +102,7 @@ def roberta() -> Any:
     return model.to(DEVICE).eval()
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize(
     ("make", "change"),
