@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops.modes import tracing
+from .ops.modes import tracing, valueless
 from .padding import Packing, pack_full, pack_mask, progression
 from .structure import Embeddings, Structure
 
@@ -159,7 +159,7 @@ def _positions(
     if by_id:
         real = input_ids.ne(first - 1).long()  # type: ignore[union-attr]
         columns = real.cumsum(1)
-        if bounds is None and length > limit and not torch.compiler.is_compiling():
+        if bounds is None and length > limit and not valueless(columns):
             _check_length(int(columns[:, -1].max()), limit)
     if not by_id or bounds is not None:
         _check_length(length if bounds is None else longest or 0, limit)
@@ -237,7 +237,7 @@ def _pack(
 
 def _has_holes(mask: Tensor) -> bool:
     """Whether tokens are dropped between kept ones, or before them (column 0 stays a query)."""
-    if torch.compiler.is_compiling():
+    if valueless(mask):
         return True
     keep = mask.bool()
     return bool((keep[:, 1:] & ~keep[:, :-1]).any())
@@ -245,7 +245,7 @@ def _has_holes(mask: Tensor) -> bool:
 
 def _looks_additive(mask: Tensor) -> bool:
     # Asking about values would stall a GPU's queue, so only a mask on the host is looked at.
-    if torch.compiler.is_compiling() or not mask.is_floating_point():
+    if valueless(mask) or not mask.is_floating_point():
         return False
     return mask.device.type == "cpu" and mask.numel() > 0 and not bool((mask > 0).any())
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import ops
 from .ops.backends import on_device_of, triton_missing, triton_module
-from .ops.modes import tracing
+from .ops.modes import tracing, valueless
 from .ops.registry import Chooser
 
 
@@ -112,7 +112,7 @@ def pack_mask(mask: Tensor) -> Packing:
     read it; `key_start` then excludes it from the keys.
     """
     batch, length = mask.shape
-    if torch.compiler.is_compiling():
+    if valueless(mask):
         return pack_traced(mask.bool())
     if mask.is_cuda and mask.numel() and not tracing() and not triton_missing():
         return pack_scanned(mask)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils import parametrize
 from transformers import (
     AlbertConfig,
@@ -17,6 +18,7 @@ from transformers import (
     AttentionMaskInterface,
     BertForMaskedLM,
     BertForSequenceClassification,
+    BertModel,
     MPNetConfig,
     MPNetForSequenceClassification,
     MPNetModel,
@@ -234,3 +236,12 @@ def test_forward_derivatives() -> None:
     with pytest.warns(UserWarning, match="forward-mode"):
         found = tangent(ours)
     torch.testing.assert_close(found, tangent(model), rtol=1e-4, atol=1e-4)
+
+
+def test_sizes_without_values() -> None:
+    """As tools ask for that reckon with memory."""
+    config = tiny().config
+    with FakeTensorMode(), DEVICE:
+        model = bert_fast.accelerate(BertModel(config).eval())
+        tokens = torch.ones(3, 12, dtype=torch.int64)
+        assert model(tokens, attention_mask=tokens).last_hidden_state.shape == (3, 12, 64)

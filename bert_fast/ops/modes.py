@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def tracing() -> bool:
@@ -14,6 +15,11 @@ def tracing() -> bool:
     # A non-empty dispatch-mode stack means FakeTensor, make_fx or a counter is watching: such
     # modes see dispatcher calls only, so a direct kernel call would escape them.
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def valueless(x: torch.Tensor) -> bool:
+    """Whether it stands for any values, so that none can be asked for."""
+    return torch.compiler.is_compiling() or (tracing() and isinstance(x, FakeTensor))
 
 
 @contextmanager
