@@ -127,7 +127,7 @@ def _forward_kernel(
         first, scale, seed, threshold, masked_from, length, True, DROPOUT, PRECISION, D, BLOCK_D,
         BN,
     )  # fmt: skip
-    alive = total > 0.0
+    alive = total != 0.0  # of NaN too
     # kept probabilities are scaled once, here
     inverse = tl.where(alive, keep_scale / tl.where(alive, total, 1.0), 0.0)
     o_d = tl.arange(0, BLOCK_D)

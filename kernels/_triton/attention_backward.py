@@ -150,7 +150,7 @@ def _dq_kernel(
         bias_row, o_m, o_dropout, length, first, scale, seed, threshold, keep_scale,
         masked_from, length, True, DROPOUT, PRECISION, D, BLOCK_D, BN,
     )  # fmt: skip
-    alive = total > 0.0
+    alive = total != 0.0  # of NaN too
     inverse = tl.where(alive, 1.0 / tl.where(alive, total, 1.0), 0.0)
     excess *= inverse
     tl.store(delta + o_stat, b_delta + excess, mask=m_m)
