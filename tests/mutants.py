@@ -22,6 +22,7 @@ def parity(which: str) -> tuple[str, ...]:
 
 
 CPU, TRITON = "kernels/csrc/cpu/", "kernels/_triton/"
+BEYOND = ("tests/test_beyond_blocks.py",)
 ENCODER, EMULATED = ("tests/test_encoder.py",), ("tests/test_emulation.py",)
 KERNELS = [
     # C++
@@ -196,6 +197,16 @@ KERNELS = [
     Mutant("attention: earlier blocks not rescaled", CPU + "attention.inc.h",
            "store(sum, fma(load(sum), rescale[0], total));", "store(sum, load(sum) + total);",
            parity("attention and (avx512 or avx2) and longer_than_a_block")),
+    Mutant("sums over rows end with the first parts", CPU + "rows.inc.h",
+           "first < n;", "first < smaller(n, group);", BEYOND),
+    Mutant("pool: tokens beyond the first parts", CPU + "pool.inc.h",
+           "start < rows;", "start < smaller<int64_t>(rows, 4 * group);", BEYOND),
+    Mutant("Triton add_layernorm: a bias alone has no gradient", TRITON + "add_layernorm.py",
+           "needs[4] or ", "", BEYOND),
+    Mutant("Triton pool: gradients of the first columns", TRITON + "pool.py",
+           "tl.program_id(2) * COLS + tl.arange(0, COLS)", "tl.arange(0, COLS)", BEYOND),
+    Mutant("qkv_linear: biases that were written to", "bert_fast/ops/qkv_linear.py",
+           "copy_of(weights, ", "copy_of(weights[:3], ", BEYOND),
     Mutant("attention: scores beyond 2^30 are as any", CPU + "attention.inc.h",
            "magnitude(base) > 0x1p20f", "magnitude(base) < 0.0f",
            ("tests/test_extremes.py", "-k", "beyond")),
