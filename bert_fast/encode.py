@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ def embed_tokens(
     """`embed` for a corpus that is tokenised already; the arguments are those of `embed`."""
     if pooling not in MODES:
         raise ValueError(f"pooling is {pooling!r}, expected one of {MODES}")
-    if not isinstance(batch_tokens, int) or batch_tokens < 1:
+    if not isinstance(batch_tokens, Integral) or batch_tokens < 1:
         raise ValueError(f"batch_tokens is {batch_tokens!r}, expected a number of at least 1")
     if backend is not None:
         check_backend(backend)

@@ -210,6 +210,10 @@ def test_wrong_arguments_are_named(model, tokenizer, arguments, message):
         embed(model, tokenizer, tiny.TEXTS, **arguments)
 
 
+def test_a_number_of_numpys_is_a_number(model, tokenizer):
+    assert embed(model, tokenizer, ["the cat"], batch_tokens=np.int64(7)).shape[0] == 1
+
+
 def test_one_text_is_not_its_characters(model, tokenizer):
     for call in (lambda: embed(model, tokenizer, "the cat"),
                  lambda: bert_fast.verify(model, "the cat", tokenizer)):  # fmt: skip
