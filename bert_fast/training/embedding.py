@@ -23,7 +23,7 @@ from ..console import cannot_load, check_tokenizer, load_weights
 from ..encode import sentence_modules
 from .items import Collate, Item, collator, item_of, outputs_of, tokenize, was_cut
 from .loop import MODEL_LOSS, Objective
-from .monitor import write_rows
+from .monitor import write_rows, write_whole
 from .readers import Labels, Texts, other_texts, read_texts
 from .scores import accuracy, pearson, spearman
 from .tasks import Job, Metrics, Task, token_limit
@@ -111,7 +111,7 @@ def _save(model: Any, folder: Path) -> None:
     if getattr(model[0], "do_lower_case", False):
         file = folder / sentence_modules(folder).get("Transformer", "") / SETTINGS
         settings = json.loads(file.read_text(encoding="utf-8")) | {"do_lower_case": True}
-        file.write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
+        write_whole(file, json.dumps(settings, indent=4) + "\n")
 
 
 def _objective(loss: Any) -> Objective:

@@ -30,7 +30,7 @@ from ..ops.masked_lm_loss import IGNORED
 from .batches import BalancedBatches
 from .checkpoints import Checkpoints, numbered
 from .lamb import Lamb
-from .monitor import Bar, Csv, Epochs, Speed
+from .monitor import Bar, Csv, Epochs, Speed, write_whole
 from .throughput import gemm_peak, training_flops
 
 OPTIMIZERS = ("adamw", "lamb")
@@ -179,9 +179,7 @@ def train(
     trainer = _Trainer(model, arguments, dataset, settings, collate, lengths, evaluate, objective)
     trainer.add_callback(Checkpoints(settings.output_dir, tokenizer))
     if arguments.should_save:
-        part = settings.output_dir / "settings.json.part"
-        part.write_text(json.dumps(agreed) + "\n")
-        part.replace(settings.output_dir / "settings.json")
+        write_whole(settings.output_dir / "settings.json", json.dumps(agreed) + "\n")
     if checkpoint and _done(checkpoint):  # Trainer would take one more step
         trainer.load(checkpoint)
     else:

@@ -24,7 +24,7 @@ def write_metrics(folder: Path, history: Sequence[Mapping[str, Any]], **values: 
     Returns: the file.
     """
     rows = {**values, "history": list(history)}
-    return _whole(folder / "metrics.json", _json(rows, indent=1))
+    return write_whole(folder / "metrics.json", _json(rows, indent=1))
 
 
 def write_rows(folder: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
@@ -32,10 +32,11 @@ def write_rows(folder: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
 
     Returns: the file.
     """
-    return _whole(folder / "predictions.jsonl", "".join(map(_json, rows)))
+    return write_whole(folder / "predictions.jsonl", "".join(map(_json, rows)))
 
 
-def _whole(file: Path, text: str) -> Path:
+def write_whole(file: Path, text: str) -> Path:
+    """Writes the text, whole or not at all; returns the file."""
     part = file.with_name(f".{file.name}.part")
     part.write_text(text, encoding="utf-8")
     return part.replace(file)
