@@ -41,7 +41,7 @@ test: setup assets
 
 # The tests of models against the oldest transformers that is supported.
 OLDER = .cache/transformers-5.17
-OF_MODELS = $(filter-out tests/test_bench_report.py tests/test_packaging.py tests/test_peers.py, \
+OF_MODELS = $(filter-out tests/test_packaging.py tests/test_peers.py, \
   $(shell grep -lE 'transformers|\.models import' tests/test_*.py))
 
 $(OLDER): | .venv/.deps

@@ -12,7 +12,7 @@ added to every interval, in quadrature.
 
 Then the ratios to bert_fast that each run printed are compared: two agree where their intervals
 overlap, and those that only one run has are counted. The exit code is 1 if anything regressed, 2 if
-a file cannot be read.
+a file cannot be read or nothing of the two can be compared.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ SHORT_MS = 1.0
 LEAST_UNCHANGED = 5  # entries, to tell their spread
 
 REGRESSION, IMPROVEMENT, NOISE = "regression", "improvement", "within noise"
-VANISHED, FEW, OTHER = "vanished", "too few windows", "another workload"
+VANISHED, APPEARED = "vanished", "appeared"
+FEW, OTHER = "too few windows", "another workload"
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Change:
 
     old, new: milliseconds; None where it failed or is not there.
     ratio: new over old, normalised; None where there is nothing to compare.
-    verdict: "regression", "improvement", "within noise", "vanished", "too few windows" or
-        "another workload".
+    verdict: "regression" (slower, or it fails now), "improvement", "within noise", "vanished",
+        "appeared", "too few windows" or "another workload".
     note: what the ratio was divided by, or why there is none.
     """
 
@@ -98,7 +99,8 @@ def _models(old: Run, new: Run) -> list[Change]:
         if was.contender != OURS:
             continue
         now = after.get(key)
-        change = _without_times(was, now, _ms(was), _ms(now))
+        broke = now is not None and now.failed is not None
+        change = _without_times(was, now, _ms(was), _ms(now), broke)
         if change is None and now is not None:
             change = _model(was, now, *_yardsticks(key, before, after), drift)
         if change:
@@ -213,7 +215,9 @@ def _ops(old: Run, new: Run) -> list[Change]:
     }
     changes = []
     for was, now in pairs:
-        change = _without_times(was, now, was.ms, now.ms if now else None)
+        # A kernel that this machine cannot run is told of in the same field as one that broke.
+        broke = now is not None and now.failure in new.failed
+        change = _without_times(was, now, was.ms, now.ms if now else None, broke)
         if change is None and now is not None and was.ms and now.ms:
             value = now.ms / was.ms / scale
             spreads = (was.spread or 0.0, now.spread or 0.0, drift[was.ms < SHORT_MS])
@@ -225,15 +229,20 @@ def _ops(old: Run, new: Run) -> list[Change]:
 
 
 def _without_times(
-    was: Entry | OpEntry, now: Entry | OpEntry | None, old: float | None, new: float | None
+    was: Entry | OpEntry,
+    now: Entry | OpEntry | None,
+    old: float | None,
+    new: float | None,
+    broke: bool,
 ) -> Change | None:
     """What there is to say where a side has no time; None where both have one, or neither."""
     if now is None:
         return Change(was.key, old, None, None, VANISHED, "not in the new run")
     if old and not new:
-        return Change(was.key, old, None, None, REGRESSION, f"failed: {now.failed or 'no time'}")
+        verdict = REGRESSION if broke else VANISHED
+        return Change(was.key, old, None, None, verdict, now.failed or "not timed")
     if new and not old:
-        return Change(was.key, None, new, None, IMPROVEMENT, f"had failed: {was.failed}")
+        return Change(was.key, None, new, None, APPEARED, was.failed or "was not timed")
     return None
 
 
@@ -288,7 +297,7 @@ def show(changes: Sequence[Change], console: Console) -> None:
     table = Table(title="new / old: above 1 is slower", title_justify="left")
     for column in ("entry", "old ms", "new ms", "ratio", "95 %", "verdict", "note"):
         table.add_column(column, justify="right" if column.endswith(("ms", "ratio")) else "left")
-    styles = {REGRESSION: "bold red", IMPROVEMENT: "green", VANISHED: "yellow"}
+    styles = {REGRESSION: "bold red", IMPROVEMENT: "green", VANISHED: "yellow", APPEARED: "yellow"}
     for c in changes:
         times = ("" if ms is None else f"{ms:.3f}" for ms in (c.old, c.new))
         value = f"{c.ratio.value:.3f}" if c.ratio else ""
@@ -321,7 +330,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     changes = compare(old, new)
     show(changes, console)
     show_agreement(old, new, console)
-    return int(any(change.verdict == REGRESSION for change in changes))
+    if any(change.verdict == REGRESSION for change in changes):
+        return 1
+    if not any(change.ratio for change in changes):
+        print("bench.compare: nothing that both runs timed can be compared", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

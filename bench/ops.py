@@ -96,7 +96,7 @@ def bench_op(
 def _failed(run: Run, entry: OpEntry, error: Exception) -> OpEntry:
     wrong = isinstance(error, WrongError)
     entry.failed = f"{'wrong' if wrong else type(error).__name__}: {error}"[:300]
-    run.failed.append(f"op {entry.op} {entry.case} {entry.kernel}: {entry.failed}")
+    run.failed.append(entry.failure)
     return entry
 
 

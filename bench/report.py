@@ -314,6 +314,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_readme(run, options.result)
         if options.out or not options.readme:
             out = options.out or options.result.with_suffix(".html")
+            if out.resolve() == options.result.resolve():
+                raise ValueError(f"{out} is the result itself: the page needs another name")
             out.write_text(render(run))
             print(out)
     except (OSError, ValueError) as error:

@@ -111,6 +111,11 @@ class OpEntry:
     def key(self) -> tuple[str, ...]:
         return (self.op, self.case, self.dtype, self.kernel, self.step)
 
+    @property
+    def failure(self) -> str:
+        """The line of `Run.failed` that tells of it, if it broke and is not only missing here."""
+        return f"op {self.op} {self.case} {self.kernel}: {self.failed}"
+
 
 @dataclass
 class Scaling:
@@ -196,19 +201,23 @@ def new_run(command: str, device: torch.device, commit: str | None = None) -> Ru
 def load(path: Path) -> Run:
     """Reads a file of `Run.save`.
 
-    Raises: ValueError for a file of another schema; OSError for one that cannot be read.
+    Raises: ValueError for a file of another schema or of other fields; OSError for one that cannot
+        be read.
     """
     found = json.loads(path.read_text())
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         raise ValueError(f"{path} is not a result of schema {SCHEMA}")
-    found["models"] = [
-        Entry(**{**row, "ratio": row["ratio"] and Interval(**row["ratio"])})
-        for row in found["models"]
-    ]
-    found["ops"] = [OpEntry(**row) for row in found["ops"]]
-    found["scaling"] = [Scaling(**row) for row in found["scaling"]]
-    found["noise"] = found["noise"] and Noise(**found["noise"])
-    return Run(**found)
+    try:
+        found["models"] = [
+            Entry(**{**row, "ratio": row["ratio"] and Interval(**row["ratio"])})
+            for row in found["models"]
+        ]
+        found["ops"] = [OpEntry(**row) for row in found["ops"]]
+        found["scaling"] = [Scaling(**row) for row in found["scaling"]]
+        found["noise"] = found["noise"] and Noise(**found["noise"])
+        return Run(**found)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a whole result of schema {SCHEMA}: {error}") from error
 
 
 def default_path(run: Run, kind: str, part: str = "") -> Path:

@@ -140,8 +140,8 @@ def _tally(rated: Sequence[Standing]) -> str:
         [s for s in rated if s.verdict == verdict]
         for verdict in ("faster", "slower", "within noise")
     )
-    told = [f"it is faster than every peer on {len(wins)} of {len(rated)}"]
-    told.append(f"within noise of the fastest on {len(ties)}")
+    told = [f"it is faster than the fastest peer on {len(wins)} of {len(rated)}"]
+    told.append(f"within noise of it on {len(ties)}")
     names = [
         f"{_name(s)} ({s.peer.ratio.value:.2f} times as fast as {s.peer.contender})"
         for s in losses
