@@ -52,6 +52,15 @@ def cu_seqlens(op: str, value: Tensor) -> None:
         raise ValueError(f"bert_fast.{op}: cu_seqlens is empty, expected B + 1 values")
 
 
+def bounds(op: str, values: list[int], rows: int) -> None:
+    """Of cu_seqlens that were read already: to read them is to wait for a GPU."""
+    if values[0] != 0 or values[-1] != rows or values != sorted(values):
+        raise ValueError(
+            f"bert_fast.{op}: cu_seqlens is {values}, expected ascending numbers from 0 to {rows}, "
+            "the number of rows"
+        )
+
+
 def indices(op: str, value: Tensor) -> None:
     if value.dtype.is_floating_point or value.element_size() != 8:
         raise TypeError(f"bert_fast.{op}: indices is {value.dtype}, expected int64")

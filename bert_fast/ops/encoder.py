@@ -80,6 +80,7 @@ def check(
     x, cu_seqlens, key_start, bias, rows, weights, heads, max_seqlen, eps, activation, int8
 ) -> None:
     op = "encoder"
+    checks.rank(op, "x", x, 2)
     if not weights or len(weights) % len(LAYER):
         raise ValueError(
             f"bert_fast.{op}: weights has {len(weights)} tensors, expected {len(LAYER)} a layer"

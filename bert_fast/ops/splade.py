@@ -65,6 +65,8 @@ def _forward(x, weight, bias, cu_seqlens, *, save) -> tuple[Tensor, ...]:
     lengths = cu_seqlens.diff()
     in_one = x.is_cuda and not save  # one kernel: two for each sequence would fill the queue
     bounds = [] if in_one else cu_seqlens.tolist()
+    if bounds:
+        checks.bounds("splade", bounds, x.shape[0])
     sequences = [(b, *ends) for b, ends in enumerate(itertools.pairwise(bounds))]
     for words in _chunks(x, weight.shape[0]):
         logits = product_fp32(x, weight[words].t())
