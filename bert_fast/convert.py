@@ -45,7 +45,7 @@ from .reading import (
     restore_reading_head,
     swap_reading_head,
 )
-from .structure import reasons_against_layers, structure_of
+from .structure import forget_structure, reasons_against_layers, structure_of
 from .swap import put_back
 
 M = TypeVar("M")
@@ -173,6 +173,7 @@ def restore(model: M) -> M:
         restore_reading_head(module)
         if family_of(module):
             forget_copies(module)  # those that `embed` made, too
+            forget_structure(module)
         if isinstance(module, Packed) and OPTIONS in module.__dict__:
             del module.__dict__[OPTIONS]
             put_back(module)
@@ -203,7 +204,8 @@ def report(model: Any) -> Report:
         row, name = family_of(module), name or type(module).__name__
         replaced = [REPLACED] if "forward" in module.__dict__ else []
         if isinstance(module, PackedHead):
-            if why := reasons_against_head(module) + reasons_against_loss(module) + replaced:
+            why = reasons_against_head(module, module.bert_fast_head)
+            if why := [*why, *reasons_against_loss(module), *replaced]:
                 result.skipped[name] = why
             else:
                 result.swapped[name] = "loss on scored tokens only"

@@ -323,7 +323,7 @@ def _packable(model: nn.Module) -> nn.Module:
 def _around(model: nn.Module, encoder: nn.Module) -> str | None:
     """What else makes the vectors of `model`, and would be left out here."""
     if hooked(encoder):
-        return f"a hook or a replaced forward sits on its {type(encoder).__name__}"
+        return f"a hook or a replaced method sits on its {type(encoder).__name__}"
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return "it puts learned tokens before each text"
     if type(model).__name__ == "SentenceTransformer":

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from operator import attrgetter
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ from .ops.backends import triton_missing, triton_module
 from .ops.modes import for_a_recording, tracing
 from .ops.weight_copies import holding_copies
 from .padding import Packing
-from .structure import Structure
+from .structure import KeptInModel, Structure
 
 MOST_TOKENS = 8_192  # more keep a GPU busy for longer than their launches take
 KEPT = 32  # graphs of a model, the last used
@@ -221,7 +220,7 @@ def capture_cuda(run: Callable[[], Tensor], place: Place) -> tuple[Callable[[], 
     return graph.replay, output
 
 
-class Graphs:
+class Graphs(KeptInModel):
     """The graphs of one model; they share memory, as only one of them runs at a time."""
 
     def __init__(
@@ -320,14 +319,14 @@ class Graphs:
         return weights, [*map(_eps, self.norms)], scales, torch.backends.cuda.matmul.fp32_precision
 
 
-_graphs: WeakKeyDictionary[nn.Module, Graphs] = WeakKeyDictionary()
+_GRAPHS = "_bert_fast_graphs"
 
 
 def graphs_of(model: nn.Module, structure: Structure) -> Graphs:
     """The graphs kept of a model; new ones where its modules are no longer those recorded."""
-    found = _graphs.get(model)
+    found = model.__dict__.get(_GRAPHS)
     if found is None or found.structure is not structure:
-        found = _graphs[model] = Graphs(model, structure)
+        found = model.__dict__[_GRAPHS] = Graphs(model, structure)
     return found
 
 
@@ -343,10 +342,10 @@ def look(model: nn.Module, structure: Structure) -> None:
 
 def kept_of(model: nn.Module) -> int:
     """How many graphs are kept of a model."""
-    found = _graphs.get(model)
+    found = model.__dict__.get(_GRAPHS)
     return len(found.kept) if found else 0
 
 
 def forget_graphs(model: nn.Module) -> None:
     """Gives the memory of a model's graphs back."""
-    _graphs.pop(model, None)
+    model.__dict__.pop(_GRAPHS, None)

@@ -35,7 +35,7 @@ from .packed import (
     tell,
 )
 from .padding import Packing, pack_full
-from .paths import chosen, reasons_against_now
+from .paths import Backend, chosen, reasons_against_now
 from .structure import foreign, hooked, hooked_inside, odd
 from .swap import arguments, encoder_of, put_back, swapped_class
 
@@ -89,12 +89,11 @@ def restore_head(model: Any) -> None:
         put_back(model)
 
 
-def reasons_against_head(model: Any) -> list[str]:
+def reasons_against_head(model: Any, row: Head) -> list[str]:
     """Why Hugging Face's own head has to run on this model as it is now (empty: ours runs)."""
     encoder: Any = encoder_of(model)
     if not takes_word(encoder):
         return [NO_WORD]
-    row = model.bert_fast_head
     try:
         parts, like = row.parts(model), encoder.embeddings.word_embeddings.weight
     except AttributeError as error:
@@ -115,7 +114,7 @@ def reasons_against_head(model: Any) -> list[str]:
         if child is encoder:
             continue
         if hooked(child) or hooked_inside(child):
-            return [f"a hook or a replaced forward sits on the head's {type(child).__name__}"]
+            return [f"a hook or a replaced method sits on the head's {type(child).__name__}"]
         # Others (a metric, a teacher) take no part.
         of_head = not leaves.isdisjoint(child.modules())
         if of_head and (found := foreign(child, leaves, row.module)):
@@ -136,34 +135,41 @@ def reasons_against_loss(model: Any) -> list[str]:
 
 
 def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    why = reasons_against_head(model) or reasons_against_loss(model) or reasons_against_now()
+    # All that is of the class is asked first: another thread may put the model back meanwhile.
+    row, kind, original = model.bert_fast_head, model.bert_fast_output, model.bert_fast_original
+    options = options_of(model)
+    why = reasons_against_head(model, row) or reasons_against_loss(model) or reasons_against_now()
     if why:
         tell(why)
-        return model.bert_fast_original.forward(model, *args, **kwargs)
-    row, given = model.bert_fast_head, arguments(model, args, kwargs)
+        return original.forward(model, *args, **kwargs)
+    given = arguments(model, args, kwargs)
     labels = given.pop("labels", None)
     pair_labels = None if row.pair is None else given.pop(row.pair.labels, None)
     as_dict = asked(model, given, "return_dict", True)
     given.pop("return_dict", None)
     with_loss = labels is not None and (row.pair is None or pair_labels is not None)
     wanted: Any = True
-    if with_loss and options_of(model).sparse_logits and not torch.compiler.is_compiling():
+    if with_loss and options.sparse_logits and not torch.compiler.is_compiling():
         wanted = functools.partial(_scored_rows, labels, row.pair is not None)
     states = _states(encoder_of(model)(**given, **{AS_PACKED: wanted}, return_dict=True))
     fields: dict[str, Any] = {}
-    targets = None
+    parts, targets = row.parts(model), None
     if with_loss:
         targets = _targets(labels, states)
-        fields["loss"] = _loss(model, states, targets)
-    fields[row.logits] = _logits(model, states, targets)
+        fields["loss"] = _loss(parts, states, targets, options.backend)
+    scores_only = targets is not None and options.sparse_logits
+    if scores_only and model.training:
+        fields[row.logits] = None
+    else:
+        fields[row.logits] = _logits(
+            parts, states, targets if scores_only else None, options.backend
+        )
     if row.pair is not None:
         fields[row.pair.logits] = scores = row.pair.classifier(model)(states.pooled())
         if with_loss:
             other = F.cross_entropy(scores.view(-1, 2), pair_labels.view(-1))  # type: ignore[union-attr]
             fields["loss"] = fields["loss"] + other
-    output = model.bert_fast_output(
-        **fields, hidden_states=states.hidden_states, attentions=states.attentions
-    )
+    output = kind(**fields, hidden_states=states.hidden_states, attentions=states.attentions)
     return output if as_dict else output.to_tuple()
 
 
@@ -204,27 +210,24 @@ def _targets(labels: Tensor, states: PackedStates) -> Tensor:
     return targets if states.rows is None else targets[states.rows]
 
 
-def _loss(model: Any, states: PackedStates, targets: Tensor) -> Tensor:
+def _loss(parts: HeadParts, states: PackedStates, targets: Tensor, backend: Backend) -> Tensor:
     """The mean over scored tokens, in the dtype of the hidden states, as Hugging Face has it."""
-    parts, h = model.bert_fast_head.parts(model), states.h
+    h = states.h
     if not torch.compiler.is_compiling():  # whose sizes may not depend on values
         rows = (targets != IGNORED).nonzero().flatten()
         h, targets = ops.unpad(h, rows), targets[rows]
-    x, weight, bias = cast(_transformed(model, parts, h), parts.decoder.weight, parts.decoder.bias)
-    use = chosen(options_of(model).backend, "masked_lm_loss")
+    x, weight, bias = _scored(parts, h, backend)
+    use = chosen(backend, "masked_lm_loss")
     return ops.masked_lm_loss(x, weight, bias, targets, use).to(h.dtype)
 
 
-def _logits(model: Any, states: PackedStates, targets: Tensor | None) -> Tensor | None:
-    """[B, S, V], zeros at padding; for a loss with sparse logits, [scored, V] or None."""
-    parts, options, packing = model.bert_fast_head.parts(model), options_of(model), states.packing
-    h, sparse = states.h, options.sparse_logits and targets is not None
-    if sparse and model.training:
-        return None
-    if sparse:
-        h = h[targets != IGNORED]
-    logits = linear(parts.decoder, _transformed(model, parts, h), options.backend)
-    return logits if sparse else packing.pad(logits, chosen(options.backend, "pad"))
+def _logits(
+    parts: HeadParts, states: PackedStates, targets: Tensor | None, backend: Backend
+) -> Tensor:
+    """[B, S, V], zeros at padding; [scored, V] of the rows that have a target, where given."""
+    h = states.h if targets is None else states.h[targets != IGNORED]
+    logits = linear(parts.decoder, _transformed(parts, h, backend), backend)
+    return logits if targets is not None else states.packing.pad(logits, chosen(backend, "pad"))
 
 
 def splade(model: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -244,7 +247,8 @@ def splade(model: Any, *args: Any, **kwargs: Any) -> Tensor:
             f"bert_fast.splade: {type(model).__name__} is no masked-LM model that "
             "bert_fast.accelerate has taken"
         )
-    if why := reasons_against_head(model) or reasons_against_now():
+    row, backend = model.bert_fast_head, options_of(model).backend
+    if why := reasons_against_head(model, row) or reasons_against_now():
         raise ValueError(f"bert_fast.splade: {'; '.join(why)}")
     given = arguments(model, args, kwargs)
     mask = given.get("attention_mask")
@@ -260,13 +264,17 @@ def splade(model: Any, *args: Any, **kwargs: Any) -> Tensor:
         real = mask.bool()
         h = ops.unpad(h, packing.unpad_ids(real).nonzero().flatten())
         bounds = F.pad(real.sum(1).cumsum(0, dtype=torch.int32), (1, 0))
-    parts = model.bert_fast_head.parts(model)
-    x, weight, bias = cast(_transformed(model, parts, h), parts.decoder.weight, parts.decoder.bias)
-    return ops.splade(x, weight, bias, bounds, chosen(options_of(model).backend, "splade"))
+    x, weight, bias = _scored(row.parts(model), h, backend)
+    return ops.splade(x, weight, bias, bounds, chosen(backend, "splade"))
 
 
-def _transformed(model: Any, parts: HeadParts, h: Tensor) -> Tensor:
+def _scored(parts: HeadParts, h: Tensor, backend: Backend) -> tuple[Tensor, ...]:
+    """What the decoder multiplies, its weight and its bias, in one dtype."""
+    x = _transformed(parts, h, backend)
+    return cast(x, parts.decoder.weight, parts.decoder.bias)
+
+
+def _transformed(parts: HeadParts, h: Tensor, backend: Backend) -> Tensor:
     """LayerNorm(activation(dense(h))) [rows, H] -> [rows, E]."""
-    backend = options_of(model).backend
     y = activated_linear(parts.dense, parts.activation, h, backend)
     return normalized(y, parts.norm, backend)

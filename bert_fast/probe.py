@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -47,39 +48,59 @@ _lock = threading.Lock()
 _this_thread = threading.local()
 
 
+def _renew_lock() -> None:
+    """Who held it is not in a child process."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
 def _probe(model: nn.Module, difference: Callable[..., float]) -> str | None:
     """In a thread of its own: OpenMP keeps the threads of one that has used it, and where a server
     forks its workers after `accelerate`, the child's would wait for threads that it does not have.
     """
     original = original_of(model)
     forwards = frozenset(type(m).forward for m in model.modules())
-    if getattr(_this_thread, "probes", False):
+    if hasattr(_this_thread, "asking"):
         # A constructor that accelerates what it makes comes back here from within the probe.
         return _asked(original, forwards, difference)
     with _lock:
         if (original, forwards) not in _told:
             with ThreadPoolExecutor(1, initializer=_begin) as apart:
-                apart.submit(_asked, original, forwards, difference).result()
+                return apart.submit(_asked, original, forwards, difference).result()
         return _told[original, forwards]
 
 
 def _begin() -> None:
-    _this_thread.probes = True
+    _this_thread.asking = set()
 
 
 def _asked(original: Any, forwards: frozenset[Any], difference: Callable[..., float]) -> str | None:
-    if (original, forwards) not in _told:
-        _told[original, forwards] = None
-        try:
-            found = difference(original)
-            told = None if found < 1e-4 else f"outputs differ by {found:.1e}"
-        except Exception as error:  # whatever an unknown class raises, the user's model must not
-            told = f"{type(error).__name__}: {error}"
-        _told[original, forwards] = told and (
-            f"bert_fast does not know {original.__name__} as it is in transformers "
-            f"{transformers.__version__} ({told}); the model is left as it was"
-        )
-    return _told[original, forwards]
+    """What is told, which is kept but where something was raised: that may pass (no memory, another
+    thread that makes every new model a meta one)."""
+    key, asking = (original, forwards), _this_thread.asking
+    if key in _told or key in asking:
+        return _told.get(key)
+    asking.add(key)
+    try:
+        found = difference(original)
+    except Exception as error:  # whatever an unknown class raises, the user's model must not
+        return _unknown(original, f"{type(error).__name__}: {error}")
+    finally:
+        asking.discard(key)
+    told = _unknown(original, f"outputs differ by {found:.1e}")
+    _told[key] = None if found < 1e-4 else told
+    return _told[key]
+
+
+def _unknown(original: Any, told: str) -> str:
+    return (
+        f"bert_fast does not know {original.__name__} as it is in transformers "
+        f"{transformers.__version__} ({told}); the model is left as it was"
+    )
 
 
 def _small(original: Any) -> tuple[nn.Module, dict[str, Tensor]]:

@@ -65,7 +65,7 @@ def reasons_against_reading(model: Any) -> list[str]:
         known = type(child).__module__ == model.bert_fast_original.__module__
     if not known:
         return [f"its {by} is {type(child).__qualname__}, which is not transformers'"]
-    return [f"a hook or a replaced forward sits on its {by}"] if hooked(child) else []
+    return [f"a hook or a replaced method sits on its {by}"] if hooked(child) else []
 
 
 def _first_tokens(model: Any, own: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:

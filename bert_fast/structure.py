@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Container
 from dataclasses import dataclass
-from itertools import chain, repeat
+from inspect import isfunction
+from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
 
@@ -119,7 +119,15 @@ _parameters = itemgetter("_parameters")
 _dtype = attrgetter("dtype")
 
 
-class _Seen:
+class KeptInModel:
+    """What is kept in a model's `__dict__`: a global would keep for ever what refers back to the
+    model, a hook of its owner's among it. A copy or a pickle of the model has None in its place."""
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+class _Seen(KeptInModel):
     """A look at a model, and what tells that it is still true: that no inner module was replaced,
     wrapped, or moved to another dtype or device.
 
@@ -131,7 +139,7 @@ class _Seen:
 
     def __init__(self, structure: Structure, model: nn.Module, hooks: int) -> None:
         self.structure, self.hooks = structure, hooks
-        self.modules = list(model.modules())[1:]  # not the model: nothing here may keep it alive
+        self.modules = list(model.modules())[1:]  # not the model, which keeps this
         self.insides = [module.__dict__ for module in self.modules]
         below = [inside["_modules"] for inside in self.insides]
         self.parents = [model._modules, *filter(None, below)]
@@ -147,7 +155,7 @@ class _Seen:
         return parameters, (
             list(map(type, self.modules)),
             list(chain.from_iterable(map(dict.values, self.parents))),
-            list(map(dict.__contains__, self.insides, repeat("forward"))),
+            list(map(len, self.insides)),  # a method that is replaced on an instance is one more
             list(map(_dtype, there)),
             list(map(Tensor.get_device, there)),
             [inside.get(name) for inside, name in self.settings],
@@ -160,7 +168,12 @@ class _Seen:
         return alike and all(map(is_, parameters, self.parameters))
 
 
-_seen: weakref.WeakKeyDictionary[nn.Module, _Seen] = weakref.WeakKeyDictionary()
+_SEEN = "_bert_fast_seen"
+
+
+def forget_structure(model: nn.Module) -> None:
+    """Drops what was looked at."""
+    model.__dict__.pop(_SEEN, None)
 
 
 def structure_of(model: nn.Module, family: Family) -> Structure:
@@ -169,17 +182,18 @@ def structure_of(model: nn.Module, family: Family) -> Structure:
         return _look(model, family)
     # Every hook that is registered, on whatever module, takes the next number: while that stands
     # still, no hook has come to a model that had none.
-    found, hooks = _seen.get(model), RemovableHandle.next_id
+    found, hooks = model.__dict__.get(_SEEN), RemovableHandle.next_id
     if found and found.hooks != hooks and not hooked_inside(model):
         found.hooks = hooks
     if (
         found is None
+        or found.parents[0] is not model._modules  # a replica of DataParallel has its original's
         or found.hooks != hooks
         or found.structure.why
         or not found.holds()
         or found.structure.modules != family.layers(model)  # ALBERT's are counted by its config
     ):
-        found = _seen[model] = _Seen(_look(model, family), model, hooks)
+        found = model.__dict__[_SEEN] = _Seen(_look(model, family), model, hooks)
     return found.structure
 
 
@@ -191,7 +205,7 @@ def _look(model: nn.Module, family: Family) -> Structure:
         if (kind := model.embeddings.word_embeddings.weight.device.type) not in ("cpu", "cuda"):
             why.append(f"parameters are on {kind}")
         if found := hooked_inside(model):
-            why.append(f"a hook or a replaced forward sits on an inner {type(found).__name__}")
+            why.append(f"a hook or a replaced method sits on an inner {type(found).__name__}")
         if not why:  # to look at a GPU's buffers is to wait for it
             embeddings = _embeddings(model.embeddings, family)
     except AttributeError as error:
@@ -339,9 +353,11 @@ def hooked_inside(model: nn.Module) -> nn.Module | None:
 
 
 def hooked(module: nn.Module) -> bool:
-    if "forward" in module.__dict__ or module._forward_pre_hooks or module._backward_hooks:
+    """Whether somebody else takes part in what it computes; or one of its methods is replaced."""
+    if module._forward_pre_hooks or sees_output(module):
         return True
-    return sees_output(module)
+    cls = type(module)
+    return any(isfunction(getattr(cls, name, None)) for name in module.__dict__)
 
 
 def sees_output(module: nn.Module) -> bool:

@@ -47,7 +47,7 @@ MODELS = [
            "        or found.elements != _fingerprint([given[i] for i in found.copied])\n", "",
            ("tests/test_accelerate.py", "-k", "through_data")),
     Mutant("model: of weights copied and referred to, none tells of a write", COPIES,
-           "if id(w) not in themselves]", "if not themselves]",
+           "if w.data_ptr() not in shared]", "if not shared]",
            ("tests/test_accelerate.py", "-k", "through_data")),
     Mutant("model: only the first element of a weight tells of a write", CPU + "fingerprint.cpp",
            "sizes[d] / (2 * kSamples) * strides[d]", "0",

@@ -59,11 +59,15 @@ def caught(where: Path, tests: tuple[str, ...]) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, add_help=True)
-    parser.add_argument("--only", default="", help="mutants whose bug or file contains this text")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="TEXT",
+        help="mutants whose bug or file contains one of these texts",
+    )  # fmt: skip
     only = parser.parse_args().only
-    chosen = [m for m in MUTANTS if only in m.bug or only in m.file]
-    if not chosen:
-        parser.error(f"--only {only!r}: no mutant's bug or file contains this")
+    chosen = [m for m in MUTANTS if any(text in m.bug or text in m.file for text in only)]
+    for text in only:
+        if not any(text in m.bug or text in m.file for m in chosen):
+            parser.error(f"--only {text!r}: no mutant's bug or file contains this")
     console, table = Console(), Table("bug", "file", "seconds", "caught")
     missed, stale = 0, False
     with tempfile.TemporaryDirectory() as folder:

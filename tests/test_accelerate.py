@@ -106,6 +106,12 @@ def through_data_of_biases(model: nn.Module) -> None:
             p.data.add_(0.5)
 
 
+def transposed(model: nn.Module) -> None:
+    for layer in model.encoder.layer:
+        weight = layer.attention.output.dense.weight
+        weight.data = weight.data.t()  # of a square matrix: the same memory, and its diagonal
+
+
 def new_storage(model: nn.Module) -> None:
     for p in model.parameters():
         p.data = p.data * 1.1
@@ -133,7 +139,7 @@ def swapped(model: nn.Module) -> None:
 
 CHANGES = [
     in_place, one_element_in_place, through_data, new_storage, state_dict, new_parameters,
-    swapped,
+    swapped, transposed,
 ]  # fmt: skip
 if DEVICE.type == "cpu":  # nothing tells of a part's change on a GPU
     CHANGES += [through_data_of_a_head, through_data_of_a_heads_columns, through_data_of_biases]

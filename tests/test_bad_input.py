@@ -88,9 +88,9 @@ def test_ids_outside_the_vocabulary(value: int) -> None:
     tokens = ids(2, 6)
     tokens[1, 3] = value
     model = bert_fast.accelerate(tiny())
-    with pytest.raises((IndexError, RuntimeError), match=str(value)), torch.inference_mode():
+    with pytest.raises(IndexError, match=str(value)), torch.inference_mode():
         model(tokens)
-    with pytest.raises((IndexError, RuntimeError), match="7"):
+    with pytest.raises(IndexError, match="7"):
         model(ids(2, 6), token_type_ids=torch.full((2, 6), 7))
 
 

@@ -280,7 +280,7 @@ def test_more_than_an_encoder_is_refused(model, tokenizer):
         embed(SentenceTransformer(nn.Sequential(model), Dense()), tokenizer, ["a"])
     other = copy.deepcopy(model)
     other.register_forward_hook(lambda *args: None)
-    with pytest.raises(ValueError, match="a hook or a replaced forward sits on its BertModel"):
+    with pytest.raises(ValueError, match="a hook or a replaced method sits on its BertModel"):
         embed(other, tokenizer, ["a"])
     prompted = nn.Sequential(model)
     prompted.active_peft_config = SimpleNamespace(is_prompt_learning=True)

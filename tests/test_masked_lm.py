@@ -158,7 +158,7 @@ def test_a_foreign_head_keeps_its_own_code() -> None:
     model = bert_fast.accelerate(tiny(BertForMaskedLM))
     expected = model(**inputs_of()).loss
     model.cls.predictions.decoder.register_forward_hook(lambda module, args, out: 2 * out)
-    with pytest.warns(UserWarning, match="a hook or a replaced forward sits on the head's"):
+    with pytest.warns(UserWarning, match="a hook or a replaced method sits on the head's"):
         found = model(**inputs_of()).loss
     assert "not accelerated: a hook" in str(bert_fast.report(model))
     assert not torch.allclose(found, expected)

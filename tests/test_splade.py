@@ -97,5 +97,5 @@ def test_refuses() -> None:
     with pytest.raises(ValueError, match=r"attention_mask has shape \(4, 11, 11\), expected"):
         bert_fast.splade(model, tokens, pair)
     model.cls.predictions.register_forward_hook(lambda module, args, out: 2 * out)
-    with pytest.raises(ValueError, match="splade: a hook or a replaced forward"):
+    with pytest.raises(ValueError, match="splade: a hook or a replaced method"):
         bert_fast.splade(model, tokens)

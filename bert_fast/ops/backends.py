@@ -24,6 +24,9 @@ AMX = 6  # "avx512" is the best of 3 (AVX-512 alone), 4 (with VNNI), 5 (and BF16
 
 Limits = Callable[..., list[str]]
 
+# How C++ says it of an id (cpu/dispatch.cpp); torch's own ops raise IndexError.
+_OUT_OF_RANGE = ", expected 0 <= value < "
+
 
 def no_limits(*args: Any) -> list[str]:
     return []
@@ -134,7 +137,12 @@ def _cpu_kernel(op: str, lead: int, limits: Limits, name: str, isa: int) -> Kern
         return cpu_reasons(args[lead], name, isa) or limits(*args)
 
     def forward(*args: Any, save: bool) -> tuple[Tensor, ...]:
-        return _tuple(getattr(torch.ops.bert_fast_cpu, f"{op}_forward")(*args, save, isa))
+        try:
+            return _tuple(getattr(torch.ops.bert_fast_cpu, f"{op}_forward")(*args, save, isa))
+        except RuntimeError as error:  # the one kind that C++ raises
+            if _OUT_OF_RANGE in str(error):
+                raise IndexError(str(error)) from None
+            raise
 
     def backward(*args: Any, needs: list[bool]) -> tuple[Tensor, ...]:
         return _tuple(getattr(torch.ops.bert_fast_cpu, f"{op}_backward")(*args, needs, isa))

@@ -152,7 +152,10 @@ def _packed(w: dict[str, Tensor], isa: int, int8: bool) -> Iterable[Tensor]:
     # Once where layers share their weights.
     yield from copy_of(three, f"qkv panels {isa} {int8}", make)
     for name in LAYER[6:]:
-        yield panels(w[name], isa, int8) if w[name].dim() == 2 else w[name].contiguous()
+        if w[name].dim() == 2:
+            yield panels(w[name], isa, int8)
+        else:
+            yield w[name].detach().contiguous()
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:

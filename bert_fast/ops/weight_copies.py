@@ -1,10 +1,10 @@
 """Copies made of weights (three packed into one, reordered for oneDNN), kept while they are true.
 
 A copy lives beside the user's weight, which is never changed, for as long as that tensor lives and
-nothing writes to it: address and version tell, and on the CPU sixteen elements of each tensor,
-because a write through `.data` (as EMA code does) leaves the version as it was. These are read in
-every forward, from memory that other weights have pushed out of the caches, so not of a tensor that
-a copy only refers to.
+nothing writes to it: address, version and layout tell, and on the CPU sixteen elements of each
+tensor, because a write through `.data` (as EMA code does) leaves the version as it was. These are
+read in every forward, from memory that other weights have pushed out of the caches, so not of a
+tensor that a copy only refers to.
 """
 
 from __future__ import annotations
@@ -56,14 +56,20 @@ def copy_of(
 ) -> Any:
     """`make()`, or what it gave before for these weights and this kind of copy.
 
-    referred: the tensors in a copy that may be weights themselves; there, a write is seen anyway.
+    referred: the tensors in a copy that may share a weight's memory: there, a write is seen anyway.
+        Detached, or a hook on a weight that refers to its model would keep that for ever.
     """
     given = [w for w in weights if w is not None]
     held = getattr(_held, "copies", None)
     if held is None and given[0].is_cuda and torch.cuda.is_current_stream_capturing():
         return make()  # in somebody's graph, which would replay the copy of today's weights
     try:
-        stamp = (*map(id, given), *map(Tensor.data_ptr, given), *map(_version, given))
+        stamp = (
+            *map(id, given),
+            *map(Tensor.data_ptr, given),
+            *map(_version, given),
+            *map(Tensor.is_contiguous, given),  # a transpose given to `.data` has the same address
+        )
     except RuntimeError:  # an inference tensor has no version to tell when a copy is stale
         return make()
     kinds = _copies.get(given[0])
@@ -78,8 +84,8 @@ def copy_of(
         # Not as inference tensors: a copy may be the source of another copy.
         with torch.inference_mode(False), torch.no_grad():
             value = make()
-        themselves = set(map(id, referred(value)))
-        copied = [i for i, w in enumerate(given) if id(w) not in themselves]
+        shared = set(map(Tensor.data_ptr, referred(value)))
+        copied = [i for i, w in enumerate(given) if w.data_ptr() not in shared]
         found = _Copy(stamp, copied, _fingerprint([given[i] for i in copied]), value)
         if given[0].is_cuda and not torch.cuda.is_current_stream_capturing():
             torch.cuda.current_stream(given[0].device).synchronize()  # others may read it now
