@@ -41,7 +41,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--contenders", help="names of peers; all that are installed otherwise")
     parser.add_argument("--precisions", help="of fp32,bf16,int8,fp8")
     parser.add_argument("--seconds", type=float, help="for each workload, about (10)")
-    parser.add_argument("--out", type=Path, help="bench/results/cpu-<machine>-<commit>.json")
+    parser.add_argument(
+        "--out", type=Path, help="bench/results/<cpu or cuda>-<device>-<commit>[-<part>].json"
+    )
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"))
     return parser
 

@@ -120,7 +120,7 @@ def advice() -> list[str]:
     if extension_missing():
         told.append(
             "The C++ kernels are not built: with a C++20 compiler and torch installed, "
-            "`pip install --no-build-isolation --no-deps .` from the source tree."
+            "`pip install --no-build-isolation --no-deps -e .` in the source tree."
         )
     if torch.cuda.is_available() and triton_missing():
         told.append("There is a GPU but no Triton: `pip install 'triton>=3.6'`.")

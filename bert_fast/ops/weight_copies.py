@@ -96,7 +96,7 @@ def copy_of(
 
 
 def _fingerprint(weights: list[Tensor]) -> Any:
-    """Of elements along a diagonal: one at least of every head's rows, and of its columns."""
+    """Of elements along a diagonal: one at least of each head's rows and columns, to 16 heads."""
     if not weights or weights[0].device.type != "cpu":
         return None  # reading a GPU's tensor would stall its queue
     if not extension_missing():

@@ -5,7 +5,7 @@
 
 namespace bert_fast::cpu {
 
-// Elements along a diagonal: one at least of every head's rows, and of its columns.
+// Elements along a diagonal: of up to so many heads, one at least of each one's rows and columns.
 constexpr int64_t kSamples = 16;
 
 struct Element {
