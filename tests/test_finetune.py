@@ -373,13 +373,17 @@ def test_an_embedding_model_is_saved_as_it_was_trained(finetune, model, tmp_path
     sentence_transformers = pytest.importorskip("sentence_transformers")
     folder = tmp_path / "lower"
     made = sentence_transformers.SentenceTransformer(str(model), device="cpu")
-    made.tokenizer.backend_tokenizer.normalizer = None
     made.save(str(folder))
-    settings = folder / "sentence_bert_config.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"do_lower_case": True}))
-    given = folder / "config_sentence_transformers.json"
-    prompts = {"prompts": {"query": "the: "}, "default_prompt_name": "query"}
-    given.write_text(json.dumps(json.loads(given.read_text()) | prompts))
+    for name, settings in (
+        ("tokenizer_config.json", {"do_lower_case": False}),  # the words alone make them small
+        ("sentence_bert_config.json", {"do_lower_case": True}),
+        (
+            "config_sentence_transformers.json",
+            {"prompts": {"query": "the: "}, "default_prompt_name": "query"},
+        ),
+    ):
+        given = folder / name
+        given.write_text(json.dumps(json.loads(given.read_text()) | settings))
     file = lines(tmp_path / "pairs.jsonl", [{"text": "The CAT", "text_b": "A Dog SAT"}] * 8)
     result, _, out = finetune("embedding", *fast(epochs=1), "--model", folder, train=file)
     assert result.exit_code == 0 and "default prompt 'query'" in result.stderr, result.output
