@@ -6,6 +6,9 @@
 Each layer unpads its queries, keys and values, attends, and pads again. Cases that the op does not
 serve (causal, cross-attention, sliding windows, a cache) go to transformers' own SDPA, and where
 the attention's probabilities are asked for, to its eager form.
+
+Of padded positions it computes nothing: under a head whose loss reads them (question answering),
+take another.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ same parameters, same state_dict, same name, another forward.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -92,8 +92,8 @@ def accelerate(
         keep_padding: padded positions are computed too, as queries, as transformers computes them;
             for a head of yours that reads them. Those known to read them (question answering,
             ColBERT's query expansion) get them without being told; in evaluation without labels
-            question answering gives the least logit there is at padding, asked or not. It does
-            nothing where a family takes the attention alone.
+            question answering gives the least logit there is at padding, asked or not. A model of
+            which bert_fast takes the attention alone is then left as it is.
 
     Returns: the same object. Parameters, state_dict, dtype and device are not touched; `restore`
         undoes the change. Another call replaces what was asked for, but for `keep_padding`.
@@ -118,12 +118,16 @@ def accelerate(
             f"bert_fast.accelerate: {type(model).__name__} contains no transformers model of a "
             f"known family: {', '.join(sorted(row.model for row in BY_CLASS.values()))}"
         )
-    read_whole = {inner for head in filter(_reads_padding, modules) for inner in head.modules()}
+    read_whole = _read_whole(modules)
     refused, unknown = {}, 0
     for module in found:
         row = family_of(module)
         if row is None:
-            why = _why_not_other(module) or accelerate_attention(module)
+            why = _why_not_other(module, keep_padding or module in read_whole)
+            if why:
+                restore_attention(module)
+            else:
+                why = accelerate_attention(module)
             if not why and (backend != "auto" or checkpoint != "none" or dtype or graphs):
                 warn_once(
                     f"bert_fast: {type(module).__name__} takes the attention alone: backend, "
@@ -200,6 +204,7 @@ def report(model: Any) -> Report:
     adapter put in later) is listed as skipped with the reason; Hugging Face's forward runs there.
     """
     result = Report({}, {})
+    read_whole = _read_whole(_module_of(model).modules())
     for name, module in _module_of(model).named_modules():
         row, name = family_of(module), name or type(module).__name__
         replaced = [REPLACED] if "forward" in module.__dict__ else []
@@ -222,7 +227,8 @@ def report(model: Any) -> Report:
                 if swapped:
                     result.swapped[name] = "attention only"
                 else:
-                    result.skipped[name] = _why_not_other(module) or ["accelerate was not called"]
+                    why = _why_not_other(module, module in read_whole)
+                    result.skipped[name] = why or ["accelerate was not called"]
             continue
         packed = isinstance(module, Packed)
         why = why_not_packed(module, row) + (replaced if packed else [])
@@ -278,6 +284,11 @@ def _module_of(model: Any) -> nn.Module:
     return found
 
 
+def _read_whole(modules: Iterable[nn.Module]) -> set[nn.Module]:
+    """All that is below a head which reads padded positions."""
+    return {inner for head in filter(_reads_padding, modules) for inner in head.modules()}
+
+
 def _reads_padding(module: nn.Module) -> bool:
     """Whether a head reads padded positions: a softmax over all of them (question answering), or
     ColBERT's queries, whose expansion tokens are masked as keys and scored all the same.
@@ -297,12 +308,14 @@ def _other(module: nn.Module) -> bool:
     return cls.__name__ in (ATTENTION_ONLY.get(cls.__module__), refused)
 
 
-def _why_not_other(module: nn.Module) -> list[str]:
+def _why_not_other(module: nn.Module, read_whole: bool) -> list[str]:
     found = REFUSED.get(type(module).__module__)
     if found:
         return [found[1]]
     if getattr(module.config, "is_decoder", False):
         return ["it is a decoder or has cross-attention"]
+    if read_whole:
+        return ["its head reads padded positions, of which this attention computes nothing"]
     return []
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
+    AutoModelForQuestionAnswering,
     EsmConfig,
     GPT2Config,
     MegatronBertConfig,
@@ -204,6 +205,25 @@ def test_attention_only(name: str, kind: str) -> None:
         with pytest.warns(UserWarning, match=f"{type(plain).__name__} takes the attention alone"):
             bert_fast.accelerate(plain, dtype="int8")
         assert torch.equal(bert_fast.restore(plain)(**inputs)[0], before)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_attention_alone_is_not_taken_under_who_reads_padding(name: str) -> None:
+    plain = AutoModel.from_config(OTHERS[name]).eval().to(DEVICE)
+    if not plain._can_set_attn_implementation():
+        pytest.skip("its attention is never taken")
+    before = plain.config._attn_implementation
+    bert_fast.accelerate(plain)
+    with pytest.raises(ValueError, match="its head reads padded positions"):
+        bert_fast.accelerate(plain, keep_padding=True)
+    assert plain.config._attn_implementation == before
+    try:
+        head = AutoModelForQuestionAnswering.from_config(OTHERS[name])
+    except ValueError:
+        return  # esm has no such head
+    with pytest.raises(ValueError, match="its head reads padded positions"):
+        bert_fast.accelerate(head)
+    assert "its head reads padded positions" in str(bert_fast.report(head))
 
 
 def test_refused_by_name() -> None:
