@@ -24,6 +24,8 @@ from .console import (
     load_weights,
     log,
     one_line_errors,
+    whole,
+    write_whole,
 )
 from .training import commands as training
 from .training.finetune_command import finetune
@@ -107,7 +109,8 @@ def embed(
         texts = read_texts(source, field_of(source, text_field))
 
         from .convert import accelerate
-        from .encode import embed_tokens, sentence_settings, token_limit, tokenize, truncation_note
+        from .encode import embed_tokens, token_limit, tokenize, truncation_note
+        from .sentence import sentence_settings
 
         own = sentence_settings(model)
         if own.lower:
@@ -136,6 +139,7 @@ def embed(
                     task, advance=n, tokens=bar.tasks[task].fields["tokens"] + t
                 ),
             )
+        vectors = vectors[:, : own.dimensions]
         save(output, vectors)
         seconds = time.perf_counter() - start
         log.print(
@@ -171,7 +175,7 @@ def verify(
         check_choice("device", device, DEVICES)
         check_model(model)
         if json_file:
-            check_output(json_file)
+            check_output(json_file, str(texts or ""))
         chosen = list(SAMPLE_TEXTS)
         if texts:
             given = read_texts(str(texts), field_of(str(texts)))
@@ -183,7 +187,7 @@ def verify(
         found = compare(bert, chosen, tokenizer, backend, gradients, narrow)
         print(found)
         if json_file:
-            json_file.write_text(json.dumps(found.to_json(), indent=1) + "\n")
+            write_whole(json_file, json.dumps(found.to_json(), indent=1) + "\n")
     if not found.passed:
         raise typer.Exit(1)
 
@@ -339,13 +343,8 @@ def save(file: Path, array: Any) -> None:
     """Writes a .npy file whole or not at all."""
     import numpy as np
 
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as opened:
-            np.save(opened, array)
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole(file) as part, part.open("wb") as opened:
+        np.save(opened, array)
 
 
 app.command()(training.pretrain)

@@ -113,11 +113,35 @@ def check_model(folder: Path) -> None:
 
 def check_output(file: Path, source: str = "") -> None:
     """What would otherwise fail, or write over the input, after the work is done."""
+    if str(file) == "-":
+        raise ValueError("- is no file to write: name one")
     if file.exists() and Path(source).is_file() and file.samefile(source):
         raise ValueError(f"{file} is the input, expected another file to write")
     if file.is_dir():
         raise ValueError(f"{file} is a folder, expected a file to write")
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{file} is a device or a pipe, expected a file to write")
+    file = file.resolve()  # a link stays one
     if not file.parent.is_dir():
         raise ValueError(f"no folder {file.parent} to write {file.name} to")
     if not os.access(file.parent, os.W_OK):
         raise ValueError(f"{file.parent} is not writable")
+
+
+@contextmanager
+def whole(file: Path) -> Iterator[Path]:
+    """A file beside `file` (what it is a link to), which takes its place when it is done."""
+    file = file.resolve()
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_whole(file: Path, text: str) -> Path:
+    """Writes the text, whole or not at all; returns the file."""
+    with whole(file) as part:
+        part.write_text(text, encoding="utf-8")
+    return file

@@ -9,13 +9,11 @@ Reimers & Gurevych, arXiv 1908.10084.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,11 +23,12 @@ from torch import Tensor, nn
 from . import ops
 from .convert import check_backend, is_encoder, why_not_packed
 from .families import family_of
-from .inputs import check_texts, most_tokens
+from .inputs import most_tokens, texts_of
 from .modeling import encode
 from .ops.pool import MODES
 from .packed import options_of
 from .paths import Backend, chosen
+from .sentence import SERVED, sentence_classes, settings_of
 from .structure import hooked
 
 TEXTS_AT_ONCE = 8_192  # bounds what the tokenizer's Python lists take, not what is kept
@@ -70,8 +69,8 @@ def embed(
     texts: Sequence[str],
     *,
     batch_tokens: int = 16_384,
-    pooling: str = "mean",
-    normalize: bool = True,
+    pooling: str | None = None,
+    normalize: bool | None = None,
     max_length: int | None = None,
     backend: Backend | None = None,
     progress: Progress | None = None,
@@ -81,12 +80,13 @@ def embed(
     Args:
         model: a transformers encoder, or a module with one inside; on any device, in fp32, bf16
             or fp16. Accelerated or not; accelerated with dtype="int8" or "fp8", in that. It runs
-            in evaluation mode and is left as it was.
+            in evaluation mode and is left as it was. What is None below, a SentenceTransformer
+            says itself; also how many columns to keep, and whether texts lose their capitals.
         tokenizer: its fast tokenizer.
         texts: n strings; an empty one gives the embedding of the empty text.
         batch_tokens: tokens per batch; a longer text gets a batch of its own.
-        pooling: "mean" over a text's tokens, or "cls", its first token.
-        normalize: divide each vector by its L2 norm.
+        pooling: "mean" over a text's tokens, or "cls", its first token; None: "mean".
+        normalize: divide each vector by its L2 norm; None: yes.
         max_length: tokens kept of each text; None: as many as model and tokenizer take.
         backend: as in `bert_fast.accelerate`; None: what the model was accelerated with, or "auto".
         progress: called after each batch with how many (texts, tokens) it has answered.
@@ -94,35 +94,43 @@ def embed(
     Returns: float32 [n, H]. Pooling and norms are computed in fp32, whatever the model's dtype.
     Raises: ValueError for a model without an encoder that can run packed (with the reasons), or
         whose vectors are more than the encoder's, a tokenizer that is not fast, an unknown
-        pooling, a max_length over the model's positions.
-    Warns: UserWarning with the number of texts cut to `max_length`, if there are any.
+        pooling, a max_length over the model's positions. TypeError for what is no text.
+    Warns: UserWarning with the number of texts cut to `max_length`, if there are any, and for a
+        prompt that a SentenceTransformer would put before the texts.
     """
-    limit = token_limit(model, tokenizer, max_length)
+    own, texts = settings_of(model), texts_of(texts)
+    limit = token_limit(model, tokenizer, max_length, own.max_length)
+    if own.lower:
+        texts = [text.lower() for text in texts]
+    if own.prompt:
+        warnings.warn(f"its prompt {own.prompt!r} is not put before the texts", stacklevel=2)
     tokens = tokenize(tokenizer, texts, limit)
     if tokens.truncated:
         warnings.warn(truncation_note(tokens, limit), stacklevel=2)
-    return embed_tokens(
+    vectors = embed_tokens(
         model,
         tokens,
         batch_tokens=batch_tokens,
-        pooling=pooling,
-        normalize=normalize,
+        pooling=pooling or own.pooling or "mean",
+        normalize=own.normalize is not False if normalize is None else normalize,
         backend=backend,
         progress=progress,
     )
+    return vectors[:, : own.dimensions]
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> Tokens:
     """The ids of every text with its special tokens, cut to `max_length`, without padding.
 
-    Raises: ValueError for a tokenizer that is not fast; TypeError for one text instead of several.
+    Raises: ValueError for a tokenizer that is not fast; TypeError for what is no text, and for one
+        text instead of several.
     """
     check_fast(tokenizer)
-    check_texts(texts)
+    texts = texts_of(texts)
     pieces, counts, truncated = [np.empty(0, np.int32)], [0], 0
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         found = tokenizer(
-            list(texts[start : start + TEXTS_AT_ONCE]),
+            texts[start : start + TEXTS_AT_ONCE],
             truncation=True,
             max_length=max_length,
             return_attention_mask=False,
@@ -243,64 +251,6 @@ def truncation_note(tokens: Tokens, max_length: int) -> str:
     return f"{tokens.truncated} of {len(tokens)} texts were cut to {max_length} tokens"
 
 
-# Of a SentenceTransformer's modules, what is served: the encoder, and what comes after it.
-SERVED = {"Transformer", "Pooling", "Normalize"}
-
-
-@dataclass(frozen=True)
-class SentenceSettings:
-    """What a sentence-transformers folder asks for; None where it says nothing.
-
-    lower: whether the texts are put into small letters first.
-    prompt: the name of what it puts before each text unless told otherwise.
-    """
-
-    pooling: str | None = None
-    normalize: bool | None = None
-    max_length: int | None = None
-    lower: bool = False
-    prompt: str | None = None
-
-
-def sentence_modules(folder: Path) -> dict[str, str]:
-    """The classes in modules.json of a sentence-transformers folder, and their folders in it."""
-    modules = _json(folder / "modules.json", [])
-    return {module["type"].rsplit(".", 1)[-1]: module["path"] for module in modules}
-
-
-def sentence_settings(folder: Path) -> SentenceSettings:
-    """Reads modules.json, the pooling's config and two more files of a model folder.
-
-    Raises: ValueError for a pooling other than mean and cls, and for modules after the encoder
-        other than Pooling and Normalize.
-    """
-    kinds = sentence_modules(folder)
-    if unknown := sorted(kinds.keys() - SERVED):
-        raise ValueError(f"{folder / 'modules.json'} has {', '.join(unknown)}, which is not served")
-    pooling = _json(folder / kinds.get("Pooling", "1_Pooling") / "config.json", {})
-    named = pooling.get("pooling_mode") or []
-    modes = [named] if isinstance(named, str) else list(named)
-    modes += [
-        key.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens")
-        for key, value in pooling.items()
-        if key.startswith("pooling_mode_") and value is True
-    ]
-    if modes and (len(modes) > 1 or modes[0] not in MODES):
-        raise ValueError(f"the model pools by {' + '.join(modes)}, expected one of {MODES}")
-    settings = _json(folder / "sentence_bert_config.json", {})
-    return SentenceSettings(
-        modes[0] if modes else None,
-        "Normalize" in kinds if kinds else None,
-        settings.get("max_seq_length"),
-        bool(settings.get("do_lower_case")),
-        _json(folder / "config_sentence_transformers.json", {}).get("default_prompt_name"),
-    )
-
-
-def _json(file: Path, absent: Any) -> Any:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else absent
-
-
 def _packable(model: nn.Module) -> nn.Module:
     """The one encoder inside `model`, or a ValueError that says why it cannot run packed."""
     found = [module for module in model.modules() if is_encoder(module)]
@@ -326,7 +276,9 @@ def _around(model: nn.Module, encoder: nn.Module) -> str | None:
         return f"a hook or a replaced method sits on its {type(encoder).__name__}"
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return "it puts learned tokens before each text"
-    if type(model).__name__ == "SentenceTransformer":
+    if kinds := sentence_classes(model):
+        if "SentenceTransformer" not in kinds:
+            return "its vectors are not those that pooling gives"
         others = {type(module).__name__ for module in model.children()} - SERVED
         return f"it has {', '.join(sorted(others))}" if others else None
     return None

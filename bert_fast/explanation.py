@@ -84,16 +84,15 @@ def explain(model: nn.Module, inputs: Mapping[str, Any]) -> Explanation:
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append((module, args, kwargs))
 
-    hooks = [
-        m.register_forward_pre_hook(note, with_kwargs=True)
-        for m in model.modules()
-        if is_encoder(m)
-    ]
+    encoders = [m for m in model.modules() if is_encoder(m)]
+    hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in encoders]
     try:
         model(**inputs)
     finally:
         for hook in hooks:
             hook.remove()
+    if not calls:  # sentence-transformers calls `forward` itself, past all hooks
+        _by_forward(model, inputs, encoders, note)
     if not calls:
         others = {type(m).__name__ for m in model.modules()} & set(ATTENTION_ONLY.values())
         about = f": {others.pop()} takes the attention alone" if others else ""
@@ -105,6 +104,28 @@ def explain(model: nn.Module, inputs: Mapping[str, Any]) -> Explanation:
     structure = structure_of(module, module.bert_fast_family)
     why = reasons_against_call(module, given) or reasons_against(module, structure)
     return Explanation(fallback=why) if why else _explained(module, structure, given)
+
+
+def _by_forward(
+    model: nn.Module, inputs: Mapping[str, Any], encoders: list[nn.Module], note: Any
+) -> None:
+    """Runs the model with encoders whose `forward` tells of its call first."""
+    free = [m for m in encoders if "forward" not in vars(m)]
+
+    def noted(own: Any, module: nn.Module) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            note(module, args, kwargs)
+            return own(*args, **kwargs)
+
+        return forward
+
+    for m in free:
+        vars(m)["forward"] = noted(m.forward, m)
+    try:
+        model(**inputs)
+    finally:
+        for m in free:
+            del vars(m)["forward"]
 
 
 @dataclass(frozen=True)

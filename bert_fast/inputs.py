@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -124,10 +124,18 @@ def read_batch(
     return Batch(packing, bias, input_ids, embeds, token_type_ids, position_ids, extra)
 
 
-def check_texts(texts: Any) -> None:
-    """Raises: TypeError for one text, whose characters would be taken for texts."""
-    if isinstance(texts, str | bytes):
-        raise TypeError(f"texts is {texts!r}, expected a sequence of texts")
+def texts_of(texts: Any) -> list[str]:
+    """The texts, as a list.
+
+    Raises: TypeError for one text, whose characters would be taken for texts, and for what is none.
+    """
+    if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Iterable):
+        raise TypeError(f"texts is {texts!r}, expected several texts")
+    found = list(texts)
+    for i, text in enumerate(found):
+        if not isinstance(text, str):
+            raise TypeError(f"texts[{i}] is {text!r}, expected a str")
+    return found
 
 
 def first_position(embeddings: Any) -> int:

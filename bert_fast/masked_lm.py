@@ -251,6 +251,7 @@ def splade(model: Any, *args: Any, **kwargs: Any) -> Tensor:
     if why := reasons_against_head(model, row) or reasons_against_now():
         raise ValueError(f"bert_fast.splade: {'; '.join(why)}")
     given = arguments(model, args, kwargs)
+    given.pop("return_dict", None)
     mask = given.get("attention_mask")
     if mask is not None and mask.dim() != 2:
         raise ValueError(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .convert import accelerate, is_encoder, restore
 from .explanation import Explanation, explain
-from .inputs import check_texts, most_tokens
+from .inputs import most_tokens, texts_of
 from .packed import reasons_against_call
 from .paths import Backend
 from .swap import put_back
@@ -132,7 +132,7 @@ def verify(
     Raises: ValueError for no or too many texts, and for a model that cannot be accelerated;
         TypeError for one text that is not in a list.
     """
-    check_texts(texts)
+    texts = texts_of(texts)
     if not 1 <= len(texts) <= MAX_TEXTS:
         raise ValueError(f"{len(texts)} texts given, expected 1 to {MAX_TEXTS}")
     inner = [module for module in model.modules() if is_encoder(module)]

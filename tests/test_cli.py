@@ -303,6 +303,38 @@ def test_verify_takes_a_class_of_ours_for_what_it_is(folder, monkeypatch):
     assert not bert_fast.verify(model, tiny.TEXTS, tokenizer, gradients=False).passed
 
 
+def test_where_it_may_write(text_file, folder, tmp_path):
+    def run(out):
+        line = ["embed", str(text_file), "-o", str(out), "--model", str(folder)]
+        return CliRunner().invoke(app, line)
+
+    real, link = tmp_path / "real.npy", tmp_path / "link.npy"
+    real.write_text("old")
+    link.symlink_to(real)
+    assert run(link).exit_code == 0
+    assert link.is_symlink() and len(np.load(real)) == len(tiny.TEXTS)
+    os.mkfifo(tmp_path / "pipe")
+    refused(run(tmp_path / "pipe"), "pipe is a device or a pipe")
+    refused(run("-"), "- is no file to write")
+    before = text_file.read_text()
+    line = ["verify", str(folder), "--texts", str(text_file), "--json", str(text_file)]
+    refused(CliRunner().invoke(app, line), "is the input")
+    assert text_file.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.txt", "the cat\nsat\n".encode("utf-16-le"), "line 1: a NUL byte, expected UTF-8"),
+        ("a.jsonl", b"[" * 200_000, "line 1: "),
+        ("a.jsonl", b'{"text": "a"}\n{"text": ' + b"1" * 5_000 + b"}", "line 2: "),
+    ],
+)
+def test_what_is_not_read(bert_fast_embed, tmp_path, name, content, told):
+    (tmp_path / name).write_bytes(content)
+    refused(bert_fast_embed(tmp_path / name)[0], name, told)
+
+
 def test_verify_refuses_bad_input(folder, tmp_path):
     refused(CliRunner().invoke(app, ["verify", str(tmp_path / "no")]), "no model at")
     empty = tmp_path / "empty.txt"

@@ -191,7 +191,7 @@ LAYERS = (
     {"graphs", "modeling"},
     {"layer_node"},
     {"attention_interface", "casting", "families", "inputs", "padding", "paths", "structure"}
-    | {"swap"},
+    | {"sentence", "swap"},
     {"console", "notice", "ops"},
 )
 RANKS = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from ..console import cannot_load, check_tokenizer, load_weights
-from ..encode import sentence_modules
+from ..console import cannot_load, check_tokenizer, load_weights, write_whole
+from ..sentence import sentence_modules
 from .items import Collate, Item, collator, item_of, outputs_of, tokenize, was_cut
 from .loop import MODEL_LOSS, Objective
-from .monitor import write_rows, write_whole
+from .monitor import write_rows
 from .readers import Labels, Texts, other_texts, read_texts
 from .scores import accuracy, pearson, spearman
 from .tasks import Job, Metrics, Task, token_limit

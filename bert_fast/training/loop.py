@@ -25,12 +25,12 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
-from ..console import check_choice
+from ..console import check_choice, write_whole
 from ..ops.masked_lm_loss import IGNORED
 from .batches import BalancedBatches
 from .checkpoints import Checkpoints, numbered
 from .lamb import Lamb
-from .monitor import Bar, Csv, Epochs, Speed, write_whole
+from .monitor import Bar, Csv, Epochs, Speed
 from .throughput import gemm_peak, training_flops
 
 OPTIMIZERS = ("adamw", "lamb")

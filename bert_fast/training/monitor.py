@@ -17,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.progress import TimeRemainingColumn as Remaining
 from transformers import TrainerCallback
 
+from ..console import write_whole
+
 
 def write_metrics(folder: Path, history: Sequence[Mapping[str, Any]], **values: Any) -> Path:
     """Writes metrics.json whole or not at all: `values`, then "history" with a row per log.
@@ -33,13 +35,6 @@ def write_rows(folder: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     Returns: the file.
     """
     return write_whole(folder / "predictions.jsonl", "".join(map(_json, rows)))
-
-
-def write_whole(file: Path, text: str) -> Path:
-    """Writes the text, whole or not at all; returns the file."""
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    return part.replace(file)
 
 
 def _json(value: Any, indent: int | None = None) -> str:

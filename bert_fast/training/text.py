@@ -79,6 +79,8 @@ def read_lines(file: Path | None) -> list[str]:
     for number, line in enumerate(found, 1):
         try:
             lines.append(line.removesuffix(b"\r").decode())
+            if "\0" in lines[-1]:  # as in UTF-16 without its mark
+                raise ValueError(f"{file or 'stdin'}, line {number}: a NUL byte, expected UTF-8")
         except UnicodeDecodeError as error:
             name = file or "stdin"
             raise ValueError(f"{name}, line {number}: not UTF-8 ({error.reason})") from None
@@ -91,6 +93,8 @@ def parse_json(text: str, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON ({error.msg}, column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets
+        raise ValueError(f"{where}: {error}") from None
 
 
 def text_of(line: str, field: str, where: str) -> str:
