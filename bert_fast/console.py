@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,28 @@ log = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns what a user can get wrong into one line on stderr and exit code 2."""
-    try:
-        yield
-    except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except ValueError as error:
-        message = str(error)
-    else:
-        return
+    """Turns what a user can get wrong into one line on stderr and exit code 2, and what bert_fast
+    warns of into one line too."""
+    with warnings.catch_warnings():
+        warnings.showwarning = partial(_warned, warnings.showwarning)
+        try:
+            yield
+        except OSError as error:
+            message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        except ValueError as error:
+            message = str(error)
+        else:
+            return
     log.print(f"bert-fast: {' '.join(message.split())}", soft_wrap=True)
     raise typer.Exit(2)
+
+
+def _warned(otherwise: Any, message: Any, *about: Any, **more: Any) -> None:
+    ours, told = str(message).startswith("bert_fast: "), str(message).removeprefix("bert_fast: ")
+    if ours:
+        log.print(f"bert-fast: warning: {' '.join(told.split())}", soft_wrap=True)
+    else:
+        otherwise(message, *about, **more)
 
 
 @contextmanager

@@ -335,6 +335,14 @@ def test_what_is_not_read(bert_fast_embed, tmp_path, name, content, told):
     refused(bert_fast_embed(tmp_path / name)[0], name, told)
 
 
+def test_a_warning_is_one_line(folder, text_file, tmp_path):
+    line = ["embed", str(text_file), "-o", str(tmp_path / "v.npy"), "--model", str(folder)]
+    result = CliRunner().invoke(app, [*line, "--dtype", "int8", "--backend", "reference"])
+    assert result.exit_code == 0, result.output
+    told = [row for row in result.stderr.splitlines() if "not in 8 bits" in row]
+    assert len(told) == 1 and told[0].startswith("bert-fast: warning: the layers run in"), told
+
+
 def test_verify_refuses_bad_input(folder, tmp_path):
     refused(CliRunner().invoke(app, ["verify", str(tmp_path / "no")]), "no model at")
     empty = tmp_path / "empty.txt"
