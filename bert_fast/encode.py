@@ -98,10 +98,10 @@ def embed(
     Warns: UserWarning with the number of texts cut to `max_length`, if there are any, and for a
         prompt that a SentenceTransformer would put before the texts.
     """
-    own, texts = settings_of(model), texts_of(texts)
+    own = settings_of(model)
     limit = token_limit(model, tokenizer, max_length, own.max_length)
     if own.lower:
-        texts = [text.lower() for text in texts]
+        texts = [text.lower() for text in texts_of(texts)]
     if own.prompt:
         warnings.warn(f"its prompt {own.prompt!r} is not put before the texts", stacklevel=2)
     tokens = tokenize(tokenizer, texts, limit)

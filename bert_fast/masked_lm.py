@@ -157,13 +157,11 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if with_loss:
         targets = _targets(labels, states)
         fields["loss"] = _loss(parts, states, targets, options.backend)
-    scores_only = targets is not None and options.sparse_logits
-    if scores_only and model.training:
+    sparse = with_loss and options.sparse_logits
+    if sparse and model.training:
         fields[row.logits] = None
     else:
-        fields[row.logits] = _logits(
-            parts, states, targets if scores_only else None, options.backend
-        )
+        fields[row.logits] = _logits(parts, states, targets if sparse else None, options.backend)
     if row.pair is not None:
         fields[row.pair.logits] = scores = row.pair.classifier(model)(states.pooled())
         if with_loss:

@@ -91,8 +91,7 @@ def _asked(original: Any, forwards: frozenset[Any], difference: Callable[..., fl
         return _unknown(original, f"{type(error).__name__}: {error}")
     finally:
         asking.discard(key)
-    told = _unknown(original, f"outputs differ by {found:.1e}")
-    _told[key] = None if found < 1e-4 else told
+    _told[key] = None if found < 1e-4 else _unknown(original, f"outputs differ by {found:.1e}")
     return _told[key]
 
 
