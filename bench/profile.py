@@ -112,11 +112,12 @@ def step_of(size: str, name: str, device: torch.device) -> tuple[str, Callable[[
     return f"training {size} by {name}, {tokens} tokens", partial(side.step, batch)
 
 
-def table_of(rows: Mapping[str, tuple[float, float]], most: int, what: str, title: str) -> Table:
-    table = Table("us", "times", "us each", what, title=title)
+def show(rows: Mapping[str, tuple[float, float]], most: int, what: str, title: str) -> None:
+    table = Table("us", "times", "us each", what)
     for name, (times, us) in list(rows.items())[:most]:
         table.add_row(f"{us:,.1f}", f"{times:.1f}", f"{us / times:,.2f}", name[:NAME])
-    return table
+    print(title)  # above the table: as its title it would be broken to the table's width
+    Console().print(table)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -144,11 +145,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{name} on {device}: {together:,.0f} us back to back, {alone:,.0f} alone, "
         f"{busy:,.0f} in kernels"
     )
-    Console().print(table_of(rows, options.rows, "kernel", title))
+    show(rows, options.rows, "kernel", title)
     if options.host:
         found = kernels(run, device, host=True)
         busy = sum(us for _, us in found.values())
-        Console().print(table_of(found, options.rows, "op", f"the processor: {busy:,.0f} us"))
+        show(found, options.rows, "op", f"the processor: {busy:,.0f} us")
 
 
 if __name__ == "__main__":
