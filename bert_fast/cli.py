@@ -146,7 +146,6 @@ def embed(
             f"{len(texts)} texts, {len(tokens.ids)} tokens in {seconds:.1f} s "
             f"({len(texts) / seconds:.0f} texts/s, {len(tokens.ids) / seconds:.0f} tokens/s); "
             f"{output}: float32 {list(vectors.shape)}",
-            soft_wrap=True,
         )
 
 

@@ -14,8 +14,8 @@ import typer
 from rich.console import Console
 
 console = Console()
-# Paths may hold brackets and colons.
-log = Console(stderr=True, highlight=False, markup=False, emoji=False)
+# Paths may hold brackets and colons; a line of a log is not broken.
+log = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 @contextmanager
@@ -32,14 +32,14 @@ def one_line_errors() -> Iterator[None]:
             message = str(error)
         else:
             return
-    log.print(f"bert-fast: {' '.join(message.split())}", soft_wrap=True)
+    log.print(f"bert-fast: {' '.join(message.split())}")
     raise typer.Exit(2)
 
 
 def _warned(otherwise: Any, message: Any, *about: Any, **more: Any) -> None:
     ours, told = str(message).startswith("bert_fast: "), str(message).removeprefix("bert_fast: ")
     if ours:
-        log.print(f"bert-fast: warning: {' '.join(told.split())}", soft_wrap=True)
+        log.print(f"bert-fast: warning: {' '.join(told.split())}")
     else:
         otherwise(message, *about, **more)
 

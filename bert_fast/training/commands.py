@@ -125,7 +125,7 @@ def train_tokenizer(
         output.mkdir(parents=True, exist_ok=True)  # transformers only logs that it is a file
         learnt = learn(documents, vocab_size, lowercase)
         learnt.save_pretrained(output)
-        log.print(f"{len(learnt)} tokens; {output}", soft_wrap=True)
+        log.print(f"{len(learnt)} tokens; {output}")
 
 
 def need_accelerate() -> None:
@@ -141,4 +141,4 @@ def tell(output: Path, metrics: dict[str, Any]) -> None:
     if not PartialState().is_main_process:
         return
     told = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-    log.print(f"{told}; {output}", soft_wrap=True)
+    log.print(f"{told}; {output}")

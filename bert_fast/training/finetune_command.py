@@ -117,4 +117,4 @@ def finetune(
             null_threshold=null_threshold,
             accelerate=accelerate,
         )
-        run(job, told=lambda note: log.print(note, soft_wrap=True))
+        run(job, told=log.print)

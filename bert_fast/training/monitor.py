@@ -108,7 +108,7 @@ class Bar(TrainerCallback):
         if "loss" not in logs:
             values = [f"{n} {value:.4g}" for n, value in logs.items() if n.startswith("eval_")]
             if values:
-                self.console.print(f"step {state.global_step}: {', '.join(values)}")
+                self.console.print(f"step {state.global_step}: {', '.join(values)}", soft_wrap=True)
             return
         told = (
             f"loss {logs['loss']:.4f}  {self.speed.tokens_per_second:.0f} tokens/s  "
