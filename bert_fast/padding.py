@@ -68,7 +68,10 @@ class Packing:
         if self.indices is not None:
             x = ops.pad(x, self.indices, self.batch * self.length, backend)
         x = x.reshape(self.batch, self.length, x.shape[-1])
-        return x if self.real is None else x.masked_fill(~self.real.unsqueeze(-1), 0.0)
+        if self.real is not None:
+            return x.masked_fill(~self.real.unsqueeze(-1), 0.0)
+        # Not as a view: one that is made without gradients cannot be written to with them.
+        return x if torch.is_grad_enabled() or tracing() else x.data
 
 
 def progression(

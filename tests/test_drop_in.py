@@ -84,3 +84,19 @@ def test_accelerated_inside_the_constructor(cls: Any, tmp_path: Any, monkeypatch
     assert not info["missing_keys"]
     assert bert_fast.report(model).swapped
     assert torch.allclose(model.eval()(tokens)[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("cls", [BertModel, BertForMaskedLM, BertForSequenceClassification])
+@pytest.mark.parametrize("masked", [False, True])
+def test_features_may_be_written_to_in_place(make: Any, cls: type, masked: bool) -> None:
+    """Of a frozen encoder, run without gradients, by what is trained on top of it."""
+    model, mask = make(cls), torch.ones(2, 7, dtype=torch.int64)
+    mask[1, 4:] = 1 - masked
+    for states in (False, True, False):
+        with torch.no_grad():
+            out = model(ids(2, 7), mask.to(ids(2, 7).device), output_hidden_states=states)
+        outputs = [t for v in out.values() for t in (v if isinstance(v, tuple) else (v,))]
+        for found in {id(t): t for t in outputs}.values():  # the last states are two outputs
+            scale = torch.ones(found.shape[-1], device=found.device, requires_grad=True)
+            found.mul_(scale).sum().backward()
+            assert scale.grad is not None
