@@ -143,10 +143,10 @@ def accelerate(
             if not isinstance(module, Packed):
                 module.__class__ = packed_class(type(module))  # type: ignore[arg-type]
             whole = keep_padding or module in read_whole or options_of(module).keep_padding
-            forget_copies(module)  # they are of what it was told before
             module.__dict__[OPTIONS] = Options(
                 backend, whole, checkpoint=checkpoint, dtype=dtype, graphs=graphs
             )
+            forget_copies(module)  # they are of what it was told before
         if why:
             refused[module] = why
         elif "forward" in module.__dict__ and isinstance(module, Packed):

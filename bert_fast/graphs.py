@@ -56,7 +56,7 @@ class Place(NamedTuple):
 # recording in another thread would not survive.
 _recording = threading.Lock()
 
-_version, _eps = attrgetter("_version"), attrgetter("eps")
+_version = attrgetter("_version")
 
 
 class Bucket(NamedTuple):
@@ -227,7 +227,6 @@ class Graphs(KeptInModel):
         self, model: nn.Module, structure: Structure, capture: Capture = capture_cuda
     ) -> None:
         self.structure, self.parameters = structure, list(model.parameters())
-        self.norms = [*structure.norms, structure.embeddings.norm]
         self.capture, self.lock = capture, threading.Lock()
         self.kept: OrderedDict[Bucket, _Graph] = OrderedDict()
         self.calls = 0
@@ -249,7 +248,7 @@ class Graphs(KeptInModel):
         return Place(torch.cuda.graph_pool_handle(), self.stream) if self.stream else None
 
     def look(self) -> None:
-        """Forgets the graphs if a weight or a setting that they have inside is another now.
+        """Forgets the graphs if a weight or a precision that they have inside is another now.
 
         A call of its own, as it takes a large model's hundreds of weights some 0.1 ms: before the
         wait for a mask's lengths, while the GPU has work, this costs nothing.
@@ -313,10 +312,9 @@ class Graphs(KeptInModel):
             return None
 
     def _stamp(self) -> Any:
-        """What a graph has inside beside its inputs: copies of weights, and settings."""
+        """What a graph has inside beside its inputs and what the structure tells of."""
         weights = (*map(_version, self.parameters), *map(Tensor.data_ptr, self.parameters))
-        scales = [layer.scale(1) for layer in self.structure.layers]
-        return weights, [*map(_eps, self.norms)], scales, torch.backends.cuda.matmul.fp32_precision
+        return weights, torch.backends.cuda.matmul.fp32_precision
 
 
 _GRAPHS = "_bert_fast_graphs"

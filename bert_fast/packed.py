@@ -24,9 +24,10 @@ from .graphs import reasons_against as reasons_against_graph
 from .inputs import Batch, read_batch
 from .modeling import packed_forward
 from .notice import warn_once
+from .one_call import answer, forget_call, prepare
 from .ops.weight_copies import forget
 from .padding import Packing
-from .paths import Backend, chosen, reasons_against_now
+from .paths import Backend, chosen, hooked_globally, reasons_against_now
 from .structure import Structure, sees_output, structure_of
 from .swap import Swapped, arguments, swapped_class
 
@@ -140,6 +141,11 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     words = {name: kwargs.pop(name) for name in WORDS if name in kwargs}
     as_packed, real_only = words.get(AS_PACKED, False), words.get(REAL_ONLY, False)
     given, family = arguments(model, args, kwargs), model.bert_fast_family
+    options = options_of(model)
+    whole, first_only = options.keep_padding and not real_only, words.get(FIRST_ONLY, False)
+    may = not as_packed and not reasons_against_kind(model)
+    if may and (found := answer(model, given, first_only, whole)):
+        return _outputs(model, given, *found)
     why = reasons_against_call(model, given)
     if not why:  # nor would a trace for TorchScript like to see it looked at
         structure = structure_of(model, family)
@@ -147,10 +153,9 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if why:
         tell(why)
         return model.bert_fast_original.forward(model, *args, **kwargs)
-    options = options_of(model)
     if options.graphs:
         look_at_graphs(model, structure)
-    batch = read_batch(structure, given, options.keep_padding and not real_only)
+    batch = read_batch(structure, given, whole)
     states: list[Tensor] = []
 
     def keep(h: Tensor) -> Tensor:
@@ -168,7 +173,7 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     h = _encoded(model, structure, batch, options, between, rows)
     if as_packed:
 
-        def pooled() -> Tensor | None:
+        def pool() -> Tensor | None:
             if family.pooled is None or not packing.length:
                 return None
             starts = packing.starts()
@@ -176,16 +181,31 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return family.pooled(model, h[at].unsqueeze(1))
 
         collected = _selected(states, collect) if between else None
-        return PackedStates(h, packing, pooled, collected, rows=rows)
+        return PackedStates(h, packing, pool, collected, rows=rows)
     if rows is not None:
         last = h.unsqueeze(1)
     else:
         last = states[-1] if between else packing.pad(h, chosen(options.backend, "pad"))
-    fields = {"last_hidden_state": last}
+    if not between:
+        prepare(model, structure, options)
+    pooled = family.pooled(model, last) if family.pooled and last.shape[1] else None
+    return _outputs(model, given, last, pooled, _selected(states, collect) if between else None)
+
+
+def _outputs(
+    model: Any,
+    given: dict[str, Any],
+    last: Tensor,
+    pooled: Tensor | None,
+    states: tuple[Tensor | None, ...] | None = None,
+) -> Any:
+    """The outputs as transformers has them, `states` being the hidden ones that are asked for."""
+    family = model.bert_fast_family
+    fields: dict[str, Any] = {"last_hidden_state": last}
     if family.pooled is not None:
-        fields["pooler_output"] = family.pooled(model, last) if last.shape[1] else None
-    if between:
-        fields["hidden_states"] = _selected(states, collect)
+        fields["pooler_output"] = pooled
+    if states is not None:
+        fields["hidden_states"] = states
     output = getattr(modeling_outputs, family.output)(**fields)
     if asked(model, given, "return_dict", True):
         return output
@@ -277,8 +297,9 @@ def _pools_first(encoder: Packed) -> bool:
 
 
 def forget_copies(model: Any) -> None:
-    """Drops every copy made of the model's weights, and the graphs that read them."""
+    """Drops every copy made of the model's weights, and what reads them: graphs, the one call."""
     forget_graphs(model)
+    forget_call(model)
     for parameter in model.parameters():
         forget(parameter)
 
@@ -289,13 +310,7 @@ def forget_copies(model: Any) -> None:
 def reasons_against(model: Any, structure: Structure) -> list[str]:
     """Why the packed forward cannot run on this model as it is now (empty: it can)."""
     why = reasons_against_kind(model) or list(structure.why)
-    rule = torch.nn.modules.module
-    if (
-        rule._global_forward_hooks
-        or rule._global_forward_pre_hooks
-        or rule._global_backward_hooks
-        or rule._global_backward_pre_hooks
-    ):
+    if hooked_globally():
         why.append("global module hooks are registered")
     if model.training and any(dropout.p == 1.0 for _, dropout in structure.dropouts):
         why.append("a dropout drops all (p = 1)")

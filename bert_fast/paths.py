@@ -58,11 +58,9 @@ def reasons_against_plain(structure: Structure, dropping: bool, h: Tensor) -> li
 
 
 def reasons_against_one_call(structure: Structure) -> list[str]:
-    """What was set on plain layers that `ops.encoder` has one value of for all, or none."""
+    """What is set on plain layers that `ops.encoder` has no argument for."""
     plain = structure.plain
     assert plain is not None
-    if any(norm.eps != plain.eps for norm in structure.norms):
-        return ["an eps was set since"]
     if any(m.scale(plain.width) != plain.width**-0.5 for m in structure.layers):
         return ["its attention has a scale of its own"]
     return []
@@ -79,6 +77,17 @@ def reasons_against_now() -> list[str]:
     if torch.jit.is_tracing() or _exports_to_onnx():
         return ["a trace is made for TorchScript or ONNX, which do not know bert_fast's ops"]
     return []
+
+
+def hooked_globally() -> bool:
+    """Whether a hook on all modules would see those that are not called."""
+    rule = torch.nn.modules.module
+    return bool(
+        rule._global_forward_hooks
+        or rule._global_forward_pre_hooks
+        or rule._global_backward_hooks
+        or rule._global_backward_pre_hooks
+    )
 
 
 def _exports_to_onnx() -> bool:

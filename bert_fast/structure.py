@@ -6,7 +6,7 @@ from collections.abc import Container
 from dataclasses import dataclass
 from inspect import isfunction
 from itertools import chain
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .families import Family, LayerParts
+from .ops.backends import addresses, unchanged
 from .ops.encoder import LAYER
 from .ops.modes import recorded, tracing
 
@@ -97,7 +98,7 @@ class Structure:
     embeddings: what comes before them; None only where there is a reason in `why`.
     why: the reasons, if any, why the packed forward cannot run on these modules.
     plain: the layers as `ops.encoder` takes them; None if they are more than what it computes.
-    norms, dropouts: those of the layers, in one list; see `LayerParts.dropouts`.
+    dropouts: those of the layers, in one list; see `LayerParts.dropouts`.
     """
 
     family: Family
@@ -106,16 +107,10 @@ class Structure:
     layers: list[LayerParts]
     why: list[str]
     plain: Plain | None
-    norms: list[nn.Module]
     dropouts: list[tuple[nn.Module, nn.Module]]
 
 
-# What transformers' modules hold beside modules and tensors, and forwards ask for: set anew on one,
-# it is another structure. (Scale, eps and dropout are asked of the module each time.)
-_SETTINGS = ("num_attention_heads", "n_heads", "is_causal", "intermediate_act_fn", "activation")
-
-# Called for every inner module in every forward: without a frame of Python each.
-_parameters = itemgetter("_parameters")
+# Called for every parameter in every forward: without a frame of Python each.
 _dtype = attrgetter("dtype")
 
 
@@ -128,44 +123,50 @@ class KeptInModel:
 
 
 class _Seen(KeptInModel):
-    """A look at a model, and what tells that it is still true: that no inner module was replaced,
-    wrapped, or moved to another dtype or device.
+    """A look at a model, and what tells that it is still true: that no inner module was replaced
+    or wrapped, nothing set on one, and none moved to another dtype or device.
 
-    `holds` runs on memory that the layers' weights have pushed out of the caches: what is touched
-    counts, so modules without parameters or children are not asked for them again (what they were
-    given since, a module of that class does not read). Objects are kept, not their addresses: as
-    long as they live, no other is taken for them.
+    Objects are kept with their addresses: as long as they live, no other is taken for them.
     """
 
     def __init__(self, structure: Structure, model: nn.Module, hooks: int) -> None:
-        self.structure, self.hooks = structure, hooks
-        self.modules = list(model.modules())[1:]  # not the model, which keeps this
-        self.insides = [module.__dict__ for module in self.modules]
-        below = [inside["_modules"] for inside in self.insides]
-        self.parents = [model._modules, *filter(None, below)]
-        self.owners = [inside for inside in self.insides if inside["_parameters"]]
-        self.settings = [(i, name) for i in self.insides for name in _SETTINGS if name in i]
-        self.buffers = structure.embeddings.module._buffers if structure.embeddings else {}
-        self.alive = list(self.buffers.values())
-        self.parameters, self.rest = self._now()
+        self.structure, self.hooks, self.children = structure, hooks, model._modules
+        modules = tuple(model.modules())[1:]  # not the model, which keeps this
+        insides = [module.__dict__ for module in modules]
+        parts = [inside[n] for n in ("_parameters", "_modules", "_buffers") for inside in insides]
+        dicts = (model._modules, *insides, *filter(None, parts))
+        self.objects, self.known = (modules, dicts), addresses(modules, dicts)
+        self.alive = list(map(type, modules)), [[*one, *one.values()] for one in dicts]
+        own = chain.from_iterable(inside["_parameters"].values() for inside in insides)
+        self.parameters = [parameter for parameter in own if parameter is not None]
+        self.places = self._places()
+        found = structure.embeddings.module._buffers.values() if structure.embeddings else ()
+        self.buffers = [buffer for buffer in found if not buffer.is_inference()]
+        self.written = self._written()
 
-    def _now(self) -> tuple[list[Tensor | None], tuple[list[Any], ...]]:
-        parameters = list(chain.from_iterable(map(dict.values, map(_parameters, self.owners))))
-        there = [p for p in parameters if p is not None]
-        return parameters, (
-            list(map(type, self.modules)),
-            list(chain.from_iterable(map(dict.values, self.parents))),
-            list(map(len, self.insides)),  # a method that is replaced on an instance is one more
-            list(map(_dtype, there)),
-            list(map(Tensor.get_device, there)),
-            [inside.get(name) for inside, name in self.settings],
-            [(id(b), b.is_inference() or b._version) for b in self.buffers.values()],
+    def _places(self) -> tuple[list[Any], ...]:
+        there = self.parameters
+        return list(map(_dtype, there)), list(map(Tensor.get_device, there))
+
+    def _written(self) -> list[int]:
+        return [buffer._version for buffer in self.buffers]
+
+    def holds(self, model: nn.Module) -> bool:
+        """Whether the structure is as it was; of dtypes and devices, `in_place` tells."""
+        # Every hook that is registered, on whatever module, takes the next number: while that
+        # stands still, no hook has come to a model that had none.
+        if self.hooks != RemovableHandle.next_id:
+            if hooked_inside(model):
+                return False
+            self.hooks = RemovableHandle.next_id
+        return (
+            self.children is model._modules  # a replica (DataParallel) has its original's look
+            and unchanged(*self.objects, self.known)
+            and self.written == self._written()
         )
 
-    def holds(self) -> bool:
-        parameters, rest = self._now()
-        alike = len(parameters) == len(self.parameters) and rest == self.rest
-        return alike and all(map(is_, parameters, self.parameters))
+    def in_place(self) -> bool:
+        return self.places == self._places()
 
 
 _SEEN = "_bert_fast_seen"
@@ -180,21 +181,24 @@ def structure_of(model: nn.Module, family: Family) -> Structure:
     """The structure of a family's model as it is now."""
     if tracing():
         return _look(model, family)
-    # Every hook that is registered, on whatever module, takes the next number: while that stands
-    # still, no hook has come to a model that had none.
-    found, hooks = model.__dict__.get(_SEEN), RemovableHandle.next_id
-    if found and found.hooks != hooks and not hooked_inside(model):
-        found.hooks = hooks
+    found = model.__dict__.get(_SEEN)
     if (
         found is None
-        or found.parents[0] is not model._modules  # a replica of DataParallel has its original's
-        or found.hooks != hooks
         or found.structure.why
-        or not found.holds()
+        or not found.holds(model)
+        or not found.in_place()
         or found.structure.modules != family.layers(model)  # ALBERT's are counted by its config
     ):
+        hooks = RemovableHandle.next_id
         found = model.__dict__[_SEEN] = _Seen(_look(model, family), model, hooks)
     return found.structure
+
+
+def is_structure_of(structure: Structure, model: nn.Module) -> bool:
+    """Whether nothing of the model's modules has changed, nor what is set on them, since
+    `structure_of` gave this. Where its tensors are and what of, the caller watches."""
+    found = model.__dict__.get(_SEEN)
+    return found is not None and found.structure is structure and found.holds(model)
 
 
 def _look(model: nn.Module, family: Family) -> Structure:
@@ -211,9 +215,8 @@ def _look(model: nn.Module, family: Family) -> Structure:
     except AttributeError as error:
         why = [f"its modules have another layout than {family.model}'s ({error})"]
     layers = [] if why else [family.parts(module) for module in modules]
-    norms = [norm for m in layers for norm in (m.out_norm, m.down_norm)]
     dropouts = [pair for m in layers for pair in m.dropouts()]
-    return Structure(family, embeddings, modules, layers, why, _plain(layers), norms, dropouts)
+    return Structure(family, embeddings, modules, layers, why, _plain(layers), dropouts)
 
 
 def _embeddings(module: nn.Module, family: Family) -> Embeddings:

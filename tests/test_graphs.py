@@ -20,7 +20,7 @@ from bert_fast.graphs import Graphs, bucket_of, kept_of, reasons_against_inputs
 from bert_fast.inputs import read_batch
 from bert_fast.modeling import packed_forward
 from bert_fast.ops import weight_copies
-from bert_fast.structure import structure_of
+from bert_fast.structure import Structure, structure_of
 
 from .models import ids, masks, tiny
 from .parity import DEVICE
@@ -39,16 +39,21 @@ class Model:
 
     def __init__(self) -> None:
         self.model = bert_fast.accelerate(tiny())
-        self.structure = structure_of(self.model, self.model.bert_fast_family)
-        self.graphs = Graphs(self.model, self.structure, run_again)
+        self.graphs = Graphs(self.model, self.look(), run_again)
+
+    def look(self) -> Structure:
+        return structure_of(self.model, self.model.bert_fast_family)
 
     def __call__(self, inputs: dict[str, Tensor], first_only: bool = False) -> tuple[Tensor, ...]:
         """(from a graph, without one)."""
-        batch = read_batch(self.structure, inputs)
+        structure = self.look()
+        if structure is not self.graphs.structure:
+            self.graphs = Graphs(self.model, structure, self.graphs.capture)
+        batch = read_batch(structure, inputs)
         rows = batch.packing.starts() if first_only else None
 
         def run(batch: Any, rows: Tensor | None) -> Tensor:
-            return packed_forward(self.model, self.structure, batch, "auto", rows=rows)
+            return packed_forward(self.model, structure, batch, "auto", rows=rows)
 
         with torch.inference_mode():
             self.graphs.look()
@@ -198,18 +203,16 @@ def test_threads_take_turns() -> None:
 
 def test_what_a_graph_cannot_take() -> None:
     model = Model()
-    look = partial(read_batch, model.structure)
-    assert not reasons_against_inputs(model.structure, look(padded(2, 9)))
+    look = partial(read_batch, model.look())
+    assert not reasons_against_inputs(model.look(), look(padded(2, 9)))
     embeds = {"inputs_embeds": torch.zeros(2, 9, 64, device=DEVICE)}
     whole = torch.ones(2, 1, 9, 9, dtype=torch.bool, device=DEVICE)
     for inputs in (embeds, {"input_ids": ids(2, 9), "attention_mask": whole}):
-        assert reasons_against_inputs(model.structure, look(inputs))
-    assert reasons_against_inputs(model.structure, look(padded(300, 40)))
-    assert reasons_against_inputs(model.structure, look(padded(0, 9)))
+        assert reasons_against_inputs(model.look(), look(inputs))
+    assert reasons_against_inputs(model.look(), look(padded(300, 40)))
+    assert reasons_against_inputs(model.look(), look(padded(0, 9)))
     if DEVICE.type == "cpu":
-        assert graphs.reasons_against(model.structure, look(padded(2, 9))) == [
-            "its inputs are on cpu"
-        ]
+        assert graphs.reasons_against(model.look(), look(padded(2, 9))) == ["its inputs are on cpu"]
 
 
 class Waits(TorchDispatchMode):
@@ -231,7 +234,7 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["none", "full"])
 def test_inputs_without_a_mask_are_read_without_waiting(kind: str) -> None:
-    structure = Model().structure
+    structure = Model().look()
     with Waits() as waits:
         read_batch(structure, padded(2, 9, kind))
     assert bool(waits.seen) == (kind == "full")

@@ -188,7 +188,7 @@ LAYERS = (
     {"probe"},
     {"masked_lm", "reading"},
     {"packed"},
-    {"graphs", "modeling"},
+    {"graphs", "modeling", "one_call"},
     {"layer_node"},
     {"attention_interface", "casting", "families", "inputs", "padding", "paths", "structure"}
     | {"sentence", "swap"},

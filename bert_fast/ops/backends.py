@@ -8,9 +8,10 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,9 +25,6 @@ AMX = 6  # "avx512" is the best of 3 (AVX-512 alone), 4 (with VNNI), 5 (and BF16
 
 Limits = Callable[..., list[str]]
 
-# How C++ says it of an id (cpu/dispatch.cpp); torch's own ops raise IndexError.
-_OUT_OF_RANGE = ", expected 0 <= value < "
-
 
 def no_limits(*args: Any) -> list[str]:
     return []
@@ -36,10 +34,36 @@ def no_limits(*args: Any) -> list[str]:
 def extension_missing() -> list[str]:
     """Why the compiled extension cannot be used (empty: it is loaded)."""
     try:
-        importlib.import_module("bert_fast._C")
+        extension()
     except ImportError as error:
         return [f"the C++ extension is not built or does not load ({error})"]
     return []
+
+
+@functools.cache
+def extension() -> Any:
+    """The compiled extension; raises ImportError where it is not there."""
+    return importlib.import_module("bert_fast._C")
+
+
+def addresses(objects: tuple[Any, ...], dicts: tuple[dict[str, Any], ...]) -> Any:
+    """Those of the objects' types and of the dicts' keys and values, for `unchanged`."""
+    if not extension_missing():
+        return extension().addresses(objects, dicts)
+    inside = [[len(one), *map(id, chain.from_iterable(one.items()))] for one in dicts]
+    return [id(type(one)) for one in objects], inside
+
+
+def unchanged(objects: tuple[Any, ...], dicts: tuple[dict[str, Any], ...], known: Any) -> bool:
+    """Whether each object has the type, and each dict the items, that it had when `addresses` gave
+    this: the very same ones, as long as somebody kept them alive, in the same order.
+
+    It is asked in every forward, of hundreds of dicts that a model's weights have pushed out of the
+    caches: C++ reads them once.
+    """
+    if not extension_missing():
+        return bool(extension().unchanged(objects, dicts, known))
+    return bool(addresses(objects, dicts) == known)
 
 
 @functools.cache
@@ -127,6 +151,18 @@ def cpu_reasons(lead: Tensor, name: str, isa: int) -> list[str]:
     return found or wrong_dtype(lead)
 
 
+@contextmanager
+def out_of_range() -> Iterator[None]:
+    """What C++ says of an id that is out of range (cpu/dispatch.cpp), as IndexError, which torch's
+    own ops raise."""
+    try:
+        yield
+    except RuntimeError as error:  # the one kind that C++ raises
+        if ", expected 0 <= value < " in str(error):
+            raise IndexError(str(error)) from None
+        raise
+
+
 def cpu_kernels(op: str, lead: int = 0, limits: Limits = no_limits) -> tuple[Kernel, ...]:
     """The C++ CPU kernel of `op`, once per instruction set, best first."""
     return tuple(_cpu_kernel(op, lead, limits, *item) for item in ISAS.items())
@@ -137,12 +173,8 @@ def _cpu_kernel(op: str, lead: int, limits: Limits, name: str, isa: int) -> Kern
         return cpu_reasons(args[lead], name, isa) or limits(*args)
 
     def forward(*args: Any, save: bool) -> tuple[Tensor, ...]:
-        try:
+        with out_of_range():
             return _tuple(getattr(torch.ops.bert_fast_cpu, f"{op}_forward")(*args, save, isa))
-        except RuntimeError as error:  # the one kind that C++ raises
-            if _OUT_OF_RANGE in str(error):
-                raise IndexError(str(error)) from None
-            raise
 
     def backward(*args: Any, needs: list[bool]) -> tuple[Tensor, ...]:
         return _tuple(getattr(torch.ops.bert_fast_cpu, f"{op}_backward")(*args, needs, isa))

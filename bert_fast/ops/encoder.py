@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from operator import itemgetter
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -126,18 +127,33 @@ def _kernel(name: str, isa: int) -> Kernel:
         x, cu_seqlens, key_start, bias, rows, weights, heads, max_seqlen, eps, activation, int8,
         *, save,
     ) -> tuple[Tensor]:  # fmt: skip
-        def make() -> tuple[Tensor, list[Tensor]]:
-            ready = [t for w in layers_of(weights) for t in _packed(w, isa, int8)]
-            # The table holds their addresses, so they stay beside it.
-            return torch.ops.bert_fast_cpu.encoder_table(ready, x, heads, isa), ready
-
-        # By their number too: layer by layer, the first one's weights are the first of both.
-        kind = f"encoder {isa} {int8} {len(weights)} {heads}"
-        table, _ = copy_of(weights, kind, make, itemgetter(1))
+        table = table_of(weights, heads, x, isa, int8).table
         run = torch.ops.bert_fast_cpu.encoder_forward
         return (run(x, cu_seqlens, key_start, bias, rows, table, eps, activation, openmp(), isa),)
 
     return Kernel(name, forward, None, why_not, device="cpu")
+
+
+class WeightTable(NamedTuple):
+    """The weights of all layers as C++ takes them: a table of their addresses, so they stay beside
+    it."""
+
+    table: Tensor
+    weights: list[Tensor]
+
+
+def table_of(
+    weights: Sequence[Tensor], heads: int, like: Tensor, isa: int, int8: bool
+) -> WeightTable:
+    """like: of the dtype of what will be multiplied."""
+
+    def make() -> WeightTable:
+        ready = [t for w in layers_of(weights) for t in _packed(w, isa, int8)]
+        return WeightTable(torch.ops.bert_fast_cpu.encoder_table(ready, like, heads, isa), ready)
+
+    # By their number too: layer by layer, the first one's weights are the first of both.
+    kind = f"encoder {isa} {int8} {len(weights)} {heads}"
+    return copy_of(weights, kind, make, itemgetter(1))
 
 
 def _packed(w: dict[str, Tensor], isa: int, int8: bool) -> Iterable[Tensor]:
@@ -216,14 +232,14 @@ def cost(x, cu_seqlens, key_start, bias, rows, weights, heads, *rest) -> tuple[i
     return flops, elements * x.element_size()
 
 
-def preferred(x: Tensor) -> bool:
+def preferred(like: Tensor, tokens: int) -> bool:
     """Whether one call is preferred to the ops of its layers, where a kernel is willing."""
-    if x.device.type != "cpu" or not torch_has_avx512():
+    if like.device.type != "cpu" or not torch_has_avx512():
         return True
-    if x.dtype == torch.bfloat16 and has_tiles():
+    if like.dtype == torch.bfloat16 and has_tiles():
         return True
     # Of fp16 nothing is multiplied as it is.
-    return x.shape[0] <= FEW and (x.dtype != torch.float16 or not has_native(x.dtype))
+    return tokens <= FEW and (like.dtype != torch.float16 or not has_native(like.dtype))
 
 
 OP = Op(

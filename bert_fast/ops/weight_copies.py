@@ -1,7 +1,7 @@
 """Copies made of weights (three packed into one, reordered for oneDNN), kept while they are true.
 
 A copy lives beside the user's weight, which is never changed, for as long as that tensor lives and
-nothing writes to it: address, version and layout tell, and on the CPU sixteen elements of each
+nothing writes to it: version, address and layout tell, and on the CPU sixteen elements of each
 tensor, because a write through `.data` (as EMA code does) leaves the version as it was. These are
 read in every forward, from memory that other weights have pushed out of the caches, so not of a
 tensor that a copy only refers to.
@@ -25,10 +25,36 @@ from .backends import extension_missing
 _version, _trained = attrgetter("_version"), attrgetter("requires_grad")
 
 
+class Stamp(NamedTuple):
+    """What tells that weights are still the same.
+
+    copied: which of them a copy does not share memory with; kept here themselves, they would live
+        for ever.
+    """
+
+    ids: list[int]
+    copied: list[int]
+    versions: list[int]
+    memory: Any
+
+    def holds(self, weights: list[Tensor]) -> bool:
+        return (
+            self.ids == list(map(id, weights))
+            and self.versions == [weights[i]._version for i in self.copied]
+            and self.memory == _memory(weights, self.copied)
+        )
+
+
+def stamp_of(weights: list[Tensor], versions: list[int], referred: Iterable[Tensor]) -> Stamp:
+    """Of a copy that was begun when these were the versions, and that refers to some tensors."""
+    shared = set(map(Tensor.data_ptr, referred))
+    copied = [i for i, w in enumerate(weights) if w.data_ptr() not in shared]
+    versions = [versions[i] for i in copied]
+    return Stamp(list(map(id, weights)), copied, versions, _memory(weights, copied))
+
+
 class _Copy(NamedTuple):
-    stamp: tuple[Any, ...]
-    copied: list[int]  # which of the weights; kept here themselves, they would live for ever
-    elements: Any
+    stamp: Stamp
     value: Any
 
 
@@ -63,47 +89,37 @@ def copy_of(
     held = getattr(_held, "copies", None)
     if held is None and given[0].is_cuda and torch.cuda.is_current_stream_capturing():
         return make()  # in somebody's graph, which would replay the copy of today's weights
-    try:
-        stamp = (
-            *map(id, given),
-            *map(Tensor.data_ptr, given),
-            *map(_version, given),
-            *map(Tensor.is_contiguous, given),  # a transpose given to `.data` has the same address
-        )
-    except RuntimeError:  # an inference tensor has no version to tell when a copy is stale
-        return make()
-    kinds = _copies.get(given[0])
-    if kinds is None:
-        kinds = _copies[given[0]] = {}
+    kinds = _copies.get(given[0], {})
     found = kinds.get(kind)
-    if (
-        found is None
-        or found.stamp != stamp
-        or found.elements != _fingerprint([given[i] for i in found.copied])
-    ):
+    if found is None or not found.stamp.holds(given):
+        try:
+            versions = list(map(_version, given))
+        except RuntimeError:  # an inference tensor has none to tell when a copy is stale
+            return make()
         # Not as inference tensors: a copy may be the source of another copy.
         with torch.inference_mode(False), torch.no_grad():
             value = make()
-        shared = set(map(Tensor.data_ptr, referred(value)))
-        copied = [i for i, w in enumerate(given) if w.data_ptr() not in shared]
-        found = _Copy(stamp, copied, _fingerprint([given[i] for i in copied]), value)
+        found = _Copy(stamp_of(given, versions, referred(value)), value)
         if given[0].is_cuda and not torch.cuda.is_current_stream_capturing():
             torch.cuda.current_stream(given[0].device).synchronize()  # others may read it now
-        kinds[kind] = found
+        _copies.setdefault(given[0], {})[kind] = found
     if held is not None:
         held.append(found.value)
     return found.value
 
 
-def _fingerprint(weights: list[Tensor]) -> Any:
-    """Of elements along a diagonal: one at least of each head's rows and columns, to 16 heads."""
-    if not weights or weights[0].device.type != "cpu":
-        return None  # reading a GPU's tensor would stall its queue
+def _memory(weights: list[Tensor], read: list[int]) -> Any:
+    """Where weights are and how they lie there (a transpose given to `.data` has the same address)
+    and, on the CPU, elements of those at `read`, along a diagonal: one at least of each head's rows
+    and columns, to 16 heads."""
     if not extension_missing():
-        return torch.ops.bert_fast_cpu.fingerprint(weights)
+        return torch.ops.bert_fast_cpu.fingerprint(weights, read)
+    places = [(w.device, w.data_ptr(), w.dtype, w.shape, w.stride()) for w in weights]
     at = torch.arange(1, 32, 2)
-    samples = [w.detach()[tuple(at * n // 32 for n in w.shape)] for w in weights if w.numel()]
-    return b"".join(sample.view(torch.uint8).numpy().tobytes() for sample in samples)
+    some = [weights[i].detach() for i in read]  # a GPU's are not read: that would stall its queue
+    picked = [w for w in some if w.device.type == "cpu" and w.numel()]
+    samples = [w[tuple(at * n // 32 for n in w.shape)] for w in picked]
+    return places, b"".join(one.view(torch.uint8).numpy().tobytes() for one in samples)
 
 
 def reasons_against_copies(*weights: Tensor) -> list[str]:

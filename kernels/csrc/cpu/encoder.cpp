@@ -13,6 +13,7 @@
 
 #include "cpu/chunks.h"
 #include "cpu/dispatch.h"
+#include "cpu/steps.h"
 #include "cpu/threads.h"
 
 namespace bert_fast::cpu {
@@ -219,12 +220,11 @@ struct Encoder {
   }
 };
 
-static Tensor encoder_forward(
+Tensor encoder_states(
     const Tensor& x, const Tensor& cu_seqlens, const OptionalTensor& key_start,
     const OptionalTensor& bias, const OptionalTensor& rows, const Tensor& table, double eps,
-    String activation, bool team, int64_t isa) {
+    Activation act, bool team, int64_t isa) {
   const char* op = "encoder";
-  const Activation act = activation_of(op, take(activation));
   require_rank(op, "x", x, 2);
   const Kernels& kernels = kernels_for(op, isa);
   const ScalarType type = x.scalar_type();
@@ -300,6 +300,14 @@ static Tensor encoder_forward(
   };
   team ? as_team(run) : run();
   return y;
+}
+
+static Tensor encoder_forward(
+    const Tensor& x, const Tensor& cu_seqlens, const OptionalTensor& key_start,
+    const OptionalTensor& bias, const OptionalTensor& rows, const Tensor& table, double eps,
+    String activation, bool team, int64_t isa) {
+  const Activation act = activation_of("encoder", take(activation));
+  return encoder_states(x, cu_seqlens, key_start, bias, rows, table, eps, act, team, isa);
 }
 
 }  // namespace bert_fast::cpu

@@ -1,5 +1,6 @@
 // Checking wrappers and registration of embed_layernorm and add_layernorm.
 #include "cpu/dispatch.h"
+#include "cpu/steps.h"
 
 namespace bert_fast::cpu {
 
@@ -69,7 +70,7 @@ static EmbedLayerNorm embed_arguments(
   return a;
 }
 
-static std::tuple<Tensor, Tensor, Tensor> embed_layernorm_forward(
+std::tuple<Tensor, Tensor, Tensor> embed_layernorm_forward(
     const Tensor& input_ids, const OptionalTensor& token_type_ids, const Tensor& position_ids,
     const Tensor& word, const Tensor& position, const OptionalTensor& token_type,
     const Tensor& weight, const Tensor& bias, double eps, int64_t /*padding_idx*/, double p,

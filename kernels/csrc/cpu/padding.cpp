@@ -6,6 +6,7 @@
 #include <functional>
 
 #include "cpu/dispatch.h"
+#include "cpu/steps.h"
 
 namespace bert_fast::cpu {
 
@@ -40,7 +41,7 @@ static Tensor gather(
   return y;
 }
 
-static Tensor scatter(
+Tensor scatter(
     const char* op, const char* name, const Tensor& x, const Tensor& indices, int64_t rows,
     int64_t isa) {
   kernels_for(op, isa);
