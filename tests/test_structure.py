@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -90,6 +92,15 @@ def test_wrong_arguments() -> None:
         extension.addresses((), ([],))
     assert not extension.unchanged((1,), ({},), known[:-8])
     assert not extension.unchanged((1,), ({},), known + known[:8])
+
+
+def test_an_extension_of_other_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a pull leaves where nobody builds: it is told, and other kernels run."""
+    monkeypatch.setitem(sys.modules, "bert_fast._C", ModuleType("bert_fast._C"))
+    for looked_at in (backends.extension, backends.extension_missing):
+        monkeypatch.setattr(backends, looked_at.__name__, looked_at.__wrapped__)
+    (told,) = backends.extension_missing()
+    assert "build it anew" in told
 
 
 @pytest.mark.parametrize("row", FAMILIES, ids=lambda row: row.model)

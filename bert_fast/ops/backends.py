@@ -42,8 +42,11 @@ def extension_missing() -> list[str]:
 
 @functools.cache
 def extension() -> Any:
-    """The compiled extension; raises ImportError where it is not there."""
-    return importlib.import_module("bert_fast._C")
+    """The compiled extension; raises ImportError where it is not there, or older than this."""
+    found = importlib.import_module("bert_fast._C")
+    if not hasattr(found, "unchanged"):
+        raise ImportError("it was built from other sources: build it anew")
+    return found
 
 
 def addresses(objects: tuple[Any, ...], dicts: tuple[dict[str, Any], ...]) -> Any:
