@@ -94,7 +94,9 @@ def answer(
 def prepare(model: Any, structure: Structure, options: Any) -> None:
     """Keeps for `answer` what it needs, if the model is fit for it as it is now."""
     plain = structure.plain
-    if plain is None or model.__dict__.get(_READY) is not None or _watched():
+    if plain is None or plain.weights[0].device.type != "cpu":  # a GPU's host has no time for more
+        return
+    if model.__dict__.get(_READY) is not None or _watched():
         return
     if (fit := _fit(model, structure, options)) is None:
         return
