@@ -66,6 +66,11 @@ def forget_call(model: nn.Module) -> None:
     model.__dict__.pop(_READY, None)
 
 
+def prepared(model: nn.Module) -> bool:
+    """Whether `prepare` found the model fit, and nobody has looked since whether it still is."""
+    return model.__dict__.get(_READY) is not None
+
+
 def answer(
     model: Any, given: Mapping[str, Any], first_only: bool = False, whole: bool = False
 ) -> tuple[Tensor, Tensor | None] | None:
@@ -96,7 +101,7 @@ def prepare(model: Any, structure: Structure, options: Any) -> None:
     plain = structure.plain
     if plain is None or plain.weights[0].device.type != "cpu":  # a GPU's host has no time for more
         return
-    if model.__dict__.get(_READY) is not None or _watched():
+    if prepared(model) or _watched():
         return
     if (fit := _fit(model, structure, options)) is None:
         return

@@ -24,7 +24,7 @@ from .graphs import reasons_against as reasons_against_graph
 from .inputs import Batch, read_batch
 from .modeling import packed_forward
 from .notice import warn_once
-from .one_call import answer, forget_call, prepare
+from .one_call import answer, forget_call, prepare, prepared
 from .ops.weight_copies import forget
 from .padding import Packing
 from .paths import Backend, chosen, hooked_globally, reasons_against_now
@@ -143,7 +143,7 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     given, family = arguments(model, args, kwargs), model.bert_fast_family
     options = options_of(model)
     whole, first_only = options.keep_padding and not real_only, words.get(FIRST_ONLY, False)
-    may = not as_packed and not reasons_against_kind(model)
+    may = prepared(model) and not as_packed and not reasons_against_kind(model)
     if may and (found := answer(model, given, first_only, whole)):
         return _outputs(model, given, *found)
     why = reasons_against_call(model, given)
