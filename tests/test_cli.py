@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoTokenizer
 from typer.testing import CliRunner
 
 import bert_fast
+from bert_fast import console
 from bert_fast.cli import app, save
 from bert_fast.encode import embed
 from bert_fast.ops.backends import best_isa
@@ -349,3 +350,11 @@ def test_verify_refuses_bad_input(folder, tmp_path):
     empty.write_text("")
     line = ["verify", str(folder), "--texts", str(empty)]
     refused(CliRunner().invoke(app, line), "0 texts given")
+
+
+def test_lines_of_the_log_are_not_broken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console.log, "_width", 20)
+    console.log.print("a line of a log that is longer than twenty columns")
+    assert capsys.readouterr().err.count("\n") == 1
