@@ -196,7 +196,7 @@ def run_layers(
         why = why or reasons_against_one_call(structure)
         if not why and chosen(backend, "encoder") == "reference":
             why = ["backends of single ops are asked for"]
-        if not why and (int8 or preferred(h, len(h)) or chosen(backend, "encoder") in ISAS):
+        if not why and (int8 or preferred(h) or chosen(backend, "encoder") in ISAS):
             found = in_one_call(structure.plain, h, sequences, backend, between, rows, int8)
             if isinstance(found, Tensor):
                 return found

@@ -139,7 +139,7 @@ def _serves(call: _Call, given: Mapping[str, Any]) -> bool:
         and _integers(ids, shapes[:1])
         and (mask is None or _integers(mask, shapes[:1], torch.bool))
         and (types is None or _integers(types, shapes))
-        and (call.settings.int8 or preferred(call.parts.word, ids.numel()))
+        and (call.settings.int8 or preferred(call.parts.word))
     )
 
 

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from . import checks
 from .attention import OP as ATTENTION
-from .backends import ISAS, cpu_reasons, has_tiles, openmp, torch_has_avx512
+from .backends import ISAS, cpu_reasons, openmp
 from .bias_gelu import activate
 from .feed_forward import OP as FEED_FORWARD
 from .linear_int8 import OP as LINEAR_INT8
+from .onednn import leads
 from .packed_linear import pack, panels
-from .products import has_native
 from .qkv_linear import OP as QKV_LINEAR
 from .qkv_linear import packed
 from .registry import Chooser, Kernel, Op, Sample
@@ -38,10 +38,6 @@ LAYER = (
     *("out", "out_bias", "out_norm", "out_norm_bias"),
     *("up", "up_bias", "down", "down_bias", "down_norm", "down_norm_bias"),
 )
-
-# With AVX-512, up to how many tokens one call is preferred to oneDNN's GEMMs: few enough that the
-# time goes into reading the weights. No run has looked for the best value.
-FEW = 32
 
 
 def layers_of(weights: Sequence[Tensor]) -> Iterable[dict[str, Tensor]]:
@@ -232,14 +228,9 @@ def cost(x, cu_seqlens, key_start, bias, rows, weights, heads, *rest) -> tuple[i
     return flops, elements * x.element_size()
 
 
-def preferred(like: Tensor, tokens: int) -> bool:
+def preferred(like: Tensor) -> bool:
     """Whether one call is preferred to the ops of its layers, where a kernel is willing."""
-    if like.device.type != "cpu" or not torch_has_avx512():
-        return True
-    if like.dtype == torch.bfloat16 and has_tiles():
-        return True
-    # Of fp16 nothing is multiplied as it is.
-    return tokens <= FEW and (like.dtype != torch.float16 or not has_native(like.dtype))
+    return not leads(like)
 
 
 OP = Op(

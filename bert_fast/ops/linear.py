@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import checks, onednn
 from .backends import triton_kernel
-from .packed_linear import Forward, multiply, packed_kernels, preferred
+from .packed_linear import Forward, multiply, packed_kernels
 from .products import affine, product
 from .registry import Chooser, Kernel, Op, Sample
 
@@ -113,10 +113,8 @@ OP = Op(
     check=check,
     fake=fake,
     kernels=(
-        *preferred(
-            packed_kernels(_packed, _backward),
-            Kernel("onednn", _onednn, _backward, onednn.why_not, device="cpu"),
-        ),
+        *packed_kernels(_packed, _backward),
+        onednn.kernel(_onednn, _backward),
         Kernel("aten", _aten, _backward, lambda *args: []),
         triton_kernel("linear"),
     ),

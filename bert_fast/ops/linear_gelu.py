@@ -28,7 +28,7 @@ from .linear import check as check_linear
 from .linear import cost, gradients
 from .linear import samples as linear_samples
 from .modes import recorded
-from .packed_linear import Forward, multiply, packed_kernels, preferred
+from .packed_linear import Forward, multiply, packed_kernels
 from .products import affine
 from .registry import Chooser, Kernel, Op, Sample
 
@@ -64,12 +64,6 @@ def _with_epilogue(multiply: Callable[..., Tensor]) -> Forward:
         return _activated(u, None, activation), u
 
     return forward
-
-
-def _onednn() -> Kernel:
-    return Kernel(
-        "onednn", _with_epilogue(onednn.pointwise), _backward, onednn.why_not, device="cpu"
-    )
 
 
 def _packed(isa: int) -> Forward:
@@ -126,7 +120,8 @@ OP = Op(
     check=check,
     fake=fake,
     kernels=(
-        *preferred(packed_kernels(_packed, _backward), _onednn()),
+        *packed_kernels(_packed, _backward),
+        onednn.kernel(_with_epilogue(onednn.pointwise), _backward),
         _aten(),
         replace(triton_kernel("linear_gelu"), leads=_leads_on_hopper),
     ),

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from .backends import torch_has_avx512, wrong_device, wrong_dtype
+from .packed_linear import Backward, Forward
 from .products import has_native
+from .registry import Kernel
 from .weight_copies import copy_of, reasons_against_copies
 
 _POINTWISE = {
@@ -48,6 +50,16 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -
         run = torch.ops.mkldnn._linear_pointwise(x.float(), packed, bias, name, [], algorithm)
         return run.to(x.dtype)
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, name, [], algorithm)
+
+
+def leads(x: Tensor, *rest: Any) -> bool:
+    """Where it multiplies fp16 as it is, which our own kernels widen."""
+    return x.device.type == "cpu" and x.dtype == torch.float16 and has_native(x.dtype)
+
+
+def kernel(forward: Forward, backward: Backward) -> Kernel:
+    """One of `packed_linear`'s kind."""
+    return Kernel("onednn", forward, backward, why_not, leads=leads, device="cpu")
 
 
 def why_not(x: Tensor, weight: Tensor, *rest: Any) -> list[str]:

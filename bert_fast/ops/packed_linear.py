@@ -2,9 +2,7 @@
 
 The copy is kept beside the user's weight (`weight_copies`), in its dtype. Sums are fp32. 16-bit
 operands are widened on the way, so bf16 and fp16 run at the speed of fp32 on machines that have no
-arithmetic of theirs; with AVX-512 BF16 or AMX, bf16 is multiplied as it is. Without AVX-512 these
-kernels are faster than oneDNN's and MKL's; with it oneDNN's are preferred, as no run has shown
-which is faster there.
+arithmetic of theirs; with AVX-512 BF16 or AMX, bf16 is multiplied as it is.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import ISAS, cpu_reasons, torch_has_avx512
+from .backends import ISAS, cpu_reasons
 from .registry import Kernel
 from .weight_copies import copy_of, reasons_against_copies
 
@@ -57,8 +55,3 @@ def _kernel(name: str, isa: int, forward: Forward, backward: Backward | None) ->
         return cpu_reasons(x, name, isa) or reasons_against_copies(weight)
 
     return Kernel(name, forward, backward, why_not, device="cpu")
-
-
-def preferred(ours: tuple[Kernel, ...], onednn: Kernel) -> tuple[Kernel, ...]:
-    """Both, in the order of preference on this machine."""
-    return (onednn, *ours) if torch_has_avx512() else (*ours, onednn)

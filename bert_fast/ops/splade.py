@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import checks
 from .linear import check as check_linear
-from .products import product_fp32, sums_dtype
+from .products import affine, product_fp32, sums_dtype
 from .registry import Chooser, Kernel, Op, Sample
 
 # Logits held at a time: on a CPU, near its last-level cache.
@@ -68,8 +68,14 @@ def _forward(x, weight, bias, cu_seqlens, *, save) -> tuple[Tensor, ...]:
     if bounds:
         checks.bounds("splade", bounds, x.shape[0])
     sequences = [(b, *ends) for b, ends in enumerate(itertools.pairwise(bounds))]
+    # The bias is the same for every token of a word, so it may follow the max; but a sum that is
+    # nearly 0, and decides whether the word is there, is not to be taken of a rounded product.
+    inside = bias is not None and not x.is_cuda
     for words in _chunks(x, weight.shape[0]):
-        logits = product_fp32(x, weight[words].t())
+        if inside:
+            logits = affine(x, weight[words], bias[words])
+        else:
+            logits = product_fp32(x, weight[words].t())
         if in_one:
             top[:, words] = torch.segment_reduce(logits, "max", lengths=lengths, unsafe=True)
             continue
@@ -81,8 +87,7 @@ def _forward(x, weight, bias, cu_seqlens, *, save) -> tuple[Tensor, ...]:
                 won[b, words] = index + first
             else:
                 top[b, words] = logits[first:end].amax(0)
-    # The bias is the same for every token of a word, so it may follow the max.
-    if bias is not None:
+    if bias is not None and not inside:
         top += bias
     top = top.masked_fill_((lengths == 0).unsqueeze(1), 0.0).relu_()
     slope = torch.where(top <= 0, 0.0, 1 / (1 + top)) if save else top  # NaN of NaN
