@@ -20,7 +20,7 @@ from bert_fast.modeling import encode
 from bert_fast.ops import backends
 from bert_fast.ops import linear_int8 as public
 from bert_fast.ops.backends import ISAS, best_isa, extension_missing, has_isa
-from bert_fast.ops.encoder import LAYER, layers_of
+from bert_fast.ops.encoder import LAYER, attends_in_bf16, layers_of
 from bert_fast.ops.linear_int8 import OP, _rounded_weight, rotated
 from bert_fast.structure import structure_of
 
@@ -134,8 +134,10 @@ def test_one_call_has_the_bits_of_its_ops(dtype: torch.dtype, tokens: int) -> No
         q, k, v, *biases = (w[name] for name in LAYER[:6])
         qkv = public(h, torch.cat((q, k, v)), torch.cat(biases), backend=isa)
         qkv = qkv.view(tokens, 3, plain.heads, -1)
+        if attends_in_bf16(x):
+            qkv = qkv.bfloat16()
         context = ops.attention(qkv, bounds, tokens, qkv.shape[3] ** -0.5, backend=isa).flatten(1)
-        out = public(context, w["out"], None, backend=isa)
+        out = public(context.to(dtype), w["out"], None, backend=isa)
         norm = (w["out_norm"], w["out_norm_bias"], plain.eps)
         h = ops.add_layernorm(out, w["out_bias"], h, *norm, backend=isa)
         inner = public(h, w["up"], w["up_bias"], "gelu", backend=isa)

@@ -21,7 +21,7 @@ from .registry import Kernel
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ISAS = {"avx512": 2, "avx2": 1, "generic": 0}
-AMX = 6  # "avx512" is the best of 3 (AVX-512 alone), 4 (with VNNI), 5 (and BF16) and this
+BF16, AMX = 5, 6  # "avx512" is the best of 3 (AVX-512 alone), 4 (with VNNI), 5 (and BF16) and 6
 
 Limits = Callable[..., list[str]]
 

@@ -6,8 +6,10 @@ Per layer, by the formulas of the ops in this folder and without dropout:
     y = add_layernorm(feed_forward(h), h)
 
 Given `rows`, the last layer computes h and what follows for those rows only. With `int8`, every
-product with a weight is that of `linear_int8`. For inference on a CPU, where a short input spends
-more time between ops than in them. The weights take no gradient.
+product with a weight is that of `linear_int8`; then an fp32 model's queries, keys and values, and
+what attention gives, are rounded to bf16 where the processor multiplies that as it is (AVX-512
+BF16, AMX). For inference on a CPU, where a short input spends more time between ops than in them.
+The weights take no gradient.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from . import checks
 from .attention import OP as ATTENTION
-from .backends import ISAS, cpu_reasons, openmp
+from .backends import BF16, ISAS, cpu_reasons, has_isa, openmp
 from .bias_gelu import activate
 from .feed_forward import OP as FEED_FORWARD
 from .linear_int8 import OP as LINEAR_INT8
@@ -46,6 +48,11 @@ def layers_of(weights: Sequence[Tensor]) -> Iterable[dict[str, Tensor]]:
         yield dict(zip(LAYER, weights[i : i + len(LAYER)], strict=True))
 
 
+def attends_in_bf16(x: Tensor) -> bool:
+    """Whether, in int8, attention's operands are rounded to bf16: far finer than their products."""
+    return x.dtype == torch.float32 and has_isa(BF16)
+
+
 def reference(
     x, cu_seqlens, key_start, bias, rows, weights, heads, max_seqlen, eps, activation, int8
 ) -> Tensor:
@@ -60,10 +67,12 @@ def reference(
         width = w["q"].shape[0] // heads
         qkv, qkv_bias = packed([w[name] for name in LAYER[:6]], keep=False)
         qkv = linear(x, qkv, qkv_bias)
+        if int8 and attends_in_bf16(x):
+            qkv = qkv.bfloat16()
         context = ATTENTION.reference(
             qkv.view(-1, 3, heads, width), cu_seqlens, key_start, bias, max_seqlen, width**-0.5,
             0.0, None,
-        ).flatten(1)  # fmt: skip
+        ).flatten(1).to(x.dtype)  # fmt: skip
         if i == last and rows is not None:
             context, x = context[rows], x[rows]
         h = linear(context, w["out"], w["out_bias"]) + x

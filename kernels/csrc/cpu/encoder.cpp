@@ -141,12 +141,16 @@ struct Encoder {
   Activation activation;
   int64_t hidden, heads;
   float eps;
+  // In 8 bits, attention's operands are bf16 where that is faster: far finer than their products.
+  bool narrow = int8 && dtype == Dtype::f32 && kernels.pairs;
+  Dtype attended = narrow ? Dtype::bf16 : dtype;
 
   void project(
       int64_t rows, int64_t depth, int64_t cols, const void* x, const void* packed,
-      const void* bias, void* y, int64_t group = 0) const {
+      const void* bias, void* y, int64_t group) const {
     kernels.linear_forward(
-        {dtype, int8, Activation::none, rows, depth, cols, x, packed, bias, y, group});
+        {dtype, int8, Activation::none, rows, depth, cols, x, packed, bias, y, group, false,
+         narrow});
   }
 
   void add_norm(
@@ -169,7 +173,7 @@ struct Encoder {
   // qkv: Q [heads, rows of xq, width], K and V [heads, rows of x, width].
   void project_qkv(
       const Layer& m, int64_t rows, const void* x, int64_t asked, const void* xq, char* qkv) const {
-    const int64_t width = m.inside / heads, bytes = size_of(dtype);
+    const int64_t width = m.inside / heads;
     if (x == xq && m.inside % kernels.panel == 0)  // panels of q end where those of k begin
       return project(rows, hidden, 3 * m.inside, x, m.qkv, m.qkv_bias, qkv, width);
     const auto* packed = static_cast<const char*>(m.qkv);
@@ -177,8 +181,8 @@ struct Encoder {
     const int64_t part = kernels.packed_bytes({dtype, int8, m.inside, hidden});
     project(asked, hidden, m.inside, xq, packed, bias, qkv, width);
     project(
-        rows, hidden, 2 * m.inside, x, packed + part, bias + m.inside * bytes,
-        qkv + rows * m.inside * bytes, width);
+        rows, hidden, 2 * m.inside, x, packed + part, bias + m.inside * size_of(dtype),
+        qkv + rows * m.inside * size_of(attended), width);
   }
 
   // y may be x. Of the wanted rows only, where `some`: they come one after the other.
@@ -207,9 +211,11 @@ struct Encoder {
       project_qkv(m, tokens, x, tokens, x, w.qkv);
       kernels.attention_forward(a);
       if (some)  // w.qkv has been read
-        context = gather(context, chunk.wanted, m.inside * size_of(dtype), w.qkv);
+        context = gather(context, chunk.wanted, m.inside * size_of(attended), w.qkv);
     }
-    project(rows, m.inside, hidden, context, m.out, nullptr, w.branch);
+    kernels.linear_forward(
+        {dtype, int8, Activation::none, rows, m.inside, hidden, context, m.out, nullptr, w.branch,
+         0, narrow});
     add_norm(rows, w.branch, m.out_bias, residual, m.out_norm, m.out_norm_bias, w.middle);
     feed_forward(
         kernels,
@@ -253,7 +259,7 @@ Tensor encoder_states(
     inner = std::max(inner, m.inner);
   }
   const Attention attention = attention_arguments(
-      op, encoder.dtype, tokens, heads, inside / heads, cu_seqlens, key_start, bias, 1.0);
+      op, encoder.attended, tokens, heads, inside / heads, cu_seqlens, key_start, bias, 1.0);
   const int64_t threads = thread_count();
   const int64_t share = std::clamp(tokens / (4 * threads), kLeastChunk, kMostChunk);
   std::vector<Chunk> chunks = chunks_of(attention, share);

@@ -16,11 +16,9 @@ static_assert(kSlice % kPanel == 0, "a slice is whole panels");
 constexpr int64_t kFeedForwardRows = 128;  // more leave L2, fewer read the weights more often
 
 // Not for products of pairs: they take the inner states as bf16, in memory as rows.
-inline bool feed_forward_fits(Dtype dtype, int64_t rows) {
-#if defined(BERT_FAST_AVX512_BF16)
-  if (dtype == Dtype::bf16) return false;
-#endif
-  return rows >= thread_count() * kLaneRows;
+inline bool feed_forward_fits(const FeedForward& a) {
+  if (kPairs && a.dtype == Dtype::bf16 && !a.int8) return false;
+  return a.inner > 0 && a.rows >= thread_count() * kLaneRows;
 }
 
 struct FeedForwardBuffers {
@@ -84,9 +82,51 @@ void feed_forward_forward(const FeedForward& a) {
   });
 }
 
-inline void feed_forward_forward(const FeedForward& a) {
+// In 8 bits: a slice of the inner states is rounded to whole groups of the second product's left
+// factor, which is kept for all of a block's rows: a quarter of what they take in fp32.
+template <class T, Activation A, bool DOT>
+void feed_forward_int8(const FeedForward& a) {
+  constexpr int64_t kWide = kGroup * (kPanel % 3 ? 1 : 3);
+  static_assert(kWide % kPanel == 0 && kWide % kGroup == 0, "a slice is whole panels and groups");
+  using Product = Int8Product<T, DOT>;
+  const int64_t threads = thread_count();
+  parallel(threads, 1, [&](int64_t begin, int64_t end) {
+    const int64_t top = share_of(a.rows, begin, threads, Product::kRowStep);
+    const int64_t bottom = share_of(a.rows, end, threads, Product::kRowStep);
+    const int64_t most =
+        smaller(bottom - top, smaller(Product::most_rows(a.hidden), Product::most_rows(a.inner)));
+    Product up(most, a.hidden), down(most, a.inner);
+    Scratch sums((most + kSpareRows) * kPanel), slice(most * kWide);
+    T* inner = reinterpret_cast<T*>(slice.data);
+    for_row_blocks(top, bottom, most, Product::kRowStep, [&](int64_t row, int64_t rows) {
+      up.take(static_cast<const T*>(a.x) + row * a.hidden, rows);
+      down.rows = rows;
+      for (int64_t first = 0; first < a.inner; first += kWide) {
+        const int64_t wide = smaller(kWide, a.inner - first);
+        for (int64_t j = 0; j < wide; j += kPanel) {
+          const int64_t col = first + j, cols = smaller(kPanel, wide - j);
+          up.multiply(a.up, col / kPanel, sums.data);
+          const T* bias = a.up_bias ? static_cast<const T*>(a.up_bias) + col : nullptr;
+          finish_sums<T, A>(rows, cols, bias, sums.data);
+          copy_panel(rows, cols, sums.data, inner + j, kWide);
+        }
+        down.take_columns(inner, kWide, first, wide);
+      }
+      for (int64_t col = 0; col < a.cols; col += kPanel) {
+        down.multiply(a.down, col / kPanel, sums.data);
+        T* y = static_cast<T*>(a.y) + row * a.cols + col;
+        copy_panel(rows, smaller(kPanel, a.cols - col), sums.data, y, a.cols);
+      }
+    });
+  });
+}
+
+template <bool DOT>
+void feed_forward_forward(const FeedForward& a) {
   with_dtype(a.dtype, [&]<class T>() {
-    with_activation(a.activation, [&]<Activation A>() { feed_forward_forward<T, A>(a); });
+    with_activation(a.activation, [&]<Activation A>() {
+      a.int8 ? feed_forward_int8<T, A, DOT>(a) : feed_forward_forward<T, A>(a);
+    });
   });
 }
 

@@ -96,6 +96,8 @@ struct Linear {
   const void* bias;    // [cols] or null
   void* y;             // [cols / group, rows, group]
   int64_t group = 0;   // 0: all columns
+  // Of products of fp32 in 8 bits without an activation: x or y is bf16, the rest is not.
+  bool narrow_x = false, narrow_y = false;
 };
 
 struct FeedForward {
@@ -150,11 +152,12 @@ struct Kernels {
   void (*add_layernorm_backward)(const AddLayerNorm&);
   void (*bias_gelu_forward)(const BiasGelu&);
   void (*bias_gelu_backward)(const BiasGelu&);
+  bool pairs;     // whether products of bf16 are faster than those of fp32
   int64_t panel;  // columns of a weight that are packed together
   int64_t (*packed_bytes)(const PackWeight&);
   void (*pack_weight)(const PackWeight&);
   void (*linear_forward)(const Linear&);
-  bool (*feed_forward_fits)(Dtype dtype, int64_t rows);
+  bool (*feed_forward_fits)(const FeedForward&);
   void (*feed_forward_forward)(const FeedForward&);
   void (*pool_forward)(const Pool&);
   void (*pool_backward)(const Pool&);

@@ -94,8 +94,7 @@ static Tensor linear_forward(
 int64_t rows_at_once() { return std::max<int64_t>(512, 64 * thread_count()); }
 
 void feed_forward(const Kernels& kernels, const FeedForward& a, void* states) {
-  if (!a.int8 && a.inner > 0 && kernels.feed_forward_fits(a.dtype, a.rows))
-    return kernels.feed_forward_forward(a);
+  if (kernels.feed_forward_fits(a)) return kernels.feed_forward_forward(a);
   const int64_t most = std::min(a.rows, rows_at_once());
   const int64_t bytes = size_of(a.dtype);
   for (int64_t row = 0; row < a.rows; row += most) {

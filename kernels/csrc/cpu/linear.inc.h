@@ -108,7 +108,8 @@ void for_row_blocks(int64_t begin, int64_t end, int64_t most, int64_t step, cons
   }
 }
 
-template <class T, Activation A, class PRODUCT>
+// x of X and y of Y, all else of T.
+template <class T, class X, class Y, Activation A, class PRODUCT>
 void linear_forward(const Linear& a) {
   const int64_t panels = ceil_div(a.cols, kPanel), block = PRODUCT::most_rows(a.depth);
   const int64_t work = a.rows * a.depth * a.cols;
@@ -122,13 +123,13 @@ void linear_forward(const Linear& a) {
       const int64_t top = share_of(a.rows, i, lanes.across, PRODUCT::kRowStep);
       const int64_t bottom = share_of(a.rows, i + 1, lanes.across, PRODUCT::kRowStep);
       for_row_blocks(top, bottom, block, PRODUCT::kRowStep, [&](int64_t row, int64_t rows) {
-        product.take(static_cast<const T*>(a.x) + row * a.depth, rows);
+        product.take(static_cast<const X*>(a.x) + row * a.depth, rows);
         for (int64_t p = panels * j / lanes.along; p < panels * (j + 1) / lanes.along; ++p) {
           const int64_t col = p * kPanel, cols = smaller(kPanel, a.cols - col);
           product.multiply(a.packed, p, sums.data);
           const T* bias = a.bias ? static_cast<const T*>(a.bias) + col : nullptr;
           finish_sums<T, A>(rows, cols, bias, sums.data);
-          copy_groups<T>(a, row, rows, col, cols, sums.data);
+          copy_groups<Y>(a, row, rows, col, cols, sums.data);
         }
       });
     }
@@ -138,10 +139,14 @@ void linear_forward(const Linear& a) {
 // DOT: see add_int8_products.
 template <bool DOT>
 void linear_forward(const Linear& a) {
+  constexpr Activation kNone = Activation::none;
+  if (a.narrow_x) return linear_forward<float, bf16, float, kNone, Int8Product<bf16, DOT>>(a);
+  if (a.narrow_y) return linear_forward<float, float, bf16, kNone, Int8Product<float, DOT>>(a);
   with_dtype(a.dtype, [&]<class T>() {
     with_activation(a.activation, [&]<Activation A>() {
       using Product = typename ProductOf<T>::type;
-      a.int8 ? linear_forward<T, A, Int8Product<T, DOT>>(a) : linear_forward<T, A, Product>(a);
+      a.int8 ? linear_forward<T, T, T, A, Int8Product<T, DOT>>(a)
+             : linear_forward<T, T, T, A, Product>(a);
     });
   });
 }

@@ -22,7 +22,6 @@
 namespace bert_fast::cpu::BERT_FAST_ISA {
 
 constexpr int64_t kGroup = 128;  // of the depth
-constexpr int kVectors = int(kGroup / 8);
 constexpr float kMostOfX = 127.0f, kMostOfWeight = 127.0f;
 constexpr float kMostOfEight = 254.0f;  // + 8 x 0.5 of rounding, x 127 = 32,766
 constexpr int64_t kPanelGroup = (kGroup + 2 * int64_t(sizeof(float))) * kPanel;  // bytes
@@ -49,26 +48,26 @@ inline int64_t int8_bytes(int64_t cols, int64_t depth) {
   return ceil_div(cols, kPanel) * groups_of(depth) * kPanelGroup;
 }
 
-// Eight neighbours, on every instruction set.
-typedef float v8 __attribute__((vector_size(32)));
-typedef float v4 __attribute__((vector_size(16)));
-typedef int32_t v8i __attribute__((vector_size(32)));
+// Neighbours: eight at least, on every instruction set.
+constexpr int kLanes = larger(8, W), kVectors = int(kGroup / kLanes);
+typedef int32_t vgi __attribute__((vector_size(4 * kLanes)));
+typedef float vg __attribute__((vector_size(4 * kLanes)));
 
 // Sums a + b and differences a - b of the elements STEP apart. Factors of 1 and -1 round nothing,
 // fused with the sum or not.
 template <int STEP, int... L>
-ALWAYS_INLINE v8 turned(v8 v, std::integer_sequence<int, L...>) {
+ALWAYS_INLINE vg turned(vg v, std::integer_sequence<int, L...>) {
 #if defined(__clang__)
-  const v8 other = __builtin_shufflevector(v, v, (L ^ STEP)...);
+  const vg other = __builtin_shufflevector(v, v, (L ^ STEP)...);
 #else
-  const v8 other = __builtin_shuffle(v, v8i{(L ^ STEP)...});
+  const vg other = __builtin_shuffle(v, vgi{(L ^ STEP)...});
 #endif
-  return v * v8{(L & STEP ? -1.0f : 1.0f)...} + other;
+  return v * vg{(L & STEP ? -1.0f : 1.0f)...} + other;
 }
 
 // One group, widened, zeros beyond `n`, in rotated (not normalised: sqrt(128) times as long) form.
 template <class T>
-ALWAYS_INLINE void rotate_group(const T* from, int64_t n, v8 (&v)[kVectors]) {
+ALWAYS_INLINE void rotate_group(const T* from, int64_t n, vg (&v)[kVectors]) {
   alignas(64) float wide[kGroup];
   const float* group = wide;
   if (n < kGroup) {
@@ -77,34 +76,39 @@ ALWAYS_INLINE void rotate_group(const T* from, int64_t n, v8 (&v)[kVectors]) {
   } else {
     group = as_fp32(from, n, wide);
   }
-  constexpr auto lanes = std::make_integer_sequence<int, 8>();
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
 #pragma GCC unroll 16
   for (int i = 0; i < kVectors; ++i) {
-    std::memcpy(&v[i], group + i * 8, sizeof(v8));
+    std::memcpy(&v[i], group + i * kLanes, sizeof(vg));
     v[i] = turned<4>(turned<2>(turned<1>(v[i], lanes), lanes), lanes);
+    if constexpr (kLanes > 8) v[i] = turned<8>(v[i], lanes);
   }
 #pragma GCC unroll 4
   for (int half = 1; half < kVectors; half *= 2)
 #pragma GCC unroll 16
     for (int i = 0; i < kVectors; ++i) {
       if (i & half) continue;
-      const v8 a = v[i], b = v[i + half];
+      const vg a = v[i], b = v[i + half];
       v[i] = a + b;
       v[i + half] = a - b;
     }
 }
 
 // f over all lanes.
-template <class F>
-ALWAYS_INLINE float reduced(v8 v, const F& f) {
-  v4 halves[2];
-  std::memcpy(halves, &v, sizeof(v));
-  const v4 four = f(halves[0], halves[1]);
-  return f(f(four[0], four[1]), f(four[2], four[3]));
+template <class V, class F>
+ALWAYS_INLINE float reduced(V v, const F& f) {
+  if constexpr (sizeof(V) == 4 * sizeof(float)) {
+    return f(f(v[0], v[1]), f(v[2], v[3]));
+  } else {
+    typedef float half __attribute__((vector_size(sizeof(V) / 2)));
+    half halves[2];
+    std::memcpy(halves, &v, sizeof(v));
+    return reduced(f(halves[0], halves[1]), f);
+  }
 }
 
 // NaN if any element of the group is NaN or infinite, else 0: v[0] has the sum of all.
-ALWAYS_INLINE float nan_of(const v8 (&v)[kVectors]) {
+ALWAYS_INLINE float nan_of(const vg (&v)[kVectors]) {
   return reduced(v[0] * 0.0f, [](auto a, auto b) { return a + b; });
 }
 
@@ -116,7 +120,7 @@ ALWAYS_INLINE float inverse_of(float step) { return step >= __FLT_MIN__ ? 1.0f /
 // One column's group -> 8-bit values, strided as a panel has them, its scale and their sum.
 template <class T>
 void pack_group(const T* weight, int64_t n, int8_t* to, float* scale, float* total) {
-  v8 v[kVectors];
+  vg v[kVectors];
   rotate_group(weight, n, v);
   alignas(64) float w[kGroup];
   std::memcpy(w, v, sizeof(w));
@@ -169,9 +173,9 @@ struct Range {
 
 template <class T>
 ALWAYS_INLINE Range quantise_group(const T* x, int64_t n, uint8_t* to) {
-  v8 v[kVectors];
+  vg v[kVectors];
   rotate_group(x, n, v);
-  v8 least = v[0], most = v[0];
+  vg least = v[0], most = v[0];
 #pragma GCC unroll 16
   for (int i = 1; i < kVectors; ++i) {
     least = v[i] < least ? v[i] : least;
@@ -183,8 +187,8 @@ ALWAYS_INLINE Range quantise_group(const T* x, int64_t n, uint8_t* to) {
   alignas(64) float levels[kGroup];
 #pragma GCC unroll 16
   for (int i = 0; i < kVectors; ++i) {
-    const v8 level = (v[i] - low) * inverse;
-    std::memcpy(levels + i * 8, &level, sizeof(v8));
+    const vg level = (v[i] - low) * inverse;
+    std::memcpy(levels + i * kLanes, &level, sizeof(vg));
   }
   // Not by adding 1.5 x 2^23: fused with the product above, that rounds once where this does twice.
   for (int64_t k = 0; k < kGroup; ++k) to[k] = uint8_t(int32_t(__builtin_rintf(levels[k])));
@@ -237,17 +241,22 @@ ALWAYS_INLINE void add_int8_products(vi (&sums)[kMaxVectors], const uint8_t* x, 
 #endif
 }
 
-// sums[:] (+)= what the integers of one row and group stand for.
-template <bool ADD>
+// sums[i, :] (+)= what the integers of MR rows and one group stand for. Column by column: each scale
+// is read once.
+template <bool ADD, int MR>
 ALWAYS_INLINE void add_scaled(
-    const Range& range, const int8_t* panel, const vi (&exact)[kMaxVectors], float* sums) {
+    const Range* ranges, const int8_t* panel, const vi (&exact)[MR][kMaxVectors], float* sums) {
   const auto* scales = reinterpret_cast<const float*>(panel + kGroup * kPanel);
 #pragma GCC unroll 4
-  for (int j = 0; j < kMaxVectors; ++j, scales += W, sums += W) {
-    const vf shift = set1(range.low) * load(scales + kPanel);
-    const vf whole = __builtin_convertvector(exact[j], vf);
-    const vf product = fma(set1(range.step), whole, shift);
-    store(sums, fma(load(scales), product, ADD ? load(sums) : vf{}));
+  for (int j = 0; j < kMaxVectors; ++j) {
+    const vf scale = load(scales + j * W), total = load(scales + kPanel + j * W);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      float* to = sums + i * kPanel + j * W;
+      const vf whole = __builtin_convertvector(exact[i][j], vf);
+      const vf product = fma(set1(ranges[i].step), whole, set1(ranges[i].low) * total);
+      store(to, fma(scale, product, ADD ? load(to) : vf{}));
+    }
   }
 }
 
@@ -268,8 +277,7 @@ void multiply_group(
     for (int i = 0; i < MR; ++i)
       add_int8_products(exact[i], x + i * kGroup + k, panel + k * kPanel);
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < MR; ++i) add_scaled<ADD>(ranges[i], panel, exact[i], sums + i * kPanel);
+  add_scaled<ADD>(ranges, panel, exact, sums);
 }
 
 #if defined(BERT_FAST_AVX512)
@@ -297,8 +305,7 @@ BERT_FAST_DOT void multiply_group(
       }
     }
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < MR; ++i) add_scaled<ADD>(ranges[i], panel, exact[i], sums + i * kPanel);
+  add_scaled<ADD>(ranges, panel, exact, sums);
 }
 #endif
 
@@ -316,9 +323,9 @@ void multiply_rows(
       ahead += share;
       multiply_tiles_of_bytes(kGroup, x + i * kGroup, kGroup, panel, exact[0]);
     }
-    vi whole[kMaxVectors];
+    vi whole[1][kMaxVectors];
     memcpy(whole, exact[i % kTileRows], sizeof(whole));
-    add_scaled<ADD>(ranges[i], panel, whole, sums + i * kPanel);
+    add_scaled<ADD>(ranges + i, panel, whole, sums + i * kPanel);
   }
 }
 #else
@@ -372,17 +379,22 @@ struct Int8Product {
 
   void take(const T* x, int64_t count) {
     rows = count;
+    take_columns(x, depth, 0, depth);
+  }
+
+  // The columns [first, first + wide) of all rows, ldx apart, `first` a multiple of kGroup.
+  void take_columns(const T* x, int64_t ldx, int64_t first, int64_t wide) {
     for (int64_t i = 0; i < rows; ++i)
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t first = g * kGroup, at = g * rows + i;
-        const T* from = x + i * depth + first;
-        ranges[at] = quantise_group(from, smaller(kGroup, depth - first), values + at * kGroup);
+      for (int64_t j = 0; j < wide; j += kGroup) {
+        const int64_t at = (first + j) / kGroup * rows + i;
+        const T* from = x + i * ldx + j;
+        ranges[at] = quantise_group(from, smaller(kGroup, wide - j), values + at * kGroup);
       }
   }
 
   void multiply(const void* packed, int64_t panel, float* sums) const {
-    const auto* w = static_cast<const int8_t*>(packed) + panel * groups * kPanelGroup;
     if (groups == 0) std::memset(sums, 0, rows * kPanel * sizeof(float));
+    const auto* w = static_cast<const int8_t*>(packed) + panel * groups * kPanelGroup;
     for (int64_t g = 0; g < groups; ++g, w += kPanelGroup) {
       const uint8_t* x = values + g * rows * kGroup;
       if (g == 0)

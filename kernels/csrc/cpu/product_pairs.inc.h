@@ -11,6 +11,8 @@
 namespace bert_fast::cpu::BERT_FAST_ISA {
 
 #if defined(BERT_FAST_AVX512_BF16)
+constexpr bool kPairs = true;
+
 inline int64_t pairs_of(int64_t depth) { return round_up(ceil_div(depth, 2), kTilePairs); }
 
 inline void pack_weight_pairs(const PackWeight& a) {
@@ -88,6 +90,8 @@ struct PairProduct {
 #endif
   }
 };
+#else
+constexpr bool kPairs = false;
 #endif
 
 // What multiplies rows of T by a weight of T.

@@ -13,9 +13,9 @@ template <bool DOT>
 constexpr Kernels kernels_with = {
     embed_layernorm_forward, embed_layernorm_backward, add_layernorm_forward,
     add_layernorm_backward,  bias_gelu_forward,        bias_gelu_backward,
-    kPanel,                  packed_bytes,             pack_weight,              linear_forward<DOT>,
-    feed_forward_fits,       feed_forward_forward,     pool_forward,
-    pool_backward,           attention_forward,        attention_backward,
+    kPairs,                  kPanel,                   packed_bytes,             pack_weight,
+    linear_forward<DOT>,     feed_forward_fits,        feed_forward_forward<DOT>,
+    pool_forward,            pool_backward,            attention_forward,        attention_backward,
 };
 
 constexpr Kernels kernels = kernels_with<kHasDot>;
