@@ -171,10 +171,12 @@ struct Range {
   float step, low;
 };
 
+// One group in rotated form, and how it will be quantised.
 template <class T>
-ALWAYS_INLINE Range quantise_group(const T* x, int64_t n, uint8_t* to) {
+ALWAYS_INLINE Range rotate_group(const T* x, int64_t n, float* rotated) {
   vg v[kVectors];
   rotate_group(x, n, v);
+  std::memcpy(rotated, v, sizeof(v));
   vg least = v[0], most = v[0];
 #pragma GCC unroll 16
   for (int i = 1; i < kVectors; ++i) {
@@ -183,16 +185,15 @@ ALWAYS_INLINE Range quantise_group(const T* x, int64_t n, uint8_t* to) {
   }
   const float low = reduced(least, [](auto a, auto b) { return a < b ? a : b; });
   const float high = reduced(most, [](auto a, auto b) { return a > b ? a : b; });
-  const float step = (high - low) / kMostOfX, inverse = inverse_of(step);
+  return {(high - low) / kMostOfX, low + nan_of(v)};
+}
+
+ALWAYS_INLINE void quantise_group(const float* rotated, const Range& range, uint8_t* to) {
+  const float inverse = inverse_of(range.step);
   alignas(64) float levels[kGroup];
-#pragma GCC unroll 16
-  for (int i = 0; i < kVectors; ++i) {
-    const vg level = (v[i] - low) * inverse;
-    std::memcpy(levels + i * kLanes, &level, sizeof(vg));
-  }
+  for (int64_t k = 0; k < kGroup; ++k) levels[k] = (rotated[k] - range.low) * inverse;
   // Not by adding 1.5 x 2^23: fused with the product above, that rounds once where this does twice.
   for (int64_t k = 0; k < kGroup; ++k) to[k] = uint8_t(int32_t(__builtin_rintf(levels[k])));
-  return {step, low + nan_of(v)};
 }
 
 constexpr int64_t kSteps = 16;  // depths between two widenings
@@ -367,14 +368,16 @@ struct Int8Product {
   int64_t depth, groups, rows = 0;
   Scratch memory;
   Tiles tiles;
+  float* rotated;  // a row
   Range* ranges;
   uint8_t* values;
   Int8Product(int64_t block, int64_t depth)
       : depth(depth), groups(groups_of(depth)),
         memory(  // a tile reads past the last row
+            groups * kGroup +
             (block * groups * int64_t(sizeof(Range) + kGroup) + (kTileRows - 1) * kGroup) /
-            int64_t(sizeof(float))),
-        ranges(reinterpret_cast<Range*>(memory.data)),
+                int64_t(sizeof(float))),
+        rotated(memory.data), ranges(reinterpret_cast<Range*>(rotated + groups * kGroup)),
         values(reinterpret_cast<uint8_t*>(ranges + block * groups)) {}
 
   void take(const T* x, int64_t count) {
@@ -384,12 +387,19 @@ struct Int8Product {
 
   // The columns [first, first + wide) of all rows, ldx apart, `first` a multiple of kGroup.
   void take_columns(const T* x, int64_t ldx, int64_t first, int64_t wide) {
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < wide; j += kGroup) {
-        const int64_t at = (first + j) / kGroup * rows + i;
-        const T* from = x + i * ldx + j;
-        ranges[at] = quantise_group(from, smaller(kGroup, wide - j), values + at * kGroup);
+    // All groups of a row are rotated before the first is rounded: each takes long to find its range.
+    const int64_t begin = first / kGroup, count = ceil_div(wide, kGroup);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t g = 0; g < count; ++g) {
+        const T* from = x + i * ldx + g * kGroup;
+        ranges[(begin + g) * rows + i] =
+            rotate_group(from, smaller(kGroup, wide - g * kGroup), rotated + g * kGroup);
       }
+      for (int64_t g = 0; g < count; ++g) {
+        const int64_t at = (begin + g) * rows + i;
+        quantise_group(rotated + g * kGroup, ranges[at], values + at * kGroup);
+      }
+    }
   }
 
   void multiply(const void* packed, int64_t panel, float* sums) const {
