@@ -43,6 +43,7 @@ def test_parity_of_emulated_kernels(emulated: Path) -> None:
     wanted = (
         "(test_eager and avx512 and (not torch.float16 or bias_gelu)) or lesser_avx512 "
         "or rounds_alike or same_bits or many_chunks or asked_for_often "
+        "or (bits_of_its_ops and float32) "
         "or (any_number and bfloat16 and 18)"
     )
     files = ["tests/test_parity.py", "tests/test_int8.py", "tests/test_encoder.py"]

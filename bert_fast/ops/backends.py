@@ -117,12 +117,6 @@ def has_tiles() -> bool:
 
 
 @functools.cache
-def torch_has_avx512() -> bool:
-    """Whether torch, and oneDNN with it, runs AVX-512 code here."""
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-
-
-@functools.cache
 def openmp() -> bool:
     """Whether torch's threads on the CPU are OpenMP's: all shares of a section run at once."""
     return "ATen parallel backend: OpenMP" in torch.__config__.parallel_info()
