@@ -20,11 +20,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from . import __version__
 from .ops import OPS
 from .ops.backends import (
+    AMX,
+    BF16,
     ISAS,
+    VNNI,
     best_isa,
     cuda_missing,
     extension_missing,
-    has_tiles,
+    has_isa,
     triton_missing,
 )
 from .ops.products import has_native
@@ -58,7 +61,8 @@ def versions_of(*packages: str) -> dict[str, str]:
 def machine() -> dict[str, str]:
     """CPU, instruction sets, threads, GPU, and whether the extension is there."""
     isa = next(name for name, level in ISAS.items() if level == best_isa())
-    isa += " with AMX" * has_tiles()
+    more = {"AMX": AMX, "BF16": BF16, "VNNI": VNNI}
+    isa += next((f" with {name}" for name, level in more.items() if has_isa(level)), "")
     missing = extension_missing()
     half = [str(d).removeprefix("torch.") for d in (torch.bfloat16, torch.float16) if has_native(d)]
     gpu = "none"

@@ -21,7 +21,7 @@ from .registry import Kernel
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ISAS = {"avx512": 2, "avx2": 1, "generic": 0}
-BF16, AMX = 5, 6  # "avx512" is the best of 3 (AVX-512 alone), 4 (with VNNI), 5 (and BF16) and 6
+VNNI, BF16, AMX = 4, 5, 6  # "avx512" is the best of 3 (AVX-512 alone) and these, each with more
 
 Limits = Callable[..., list[str]]
 
@@ -108,12 +108,6 @@ def has_isa(isa: int) -> bool:
 def best_isa() -> int:
     """The first of ISAS that runs here; 0 without the extension."""
     return next((isa for isa in ISAS.values() if has_isa(isa)), 0)
-
-
-@functools.cache
-def has_tiles() -> bool:
-    """Whether the AVX-512 kernels multiply by AMX."""
-    return has_isa(AMX)
 
 
 @functools.cache
