@@ -139,7 +139,6 @@ def _serves(call: _Call, given: Mapping[str, Any]) -> bool:
         and _integers(ids, shapes[:1])
         and (mask is None or _integers(mask, shapes[:1], torch.bool))
         and (types is None or _integers(types, shapes))
-        and (call.settings.int8 or preferred(call.parts.word))
     )
 
 
@@ -162,6 +161,7 @@ def _fit(model: Any, structure: Structure, options: Any) -> tuple[Parts, Setting
         or family.project(model) is not None
         or options.backend != "auto"
         or options.dtype == "fp8"
+        or not (options.dtype == "int8" or preferred(e.words))
         or rate(e.dropout)
         or any(switch.training and dropout.p for switch, dropout in structure.dropouts)
         or reasons_against_one_call(structure)

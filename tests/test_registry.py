@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from bert_fast import ops
-from bert_fast.ops import OPS
+from bert_fast.ops import OPS, onednn
+from bert_fast.ops.backends import best_isa
+from bert_fast.ops.encoder import preferred
 from bert_fast.ops.registry import Kernel
 from bert_fast.ops.rng import draw_seeds, keep_mask, philox, threshold
 
@@ -39,6 +41,18 @@ def test_opcheck(name: str, backend: str) -> None:
     torch.library.opcheck(packet, (*leaves, backend, True))
     if backend == op.choose(expected.args).backend:  # what is not saved, no kernel decides
         torch.library.opcheck(packet, (*expected.args, backend, False))
+
+
+@pytest.mark.skipif(best_isa() == 0, reason="there are no kernels of ours to stand before")
+def test_who_multiplies_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN where it does as it is, as no machine of these tests may; nothing else is its."""
+    monkeypatch.setattr(onednn, "has_native", lambda dtype: True)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x, weight = torch.ones(4, 8, dtype=dtype), torch.ones(16, 8, dtype=dtype)
+        its = dtype == torch.float16
+        assert (OPS["linear"].choose((x, weight, None)).backend == "onednn") == its
+        assert (OPS["linear_gelu"].choose((x, weight, None, "gelu")).backend == "onednn") == its
+        assert preferred(x) != its  # all layers in one call
 
 
 def test_forced_backend_says_why_not() -> None:
