@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import checks
 from .linear import check as check_linear
-from .products import affine, product_fp32, sums_dtype
+from .products import affine, in_fp32, product_fp32, sums_dtype
 from .registry import Chooser, Kernel, Op, Sample
 
 # Logits held at a time: on a CPU, near its last-level cache.
@@ -68,9 +68,10 @@ def _forward(x, weight, bias, cu_seqlens, *, save) -> tuple[Tensor, ...]:
     if bounds:
         checks.bounds("splade", bounds, x.shape[0])
     sequences = [(b, *ends) for b, ends in enumerate(itertools.pairwise(bounds))]
-    # The bias is the same for every token of a word, so it may follow the max; but a sum that is
-    # nearly 0, and decides whether the word is there, is not to be taken of a rounded product.
-    inside = bias is not None and not x.is_cuda
+    # The bias is the same for every token of a word, so it may follow the max; but not a rounded
+    # product: whether the word is there is for a sum near 0 to decide.
+    rounded = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not in_fp32(x)
+    inside = bias is not None and rounded
     for words in _chunks(x, weight.shape[0]):
         if inside:
             logits = affine(x, weight[words], bias[words])
