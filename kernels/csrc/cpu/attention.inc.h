@@ -117,6 +117,7 @@ ALWAYS_INLINE float factor_before(float* scores, int64_t keys, float scale, vf b
 // Turns scores into exp(scale score - running maximum); updates maximum and sum of W queries.
 // Returns the factor that rescales what earlier blocks summed. The base is changed after the
 // subtraction: a finite mask over all keys of a query, times log2 e, would be infinite.
+template <class T>
 ALWAYS_INLINE vf softmax_columns(
     float* scores, int64_t keys, float scale, float* maximum, float* sum) {
   const vf none = set1(-__builtin_inff()), before = load(maximum);
@@ -132,7 +133,7 @@ ALWAYS_INLINE vf softmax_columns(
     each<N>([&](int i) ALWAYS_INLINE_LAMBDA {
       p[i] = fma(load(at + i * kQueries), set1(scale), -base) * kLog2E;
     });
-    exp2(p);
+    exp2<T>(p);
     each<N>([&](int i) ALWAYS_INLINE_LAMBDA {
       store(at + i * kQueries, p[i]);
       total += p[i];
@@ -180,7 +181,7 @@ void attention_block(const Attention& a, const Head& head, int64_t query, Forwar
     for (int64_t i = 0; i < queries; i += W)
       store(
           m.rescale + i,
-          softmax_columns(m.scores + i, keys, scale, m.maximum + i, m.total + i));
+          softmax_columns<T>(m.scores + i, keys, scale, m.maximum + i, m.total + i));
     if (a.dropout.on) {
       fill_factors(a, head, query, queries, key, keys, m.factors);
       for (int64_t i = 0; i < keys * kQueries; i += W)

@@ -140,9 +140,11 @@ struct Fp32Operands : VectorProducts<Fp32Product, 1> {
 // accuracy, and less than rounding the output does.
 struct Bf16PairOperands : VectorProducts<Bf16PairProduct, 2> {
   static int64_t key_row(const Attention& a) { return a.width / 2; }
+  // Packed to `to`, or where they are if they lie as if packed.
   static const float* pack_keys(const Attention& a, const Head& head, float* to) {
-    prefetch_next<bf16>(a, head, 1);
     const bf16* from = part_of<bf16>(a, a.qkv, 1, head.first_key, head.h);
+    if (a.token_step == a.width) return reinterpret_cast<const float*>(from);
+    prefetch_next<bf16>(a, head, 1);
     for (int64_t i = 0; i < head.keys; ++i)
       memcpy(to + i * (a.width / 2), from + i * a.token_step, a.width * sizeof(bf16));
     return to;

@@ -20,10 +20,10 @@ constexpr int kTogether = 4;  // vectors activated in lockstep
 
 ALWAYS_INLINE vf tanh_argument(vf u) { return u * fma(u * u, set1(kTanhCubic), kTanhLinear); }
 
-template <Activation A>
+template <class T, Activation A>
 ALWAYS_INLINE vf activate(vf u) {
   if constexpr (A == Activation::none) return u;
-  if constexpr (A == Activation::gelu) return u * normal_cdf(u);
+  if constexpr (A == Activation::gelu) return u * normal_cdf<T>(u);
   if constexpr (A == Activation::gelu_tanh)
     return u * sigmoid(tanh_argument(u));
   if constexpr (A == Activation::relu) return u < 0.0f ? vf{} : u;
@@ -31,15 +31,15 @@ ALWAYS_INLINE vf activate(vf u) {
 }
 
 // N vectors in place.
-template <Activation A, int N>
+template <class T, Activation A, int N>
 ALWAYS_INLINE void activate(vf (&u)[N]) {
   if constexpr (A == Activation::gelu) {
     vf phi[N];
     each<N>([&](int i) ALWAYS_INLINE_LAMBDA { phi[i] = u[i]; });
-    normal_cdf(phi);
+    normal_cdf<T>(phi);
     each<N>([&](int i) ALWAYS_INLINE_LAMBDA { u[i] *= phi[i]; });
   } else {
-    each<N>([&](int i) ALWAYS_INLINE_LAMBDA { u[i] = activate<A>(u[i]); });
+    each<N>([&](int i) ALWAYS_INLINE_LAMBDA { u[i] = activate<T, A>(u[i]); });
   }
 }
 
@@ -77,11 +77,11 @@ void bias_gelu_forward(const BiasGelu& a) {
         each<kTogether>([&](int i) ALWAYS_INLINE_LAMBDA {
           u[i] = biased(x, bias, first + i * W, Full{});
         });
-        activate<A>(u);
+        activate<T, A>(u);
         each<kTogether>([&](int i) ALWAYS_INLINE_LAMBDA { store(y + first + i * W, u[i]); });
       }
       sweep(a.cols - first, [&](int64_t i, auto lanes) {
-        store(y + first + i, activate<A>(biased(x, bias, first + i, lanes)), lanes);
+        store(y + first + i, activate<T, A>(biased(x, bias, first + i, lanes)), lanes);
       });
     }
   });

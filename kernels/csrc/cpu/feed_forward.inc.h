@@ -45,8 +45,7 @@ void make_slice(
                                       : static_cast<const T*>(a.down) + first * kPanel;
     multiply_by_panel<false>(rows, a.hidden, x, a.hidden, panel, next, m.panel, m.sums);
     const T* bias = a.up_bias ? static_cast<const T*>(a.up_bias) + col : nullptr;
-    finish_sums<T, A>(rows, cols, bias, m.sums);
-    copy_panel(rows, cols, m.sums, m.inner + j, kSlice);
+    finish_sums<T, A>(rows, cols, bias, m.sums, m.inner + j, kSlice);
   }
 }
 
@@ -75,8 +74,8 @@ void feed_forward_forward(const FeedForward& a) {
         }
       }
       for (int64_t col = 0; col < a.cols; col += kPanel)
-        copy_panel(
-            rows, smaller(kPanel, a.cols - col), m.out + col * rows,
+        finish_sums<T, Activation::none>(
+            rows, smaller(kPanel, a.cols - col), nullptr, m.out + col * rows,
             static_cast<T*>(a.y) + row * a.cols + col, a.cols);
     });
   });
@@ -107,15 +106,15 @@ void feed_forward_int8(const FeedForward& a) {
           const int64_t col = first + j, cols = smaller(kPanel, wide - j);
           up.multiply(a.up, col / kPanel, sums.data);
           const T* bias = a.up_bias ? static_cast<const T*>(a.up_bias) + col : nullptr;
-          finish_sums<T, A>(rows, cols, bias, sums.data);
-          copy_panel(rows, cols, sums.data, inner + j, kWide);
+          finish_sums<T, A>(rows, cols, bias, sums.data, inner + j, kWide);
         }
         down.take_columns(inner, kWide, first, wide);
       }
       for (int64_t col = 0; col < a.cols; col += kPanel) {
         down.multiply(a.down, col / kPanel, sums.data);
         T* y = static_cast<T*>(a.y) + row * a.cols + col;
-        copy_panel(rows, smaller(kPanel, a.cols - col), sums.data, y, a.cols);
+        finish_sums<T, Activation::none>(
+            rows, smaller(kPanel, a.cols - col), nullptr, sums.data, y, a.cols);
       }
     });
   });

@@ -1,8 +1,8 @@
 // linear: y = activation(x W^T + bias) with a weight packed once.
 //
 // A product (product.inc.h, product_pairs.inc.h, product_int8.inc.h) leaves the sums of a block of rows and one panel
-// in fp32 in a strip of the block's height; bias and activation are applied to that strip while it
-// is in L1: the pre-activation never goes to memory.
+// in fp32 in a strip of the block's height; bias and activation are applied on the way from there,
+// while it is in L1, to y: the pre-activation never goes to memory.
 //
 // Rows are dealt to threads while each gets enough of them to amortise the panels it streams; what
 // threads remain share the columns.
@@ -31,45 +31,42 @@ inline void pack_weight(const PackWeight& a) {
   with_dtype(a.dtype, [&]<class T>() { a.int8 ? pack_weight_int8<T>(a) : pack_weight<T>(a); });
 }
 
-// Rows of sums past the last that products and activations may write.
-constexpr int64_t kSpareRows = larger<int64_t>(kTogether, kTileRows);
+// Rows of sums past the last that products may write, and activations read.
+constexpr int64_t kSpareRows = kTileRows;
 
-// activation(sums + bias) of one panel's strip, in place. `cols` of its columns exist.
-template <class T, Activation A>
-void finish_sums(int64_t rows, int64_t cols, const T* bias, float* sums) {
-  constexpr int kRows = larger(1, kTogether / kMaxVectors), kVectors = kRows * kMaxVectors;
+// y = activation(sums + bias) of `cols` columns of a panel's strip, good to what is rounded to T.
+template <class T, Activation A, class Y>
+void finish_sums(
+    int64_t rows, int64_t cols, const T* bias, const float* sums, Y* y, int64_t ldy) {
   vf shift[kMaxVectors] = {};
   if (bias)
     sweep(cols, [&](int64_t j, auto lanes) { shift[j / W] = load(bias + j, lanes); });
-  for (int64_t i = 0; i < rows; i += kRows) {  // past the last row there is room for these
-    float* strip = sums + i * kPanel;
-    vf u[kVectors];
-    each<kVectors>([&](int j) ALWAYS_INLINE_LAMBDA {
-      u[j] = load(strip + j * W) + shift[j % kMaxVectors];
-    });
-    activate<A>(u);
-    each<kVectors>([&](int j) ALWAYS_INLINE_LAMBDA { store(strip + j * W, u[j]); });
+  for (int64_t i = 0; i < rows; ++i, sums += kPanel, y += ldy) {
+    if (cols < kPanel) {
+      sweep(cols, [&](int64_t j, auto lanes) {
+        store(y + j, activate<T, A>(load(sums + j) + shift[j / W]), lanes);
+      });
+      continue;
+    }
+    vf u[kMaxVectors];
+    each<kMaxVectors>([&](int j) ALWAYS_INLINE_LAMBDA { u[j] = load(sums + j * W) + shift[j]; });
+    activate<T, A>(u);
+    each<kMaxVectors>([&](int j) ALWAYS_INLINE_LAMBDA { store(y + j * W, u[j]); });
   }
 }
 
-template <class T>
-void copy_panel(int64_t rows, int64_t cols, const float* sums, T* y, int64_t ldy) {
-  for (int64_t i = 0; i < rows; ++i)
-    sweep(cols, [&](int64_t j, auto lanes) {
-      store(y + i * ldy + j, load(sums + i * kPanel + j), lanes);
-    });
-}
-
-// Rows from `row` on of columns from `col` on, to where `group` columns of all rows lie together.
-template <class T>
-void copy_groups(
+// The same of rows from `row` on and columns from `col` on, to where `group` columns of all rows lie
+// together.
+template <class T, class Y, Activation A>
+void finish_groups(
     const Linear& a, int64_t row, int64_t rows, int64_t col, int64_t cols, const float* sums) {
   const int64_t group = a.group ? a.group : a.cols;
   for (int64_t j = 0; j < cols;) {
     const int64_t index = (col + j) / group, within = (col + j) % group;
     const int64_t wide = smaller(group - within, cols - j);
-    T* y = static_cast<T*>(a.y) + (index * a.rows + row) * group + within;
-    copy_panel(rows, wide, sums + j, y, group);
+    const T* bias = a.bias ? static_cast<const T*>(a.bias) + col + j : nullptr;
+    Y* y = static_cast<Y*>(a.y) + (index * a.rows + row) * group + within;
+    finish_sums<T, A>(rows, wide, bias, sums + j, y, group);
     j += wide;
   }
 }
@@ -127,9 +124,7 @@ void linear_forward(const Linear& a) {
         for (int64_t p = panels * j / lanes.along; p < panels * (j + 1) / lanes.along; ++p) {
           const int64_t col = p * kPanel, cols = smaller(kPanel, a.cols - col);
           product.multiply(a.packed, p, sums.data);
-          const T* bias = a.bias ? static_cast<const T*>(a.bias) + col : nullptr;
-          finish_sums<T, A>(rows, cols, bias, sums.data);
-          copy_groups<Y>(a, row, rows, col, cols, sums.data);
+          finish_groups<T, Y, A>(a, row, rows, col, cols, sums.data);
         }
       });
     }

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/kernels.h"
-#include "vec.h"
+#include "vec_math.h"
 
 namespace bert_fast::cpu::BERT_FAST_ISA {
 
