@@ -98,8 +98,8 @@ def embed(
     Warns: UserWarning with the number of texts cut to `max_length`, if there are any, and for a
         prompt that a SentenceTransformer would put before the texts.
     """
-    own = settings_of(model)
-    limit = token_limit(model, tokenizer, max_length, own.max_length)
+    own, encoder = settings_of(model), _packable(model)
+    limit = _limit(encoder, tokenizer, max_length, own.max_length)
     if own.lower:
         texts = [text.lower() for text in texts_of(texts)]
     if own.prompt:
@@ -107,15 +107,10 @@ def embed(
     tokens = tokenize(tokenizer, texts, limit)
     if tokens.truncated:
         warnings.warn(truncation_note(tokens, limit), stacklevel=2)
-    vectors = embed_tokens(
-        model,
-        tokens,
-        batch_tokens=batch_tokens,
-        pooling=pooling or own.pooling or "mean",
-        normalize=own.normalize is not False if normalize is None else normalize,
-        backend=backend,
-        progress=progress,
-    )
+    pooling = pooling or own.pooling or "mean"
+    normalize = own.normalize is not False if normalize is None else normalize
+    with evaluating(model):
+        vectors = _vectors(encoder, tokens, batch_tokens, pooling, normalize, backend, progress)
     return vectors[:, : own.dimensions]
 
 
@@ -159,45 +154,57 @@ def embed_tokens(
     progress: Progress | None = None,
 ) -> np.ndarray:
     """`embed` for a corpus that is tokenised already; the arguments are those of `embed`."""
+    encoder = _packable(model)
+    with evaluating(model):
+        return _vectors(encoder, tokens, batch_tokens, pooling, normalize, backend, progress)
+
+
+def _vectors(
+    encoder: nn.Module,
+    tokens: Tokens,
+    batch_tokens: int,
+    pooling: str,
+    normalize: bool,
+    backend: Backend | None,
+    progress: Progress | None,
+) -> np.ndarray:
     if pooling not in MODES:
         raise ValueError(f"pooling is {pooling!r}, expected one of {MODES}")
     if not isinstance(batch_tokens, Integral) or batch_tokens < 1:
         raise ValueError(f"batch_tokens is {batch_tokens!r}, expected a number of at least 1")
     if backend is not None:
         check_backend(backend)
-    bert = _packable(model)
-    options = options_of(bert)
+    options = options_of(encoder)
     backend = options.backend if backend is None else backend
     firsts, which = tokens.distinct()
     lengths, times = tokens.lengths[firsts], np.bincount(which, minlength=len(firsts))
-    out = np.empty((len(firsts), bert.config.hidden_size), np.float32)
+    out = np.empty((len(firsts), encoder.config.hidden_size), np.float32)
 
     def collect(rows: np.ndarray, vectors: Tensor) -> None:
         out[rows] = vectors.cpu().numpy()
         if progress is not None:
             progress(int(times[rows].sum()), int((times * lengths)[rows].sum()))
 
-    with evaluating(model):
-        running: tuple[np.ndarray, Tensor] | None = None
-        for rows in batches(lengths, batch_tokens):
-            ids, cu_seqlens = _packed(tokens, firsts[rows], bert.device)
-            read = cu_seqlens[:-1].long() if pooling == "cls" else None
-            longest = int(lengths[rows[0]])
-            hidden = encode(
-                bert, ids, cu_seqlens, longest, backend=backend, rows=read, dtype=options.dtype
-            )  # [T, H], or [B, H] of the first tokens
-            bounds = cu_seqlens
-            if read is not None:
-                bounds = torch.arange(len(read) + 1, dtype=torch.int32, device=read.device)
-            vectors = ops.pool(
-                hidden.float(), bounds, pooling, normalize, chosen(backend, "pool")
-            )  # [B, H]
-            # One batch behind: a GPU has the next one queued while this one is copied out.
-            if running is not None:
-                collect(*running)
-            running = rows, vectors
+    running: tuple[np.ndarray, Tensor] | None = None
+    for rows in batches(lengths, batch_tokens):
+        ids, cu_seqlens = _packed(tokens, firsts[rows], encoder.device)
+        read = cu_seqlens[:-1].long() if pooling == "cls" else None
+        longest = int(lengths[rows[0]])
+        hidden = encode(
+            encoder, ids, cu_seqlens, longest, backend=backend, rows=read, dtype=options.dtype
+        )  # [T, H], or [B, H] of the first tokens
+        bounds = cu_seqlens
+        if read is not None:
+            bounds = torch.arange(len(read) + 1, dtype=torch.int32, device=read.device)
+        vectors = ops.pool(
+            hidden.float(), bounds, pooling, normalize, chosen(backend, "pool")
+        )  # [B, H]
+        # One batch behind: a GPU has the next one queued while this one is copied out.
         if running is not None:
             collect(*running)
+        running = rows, vectors
+    if running is not None:
+        collect(*running)
     return out if len(firsts) == len(tokens) else out[which]
 
 
@@ -205,13 +212,16 @@ def embed_tokens(
 def evaluating(model: nn.Module) -> Iterator[None]:
     """In evaluation and inference mode; every module is then back in the mode it was in."""
     before = [(module, module.training) for module in model.modules()]
-    model.eval()
+    trains = any(mode for _, mode in before)
+    if trains:
+        model.eval()
     try:
         with torch.inference_mode():
             yield
     finally:
-        model.train(before[0][1])  # packed encoders drop their copies
-        for module, mode in before:
+        if trains:
+            model.train(before[0][1])  # packed encoders drop their copies
+        for module, mode in before if trains else ():
             module.training = mode
 
 
@@ -235,7 +245,11 @@ def token_limit(
     Raises: ValueError for a max_length that leaves no token of a text, or is over the model's
         position table.
     """
-    positions = most_tokens(_packable(model).embeddings)
+    return _limit(_packable(model), tokenizer, max_length, usual)
+
+
+def _limit(encoder: nn.Module, tokenizer: Any, max_length: int | None, usual: int | None) -> int:
+    positions = most_tokens(encoder.embeddings)
     if max_length is None:
         return min(positions, int(usual or tokenizer.model_max_length))
     least = tokenizer.num_special_tokens_to_add() + 1

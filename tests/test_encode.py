@@ -112,6 +112,11 @@ def test_training_mode_is_left_as_it_was(model, tokenizer):
     assert model.training and not model.encoder.training
 
 
+def test_a_mode_that_is_set_is_not_set_again(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(type(model), "train", lambda self, mode=True: pytest.fail("set again"))
+    embed(model, tokenizer, tiny.TEXTS[:1])
+
+
 def test_progress_adds_up(model, tokenizer):
     seen = []
     embed(model, tokenizer, tiny.TEXTS, batch_tokens=20, progress=lambda n, t: seen.append((n, t)))
