@@ -18,10 +18,12 @@ from torch import Tensor, nn
 class LayerParts(NamedTuple):
     """The leaf modules of one post-LN encoder layer; None for a dropout it does not have.
 
+    width: of a head, by which transformers cuts queries, keys and values; how many heads there are
+        it asks of nobody.
     attention: whose mode says whether its dropout is applied, as transformers asks it.
     """
 
-    heads: int
+    width: int
     attention: nn.Module
     query: nn.Module
     key: nn.Module
@@ -51,9 +53,10 @@ class LayerParts(NamedTuple):
             if one is not None:
                 yield one, one
 
-    def scale(self, width: int) -> float:
+    @property
+    def scale(self) -> float:
         """Of the scores, asked of the module as transformers asks it."""
-        return getattr(self.attention, "scaling", width**-0.5)
+        return getattr(self.attention, "scaling", self.width**-0.5)
 
     def leaves(self) -> set[nn.Module]:
         """All that run as they are or are replaced by a fusion: whose insides are their own."""
@@ -63,7 +66,7 @@ class LayerParts(NamedTuple):
 def bert_layer(layer: nn.Module) -> LayerParts:
     attention, out, end = layer.attention.self, layer.attention.output, layer.output
     return LayerParts(
-        *(attention.num_attention_heads, attention),
+        *(attention.attention_head_size, attention),
         *(attention.query, attention.key, attention.value, attention.dropout),
         *(out.dense, out.dropout, out.LayerNorm),
         *(layer.intermediate.dense, layer.intermediate.intermediate_act_fn),
@@ -75,7 +78,7 @@ def mpnet_layer(layer: nn.Module) -> LayerParts:
     outer, end = layer.attention, layer.output
     attention = outer.attn
     return LayerParts(
-        *(attention.num_attention_heads, attention.dropout),
+        *(attention.attention_head_size, attention.dropout),
         *(attention.q, attention.k, attention.v, attention.dropout),
         *(attention.o, outer.dropout, outer.LayerNorm),
         *(layer.intermediate.dense, layer.intermediate.intermediate_act_fn),
@@ -86,7 +89,7 @@ def mpnet_layer(layer: nn.Module) -> LayerParts:
 def distilbert_layer(layer: nn.Module) -> LayerParts:
     attention, ffn = layer.attention, layer.ffn
     return LayerParts(
-        *(attention.n_heads, attention),
+        *(attention.attention_head_size, attention),
         *(attention.q_lin, attention.k_lin, attention.v_lin, attention.dropout),
         *(attention.out_lin, None, layer.sa_layer_norm),
         *(ffn.lin1, ffn.activation),
@@ -97,7 +100,7 @@ def distilbert_layer(layer: nn.Module) -> LayerParts:
 def albert_layer(layer: nn.Module) -> LayerParts:
     attention = layer.attention
     return LayerParts(
-        *(attention.num_attention_heads, attention),
+        *(attention.attention_head_size, attention),
         *(attention.query, attention.key, attention.value, attention.attention_dropout),
         *(attention.dense, attention.output_dropout, attention.LayerNorm),
         *(layer.ffn, layer.activation),

@@ -255,7 +255,7 @@ def layer_forward(
     p1, p2 = rate(m.out_dropout), rate(m.down_dropout)
     if weights is not None and layer_node.applies(h, weights):
         settings = layer_node.Settings(
-            sequences, m.heads, m.scale(weights[0].shape[0] // m.heads),
+            sequences, weights[0].shape[0] // m.width, m.scale,
             (m.out_norm.eps, m.down_norm.eps), activation_name(m.activation),
             (p0, p1, p2), (s0 if p0 else None, s1 if p1 else None, s2 if p2 else None),
             recompute, rows, backend,
@@ -264,7 +264,7 @@ def layer_forward(
 
     qkv = project_qkv(m, h, backend, narrow)  # [T, 3, N, D]
     context = ops.attention(
-        qkv, sequences.cu_seqlens, sequences.max_seqlen, m.scale(qkv.shape[3]),
+        qkv, sequences.cu_seqlens, sequences.max_seqlen, m.scale,
         sequences.key_start, like(sequences.bias, qkv), p0, s0 if p0 else None,
         chosen(backend, "attention"),
     ).flatten(1)  # fmt: skip
@@ -295,7 +295,7 @@ def project_qkv(m: LayerParts, h: Tensor, backend: Backend, narrow: str | None =
         qkv = ops.qkv_linear(x, q, k, v, q_bias, k_bias, v_bias, use)
     else:
         qkv = torch.cat([linear(part, h, backend) for part in three], -1)
-    return qkv.view(h.shape[0], 3, m.heads, qkv.shape[1] // (3 * m.heads))
+    return qkv.view(h.shape[0], 3, qkv.shape[1] // (3 * m.width), m.width)
 
 
 def activated_linear(

@@ -56,9 +56,15 @@ class _Ready(KeptInModel):
     def holds(self, model: Any) -> bool:
         return (
             is_structure_of(self.structure, model)
-            and self.config == vars(model.config)
+            and self._config_holds(model)
             and self.stamp.holds(self.weights)
         )
+
+    def _config_holds(self, model: Any) -> bool:
+        try:
+            return self.config == vars(model.config)
+        except (RuntimeError, ValueError):  # two tensors or arrays, which are not alike or unlike
+            return False
 
 
 def forget_call(model: nn.Module) -> None:
@@ -174,7 +180,9 @@ def _fit(model: Any, structure: Structure, options: Any) -> tuple[Parts, Setting
     pooling = (None, None) if pooler is None else (pooler.dense.weight, pooler.dense.bias)
     parts = Parts(e.words, e.positions, e.types, e.scale, e.shift, *pooling)
     tensors = [part for part in parts if part is not None]
-    if reasons_against_copies(*plain.weights, *tensors) or any(odd(t, e.words) for t in tensors):
+    if reasons_against_copies(*plain.weights, *tensors):
+        return None
+    if any(odd(t, e.words) or not t.is_contiguous() for t in tensors):
         return None
     settings = Settings(
         e.norm.eps, first_position(e.module) - 1, plain.heads, plain.eps, plain.activation,
@@ -191,5 +199,6 @@ def _pools(model: Any, family: Family) -> bool:
     if pooler is None or family.pooled is not bert_pooled:
         return pooler is None and family.pooled in (None, bert_pooled)
     inside = [(name, type(module)) for name, module in pooler.named_children()]
-    home = type(pooler).__module__ == family.module
+    cls = type(pooler)
+    home = cls.__module__ == cls.forward.__module__ == family.module
     return home and inside == [("dense", nn.Linear), ("activation", nn.Tanh)]

@@ -61,7 +61,7 @@ def reasons_against_one_call(structure: Structure) -> list[str]:
     """What is set on plain layers that `ops.encoder` has no argument for."""
     plain = structure.plain
     assert plain is not None
-    if any(m.scale(plain.width) != plain.width**-0.5 for m in structure.layers):
+    if any(m.scale != plain.width**-0.5 for m in structure.layers):
         return ["its attention has a scale of its own"]
     return []
 

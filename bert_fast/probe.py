@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from .families import Family
 from .inputs import read_batch
 from .masked_lm import packed_head
 from .modeling import packed_forward
+from .ops.locks import OneAtATime
 from .packed import packed_class
 from .reading import reading_head
 from .structure import structure_of
@@ -44,18 +44,8 @@ def strange_reading_head(model: nn.Module) -> str | None:
 
 
 _told: dict[tuple[type, frozenset[Any]], str | None] = {}
-_lock = threading.Lock()
+_asking = OneAtATime()
 _this_thread = threading.local()
-
-
-def _renew_lock() -> None:
-    """Who held it is not in a child process."""
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def _probe(model: nn.Module, difference: Callable[..., float]) -> str | None:
@@ -67,7 +57,7 @@ def _probe(model: nn.Module, difference: Callable[..., float]) -> str | None:
     if hasattr(_this_thread, "asking"):
         # A constructor that accelerates what it makes comes back here from within the probe.
         return _asked(original, forwards, difference)
-    with _lock:
+    with _asking:
         if (original, forwards) not in _told:
             with ThreadPoolExecutor(1, initializer=_begin) as apart:
                 return apart.submit(_asked, original, forwards, difference).result()

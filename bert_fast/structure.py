@@ -258,13 +258,16 @@ def _plain(layers: list[LayerParts]) -> Plain | None:
         weights += [part.bias for part in three]
         weights += [tensor for part in rest for tensor in (part.weight, part.bias)]
     settings = {
-        (m.heads, norm.eps, activation_name(m.activation)) for m in layers for _, norm in m.norms()
+        (m.query.weight.shape[0], m.width, norm.eps, activation_name(m.activation))
+        for m in layers
+        for _, norm in m.norms()
     }
     if len(settings) != 1:
         return None
-    heads, eps, activation = settings.pop()
-    width = weights[0].shape[0] // heads
-    return None if activation is None else Plain(weights, heads, eps, activation, width)
+    inside, width, eps, activation = settings.pop()
+    if activation is None or inside % width:
+        return None
+    return Plain(weights, inside // width, eps, activation, width)
 
 
 def activation_name(activation: nn.Module | str) -> str | None:
@@ -292,6 +295,9 @@ def reasons_against_layers(model: nn.Module, family: Family) -> list[str]:
         leaves |= parts.leaves()
         if why := _unfit(parts, weight):
             return [why]
+        own = getattr(parts.attention, "config", model.config)
+        if own is not model.config and _attention_of(own) != _attention_of(model.config):
+            return [f"a layer's own config asks for {_attention_of(own)!r} attention"]
     around = [child for child in model.children() if layers and layers[0] in child.modules()]
     for child in around:
         if found := foreign(child, leaves, family.module):
@@ -332,6 +338,11 @@ def _unfit(parts: LayerParts, weight: Tensor) -> str | None:
     if getattr(parts.attention, "is_causal", False):
         return "its attention is causal"
     return None
+
+
+def _attention_of(config: Any) -> Any:
+    """Which attention a config asks transformers for."""
+    return vars(config).get("_attn_implementation_internal")
 
 
 def odd(parameter: Tensor, weight: Tensor) -> str | None:

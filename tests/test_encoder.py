@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import importlib
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from time import sleep
 from typing import Any
 
 import pytest
@@ -15,8 +18,10 @@ from torch import Tensor, nn
 import bert_fast
 from bert_fast import ops
 from bert_fast.modeling import encode
+from bert_fast.one_call import forget_call
 from bert_fast.ops import OPS
-from bert_fast.ops.backends import ISAS, best_isa
+from bert_fast.ops.backends import ISAS, best_isa, openmp
+from bert_fast.ops.weight_copies import _copies, forget
 
 from .models import ids, masks, tiny
 
@@ -222,6 +227,54 @@ def test_weights_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(packed) == 2
     outputs(model.train().eval())  # the weights may be other ones now
     assert len(packed) == 4
+
+
+def test_requests_that_come_first_share_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    page, packed = importlib.import_module("bert_fast.ops.encoder"), []
+    pack, many = page.pack, 8
+    together = Barrier(many)
+
+    def seen(*args: Any, **given: Any) -> Tensor:
+        packed.append(args)
+        sleep(0.05)  # for the others to come meanwhile
+        return pack(*args, **given)
+
+    monkeypatch.setattr(page, "pack", seen)
+    model = bert_fast.accelerate(tiny())
+
+    def first(_: int) -> Tensor:
+        together.wait()
+        return outputs(model)[0]
+
+    with ThreadPoolExecutor(many) as pool:
+        found = list(pool.map(first, range(many)))
+    assert len(packed) == 2  # layers
+    assert all(torch.equal(one, outputs(model)[0]) for one in found)
+
+
+@pytest.mark.parametrize("step", ["encoder", "padded_encoder"])
+def test_copies_dropped_by_another_thread_stay_to_the_end_of_a_call(
+    step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What C++ reads it has by address. `openmp` is asked just before it is called."""
+    page = importlib.import_module(f"bert_fast.ops.{step}")
+    model, dropped = bert_fast.accelerate(tiny()), []
+    first = model.encoder.layer[0].attention.self.query.weight
+    if step == "padded_encoder":
+        outputs(model)  # the next call is one of a whole model
+
+    def drop() -> bool:
+        (kept,) = (c.value for k, c in _copies[first].items() if k.startswith("encoder"))
+        dropped.append([weakref.ref(weight) for weight in kept.weights])
+        del kept
+        forget(first)
+        forget_call(model)
+        assert all(weight() is not None for weight in dropped[-1])
+        return openmp()
+
+    monkeypatch.setattr(page, "openmp", drop)
+    outputs(model)
+    assert len(dropped) == 1 and any(weight() is None for weight in dropped[0])
 
 
 def test_bad_arguments() -> None:

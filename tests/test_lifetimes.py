@@ -139,7 +139,7 @@ def test_a_child_of_a_probing_process_may_probe() -> None:
         pass
 
     model = Fresh(tiny().config)
-    with probe._lock:  # as another thread of the parent holds it
+    with probe._asking:  # as another thread of the parent holds it
         child = os.fork()
         if not child:
             signal.alarm(20)

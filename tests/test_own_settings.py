@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
+    DistilBertModel,
     MPNetConfig,
     MPNetForSequenceClassification,
     MPNetModel,
@@ -63,6 +65,89 @@ def test_attention_of_ones_own_runs(kind: str, first: bool) -> None:
     if first:
         with pytest.raises(ValueError, match="its attention is 'own'"):
             bert_fast.accelerate(model)
+
+
+def pruned(heads: int) -> Callable[[Any], None]:
+    """One head of each layer cut away, as its owner does it: numbers of heads left or set."""
+
+    def change(model: Any) -> None:
+        for layer in (part for part in model.modules() if type(part).__name__ == "BertAttention"):
+            own, dense = layer.self, layer.output.dense
+            width = own.all_head_size - own.attention_head_size
+            for name in ("query", "key", "value"):
+                one = getattr(own, name)
+                one.weight, one.bias = (
+                    nn.Parameter(one.weight[:width]),
+                    nn.Parameter(one.bias[:width]),
+                )
+            dense.weight = nn.Parameter(dense.weight[:, :width])
+            own.num_attention_heads = heads
+
+    return change
+
+
+def other_width(model: Any) -> None:
+    for part in model.modules():
+        if hasattr(part, "attention_head_size"):
+            part.attention_head_size *= 2
+
+
+def other_number(model: Any) -> None:
+    for part in model.modules():
+        for name in {"num_attention_heads", "n_heads"} & vars(part).keys():
+            setattr(part, name, 1)
+
+
+def one_layer_pruned(model: Any) -> None:
+    pruned(3)(model.encoder.layer[1])
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(
+    ("cls", "change"),
+    [
+        (BertModel, pruned(3)),
+        (BertModel, pruned(4)),
+        (BertModel, one_layer_pruned),
+        (BertModel, other_width),
+        (BertModel, other_number),
+        (DistilBertModel, other_width),
+        (DistilBertModel, other_number),
+    ],
+)
+def test_heads_are_as_wide_as_transformers_has_them(
+    cls: type, change: Callable[[Any], None], grad: bool, first: bool
+) -> None:
+    """It cuts queries by `attention_head_size`, and asks for no number of heads."""
+    model = small(cls.__module__, cls.__name__) if cls is DistilBertModel else tiny()
+    ours = copy.deepcopy(model)
+    for one in (model, ours) if first else (model,):
+        with torch.no_grad():
+            change(one)
+    bert_fast.accelerate(ours)
+    if not first:
+        outputs(ours), outputs(ours)
+        with torch.no_grad():
+            change(ours)
+    with torch.set_grad_enabled(grad):
+        for _ in range(2):
+            found, expected = (one(IDS, MASK).last_hidden_state for one in (ours, model))
+            alike(found, expected)
+            outputs(ours)
+
+
+@pytest.mark.filterwarnings("ignore:bert_fast. Hugging Face's own forward runs")
+def test_attention_of_one_layers_own_runs() -> None:
+    AttentionInterface.register("own", halved)
+    model = tiny()
+    ours = bert_fast.accelerate(copy.deepcopy(model))
+    outputs(ours), outputs(ours)
+    for one in (model, ours):
+        config = copy.deepcopy(one.config)
+        config._attn_implementation = "own"
+        one.encoder.layer[1].attention.self.config = config
+    alike(outputs(ours).last_hidden_state, outputs(model).last_hidden_state)
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -419,3 +419,4 @@ def test_pretrain_refuses(tmp_path):
     refused(invoke(*line), "tokenizer has", "vocabulary 50")
     refused(invoke("train-tokenizer", empty, "-o", out), "the corpus is empty")
     refused(invoke("train-tokenizer", text, "-o", empty), "empty.txt: File exists")
+    refused(invoke("train-tokenizer", text, "-o", broken), "broken holds a model")

@@ -94,6 +94,7 @@ def test_columns_by_name_and_as_in_glue(tmp_path):
         ("text\ttext_b\tlabel", "b"),
         ("text\tother\tlabel", None),
         ("question\tsentence\tlabel", "b"),
+        ("premise\thypothesis\tlabel", "b"),
         ("text\tsentence1\tlabel\tsentence2", None),  # documented names before GLUE's
     ],
 )

@@ -297,6 +297,11 @@ def test_a_run_that_fails_gives_the_terminal_back(tmp_path, monkeypatch):
     assert stopped
 
 
+def test_nothing_to_resume_is_told(tmp_path):
+    with pytest.warns(UserWarning, match="holds no checkpoint to resume: starting at step 1"):
+        assert run(tmp_path, resume=True)
+
+
 def test_resume_refuses_other_settings(tmp_path):
     run(tmp_path, save_steps=3)
     with pytest.raises(ValueError, match="holds checkpoints of another run"):

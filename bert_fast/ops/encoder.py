@@ -132,16 +132,16 @@ def _kernel(name: str, isa: int) -> Kernel:
         x, cu_seqlens, key_start, bias, rows, weights, heads, max_seqlen, eps, activation, int8,
         *, save,
     ) -> tuple[Tensor]:  # fmt: skip
-        table = table_of(weights, heads, x, isa, int8).table
-        run = torch.ops.bert_fast_cpu.encoder_forward
-        return (run(x, cu_seqlens, key_start, bias, rows, table, eps, activation, openmp(), isa),)
+        kept = table_of(weights, heads, x, isa, int8)  # another thread may drop it meanwhile
+        run, rest = torch.ops.bert_fast_cpu.encoder_forward, (eps, activation, openmp(), isa)
+        return (run(x, cu_seqlens, key_start, bias, rows, kept.table, *rest),)
 
     return Kernel(name, forward, None, why_not, device="cpu")
 
 
 class WeightTable(NamedTuple):
     """The weights of all layers as C++ takes them: a table of their addresses, so they stay beside
-    it."""
+    it; who hands the table on has to hold this until C++ is done."""
 
     table: Tensor
     weights: list[Tensor]

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .backends import extension_missing
+from .locks import OneAtATime
 
 # Called for every weight in every forward: without a frame of Python each.
 _version, _trained = attrgetter("_version"), attrgetter("requires_grad")
@@ -60,6 +61,7 @@ class _Copy(NamedTuple):
 
 _copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _held = threading.local()
+_making = OneAtATime()  # a server's first requests come together, and need one copy
 
 
 @contextmanager
@@ -89,23 +91,39 @@ def copy_of(
     held = getattr(_held, "copies", None)
     if held is None and given[0].is_cuda and torch.cuda.is_current_stream_capturing():
         return make()  # in somebody's graph, which would replay the copy of today's weights
-    kinds = _copies.get(given[0], {})
-    found = kinds.get(kind)
-    if found is None or not found.stamp.holds(given):
+    found = _kept(given, kind)
+    if found is None:
         try:
             versions = list(map(_version, given))
         except RuntimeError:  # an inference tensor has none to tell when a copy is stale
             return make()
-        # Not as inference tensors: a copy may be the source of another copy.
-        with torch.inference_mode(False), torch.no_grad():
-            value = make()
-        found = _Copy(stamp_of(given, versions, referred(value)), value)
-        if given[0].is_cuda and not torch.cuda.is_current_stream_capturing():
-            torch.cuda.current_stream(given[0].device).synchronize()  # others may read it now
-        _copies.setdefault(given[0], {})[kind] = found
+        with _making:
+            found = _kept(given, kind) or _made(given, versions, kind, make, referred)
     if held is not None:
         held.append(found.value)
     return found.value
+
+
+def _kept(given: list[Tensor], kind: str) -> _Copy | None:
+    found = _copies.get(given[0], {}).get(kind)
+    return found if found is not None and found.stamp.holds(given) else None
+
+
+def _made(
+    given: list[Tensor],
+    versions: list[int],
+    kind: str,
+    make: Callable[[], Any],
+    referred: Callable[[Any], Iterable[Tensor]],
+) -> _Copy:
+    # Not as inference tensors: a copy may be the source of another copy.
+    with torch.inference_mode(False), torch.no_grad():
+        value = make()
+    found = _Copy(stamp_of(given, versions, referred(value)), value)
+    if given[0].is_cuda and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream(given[0].device).synchronize()  # others may read it now
+    _copies.setdefault(given[0], {})[kind] = found
+    return found
 
 
 def _memory(weights: list[Tensor], read: list[int]) -> Any:

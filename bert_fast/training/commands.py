@@ -70,7 +70,7 @@ def pretrain(
         int | None, typer.Option(help="Steps between evaluations; always after an epoch.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")
+        bool, typer.Option("--resume", help="Go on from the folder's last checkpoint, if any.")
     ] = False,
     text_field: TextField = "text",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -121,6 +121,11 @@ def train_tokenizer(
         from .text import find_files, read_documents
         from .tokenizer import train_tokenizer as learn
 
+        if (output / "config.json").exists():
+            raise ValueError(
+                f"{output} holds a model, which would have another's vocabulary: choose another "
+                "output folder"
+            )
         documents = functools.partial(read_documents, find_files(texts), text_field)
         output.mkdir(parents=True, exist_ok=True)  # transformers only logs that it is a file
         learnt = learn(documents, vocab_size, lowercase)

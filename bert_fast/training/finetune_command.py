@@ -65,7 +65,7 @@ def finetune(
     dtype: Annotated[str, Option(help="fp32, or bf16 (autocast; weights stay fp32).")] = "fp32",
     device: Annotated[str, Option(help="auto, cpu or cuda.")] = "auto",
     save_steps: Annotated[int | None, Option(help="Steps between checkpoints; else none.")] = None,
-    resume: Annotated[bool, Option(help="Go on from the last checkpoint in --output.")] = False,
+    resume: Annotated[bool, Option(help="Go on from --output's last checkpoint, if any.")] = False,
     accelerate: Annotated[
         bool, Option(help="Without: transformers' own forward, to compare with.")
     ] = True,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -176,6 +177,10 @@ def train(
         "processes": arguments.world_size,
     }
     checkpoint = _checkpoint(settings, json.loads(json.dumps(agreed)))
+    if settings.resume and checkpoint is None and arguments.should_save:
+        warnings.warn(
+            f"{settings.output_dir} holds no checkpoint to resume: starting at step 1", stacklevel=2
+        )
     trainer = _Trainer(model, arguments, dataset, settings, collate, lengths, evaluate, objective)
     trainer.add_callback(Checkpoints(settings.output_dir, tokenizer))
     if arguments.should_save:

@@ -97,6 +97,11 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, expected 1 or more")
+        if not (self.model or self.config) and self.hidden % self.heads:
+            raise ValueError(
+                f"hidden {self.hidden} is no multiple of heads {self.heads}: every head takes an "
+                "equal part"
+            )
 
     # What may change between a run and its resumption: where things lie.
     PLACES = ("sources", "tokenizer", "model", "config")
@@ -200,11 +205,6 @@ def new_model(recipe: Recipe, tokenizer: Any, seed: int) -> Any:
     elif recipe.config:
         model = BertForPreTraining(BertConfig.from_pretrained(recipe.config))
     else:
-        if recipe.hidden % recipe.heads:
-            raise ValueError(
-                f"hidden {recipe.hidden} is no multiple of heads {recipe.heads}: every head takes "
-                "an equal part"
-            )
         model = BertForPreTraining(
             BertConfig(
                 vocab_size=len(tokenizer),

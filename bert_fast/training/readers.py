@@ -25,6 +25,7 @@ GLUE = (
     ("sentence1", "sentence2", "score"),  # STS-B
     ("sentence1", "sentence2", "gold_label"),  # MNLI
     ("sentence1", "sentence2", "label"),  # RTE, WNLI
+    ("premise", "hypothesis", "label"),  # MNLI, as `datasets` has it
     ("question", "sentence", "label"),  # QNLI
 )
 NO_LABEL = str(IGNORED)
