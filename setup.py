@@ -63,7 +63,8 @@ class BuildByISA(BuildExtension):
 
     def build_extension(self, ext):
         if IS_X86:
-            with ThreadPoolExecutor() as pool:  # half a minute each
+            jobs = int(os.environ.get("MAX_JOBS", 0)) or None  # as torch has it: of compilers
+            with ThreadPoolExecutor(jobs) as pool:  # half a minute each
                 for sources, objects in pool.map(partial(self.compile, ext), X86_FLAGS):
                     ext.extra_objects += objects
                     ext.sources = [s for s in ext.sources if s not in sources]
@@ -109,6 +110,7 @@ def extension():
 setup(
     packages=[*find_packages(include=["bert_fast", "bert_fast.*"]), "bert_fast._triton"],
     package_dir={"bert_fast._triton": "kernels/_triton"},
+    package_data={"bert_fast": ["py.typed"]},
     ext_modules=[extension()],
     cmdclass={"build_ext": BuildByISA},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

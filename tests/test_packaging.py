@@ -51,7 +51,7 @@ def test_wheel_serves_every_python_and_installs_bert_fast_only(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"bert_fast"}
-    for wanted in ("_C.abi3.so", "_triton/tiles.py", "ops/registry.py", "cli.py"):
+    for wanted in ("_C.abi3.so", "_triton/tiles.py", "ops/registry.py", "cli.py", "py.typed"):
         assert f"bert_fast/{wanted}" in names
     sources = (".cpp", ".cu", ".cuh", ".h", ".inc")
     assert not [name for name in names if name.endswith(sources)]

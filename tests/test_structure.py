@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -101,6 +102,15 @@ def test_an_extension_of_other_sources(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(backends, looked_at.__name__, looked_at.__wrapped__)
     (told,) = backends.extension_missing()
     assert "build it anew" in told
+
+
+def test_a_checkout_that_nobody_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`kernels/_triton` is `bert_fast._triton` by the installation only."""
+    found = {"triton": ModuleType("triton")}
+    monkeypatch.setattr(importlib.util, "find_spec", found.get)
+    assert "is not installed" in backends.triton_missing.__wrapped__()[0]
+    found["bert_fast._triton"] = ModuleType("bert_fast._triton")
+    assert not backends.triton_missing.__wrapped__()
 
 
 @pytest.mark.parametrize("row", FAMILIES, ids=lambda row: row.model)

@@ -82,6 +82,8 @@ def cuda_missing() -> list[str]:
 def triton_missing() -> list[str]:
     if importlib.util.find_spec("triton") is None:
         return ["triton is not installed"]
+    if importlib.util.find_spec("bert_fast._triton") is None:
+        return ["bert_fast's Triton kernels are not beside it: it is not installed"]
     return []
 
 
