@@ -63,7 +63,7 @@ class BuildByISA(BuildExtension):
 
     def build_extension(self, ext):
         if IS_X86:
-            jobs = int(os.environ.get("MAX_JOBS", 0)) or None  # as torch has it: of compilers
+            jobs = int(os.environ.get("MAX_JOBS") or 0) or None  # as torch has it: of compilers
             with ThreadPoolExecutor(jobs) as pool:  # half a minute each
                 for sources, objects in pool.map(partial(self.compile, ext), X86_FLAGS):
                     ext.extra_objects += objects

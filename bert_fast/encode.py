@@ -212,16 +212,17 @@ def _vectors(
 def evaluating(model: nn.Module) -> Iterator[None]:
     """In evaluation and inference mode; every module is then back in the mode it was in."""
     before = [(module, module.training) for module in model.modules()]
-    trains = any(mode for _, mode in before)
-    if trains:
+    if not any(mode for _, mode in before):
+        before = []  # nothing to set, nor to put back
+    if before:
         model.eval()
     try:
         with torch.inference_mode():
             yield
     finally:
-        if trains:
+        if before:
             model.train(before[0][1])  # packed encoders drop their copies
-        for module, mode in before if trains else ():
+        for module, mode in before:
             module.training = mode
 
 
