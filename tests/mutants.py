@@ -22,7 +22,7 @@ def parity(which: str) -> tuple[str, ...]:
 
 
 CPU, TRITON = "kernels/csrc/cpu/", "kernels/_triton/"
-ONE_CALL = ("tests/test_one_call.py",)
+ONE_CALL, OWN_PARTS = ("tests/test_one_call.py",), ("tests/test_own_parts.py",)
 BEYOND = ("tests/test_beyond_blocks.py",)
 ENCODER, EMULATED = ("tests/test_encoder.py",), ("tests/test_emulation.py",)
 KERNELS = [
@@ -95,11 +95,12 @@ KERNELS = [
     Mutant("one call: what the config asks for since", "bert_fast/one_call.py",
            "            and self._config_holds(model)\n", "", ONE_CALL),
     Mutant("one call: settings that do not compare", "bert_fast/one_call.py",
-           "except (RuntimeError, ValueError):", "except KeyError:", ONE_CALL),
+           "except (RuntimeError, ValueError):", "except KeyError:",
+           ("tests/test_own_settings.py",)),
     Mutant("one call: a pooler's forward that was replaced", "bert_fast/one_call.py",
-           "cls.__module__ == cls.forward.__module__ ==", "cls.__module__ ==", ONE_CALL),
+           "cls.__module__ == cls.forward.__module__ ==", "cls.__module__ ==", OWN_PARTS),
     Mutant("one call: tables with gaps", "bert_fast/one_call.py",
-           "odd(t, e.words) or not t.is_contiguous()", "odd(t, e.words)", ONE_CALL),
+           "odd(t, e.words) or not t.is_contiguous()", "odd(t, e.words)", OWN_PARTS),
     Mutant("one call: under autocast", "bert_fast/one_call.py",
            "        or torch.is_autocast_enabled(\"cpu\")\n", "", ONE_CALL),
     Mutant("one call: while gradients are recorded", "bert_fast/one_call.py",

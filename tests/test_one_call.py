@@ -16,7 +16,6 @@ from transformers import (
     BertForTokenClassification,
     BertModel,
 )
-from transformers.models.bert.modeling_bert import BertPooler
 
 import bert_fast
 from bench.measure import compare
@@ -335,33 +334,6 @@ def test_what_was_changed_since_is_seen(change: Callable[[Any], None]) -> None:
     assert not same(before, expected)
     for _ in range(2):  # once in its own way, and then in one call again
         assert same(run(model, WORDS), expected)
-
-
-def test_settings_that_do_not_compare(calls: list[int]) -> None:
-    model = ready()
-    for _ in range(2):
-        model.config.class_weights = torch.tensor([1.0, 2.0])
-        for _ in range(2):  # once to look at it again
-            run(model, WORDS)
-    assert len(calls) == 2
-
-
-@pytest.mark.parametrize("part", ["word_embeddings", "LayerNorm"])
-def test_tables_with_gaps(part: str) -> None:
-    model = ready()
-    expected = run(model, WORDS)
-    weight = getattr(model.embeddings, part).weight
-    weight.data = weight.data.repeat_interleave(2, -1)[..., ::2]
-    for _ in range(2):
-        assert same(run(model, WORDS), expected)
-
-
-def test_another_forward_of_the_poolers_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BertPooler, "forward", lambda self, states: states.mean(1))
-    model = ready()
-    for _ in range(2):
-        found = run(model, WORDS)
-        torch.testing.assert_close(found.pooler_output, found.last_hidden_state.mean(1))
 
 
 @pytest.mark.parametrize("backend", ["reference", {"attention": "reference"}])

@@ -217,6 +217,25 @@ def test_an_embedding_that_bounds_its_rows(first: bool) -> None:
     alike(outputs(ours).last_hidden_state, outputs(model).last_hidden_state)
 
 
+@pytest.mark.parametrize("part", ["word_embeddings", "LayerNorm"])
+def test_tables_with_gaps(part: str) -> None:
+    model = bert_fast.accelerate(tiny())
+    outputs(model)
+    expected = outputs(model).last_hidden_state
+    weight = getattr(model.embeddings, part).weight
+    weight.data = weight.data.repeat_interleave(2, -1)[..., ::2]
+    for _ in range(2):
+        alike(outputs(model).last_hidden_state, expected)
+
+
+def test_another_forward_of_the_poolers_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf.BertPooler, "forward", lambda self, states: states.mean(1))
+    model = bert_fast.accelerate(tiny())
+    for _ in range(3):
+        found = outputs(model)
+        alike(found.pooler_output, found.last_hidden_state.mean(1), None)
+
+
 def test_padding_in_a_text_has_no_position() -> None:
     """A literal <pad> of RoBERTa's kin: not counted, whether texts come padded or packed."""
     model = small(RobertaModel.__module__, "RobertaModel")

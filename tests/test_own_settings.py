@@ -76,10 +76,8 @@ def pruned(heads: int) -> Callable[[Any], None]:
             width = own.all_head_size - own.attention_head_size
             for name in ("query", "key", "value"):
                 one = getattr(own, name)
-                one.weight, one.bias = (
-                    nn.Parameter(one.weight[:width]),
-                    nn.Parameter(one.bias[:width]),
-                )
+                one.weight = nn.Parameter(one.weight[:width])
+                one.bias = nn.Parameter(one.bias[:width])
             dense.weight = nn.Parameter(dense.weight[:, :width])
             own.num_attention_heads = heads
 
@@ -160,6 +158,15 @@ def test_a_scale_of_ones_own(first: bool) -> None:
         one.encoder.layer[1].attention.self.scaling *= 3
     alike(outputs(ours).last_hidden_state, outputs(model).last_hidden_state)
     assert not torch.allclose(outputs(tiny()).last_hidden_state, outputs(ours).last_hidden_state)
+
+
+def test_settings_that_do_not_compare() -> None:
+    model = bert_fast.accelerate(tiny())
+    expected = outputs(model).last_hidden_state
+    for _ in range(2):
+        model.config.class_weights = torch.tensor([1.0, 2.0])
+        for _ in range(2):  # once to look at it again
+            alike(outputs(model).last_hidden_state, expected)
 
 
 def test_attentions_asked_for_by_the_config() -> None:
