@@ -268,8 +268,10 @@ def _refusal(module: nn.Module, row: Family) -> list[str]:
     cls = type(module)
     if not isinstance(module, Packed) and (cls.__module__, cls.__name__) != (row.module, row.model):
         return [f"{cls.__qualname__} is a subclass with code of its own"]
+    if (why := reasons_against_kind(module)) or not structure_of(module, row).why:
+        return why  # the structure has looked at the layers, and is kept as long as they are
     try:
-        return reasons_against_kind(module) or reasons_against_layers(module, row)
+        return reasons_against_layers(module, row)
     except AttributeError as error:  # an unknown layout: of the class, which `strange` tells, or
         return [] if strange(module, row) else [f"its layers have another layout ({error})"]
 

@@ -184,13 +184,16 @@ def structure_of(model: nn.Module, family: Family) -> Structure:
     found = model.__dict__.get(_SEEN)
     if (
         found is None
-        or found.structure.why
         or not found.holds(model)
         or not found.in_place()
         or found.structure.modules != family.layers(model)  # ALBERT's are counted by its config
     ):
         hooks = RemovableHandle.next_id
-        found = model.__dict__[_SEEN] = _Seen(_look(model, family), model, hooks)
+        structure = _look(model, family)
+        if structure.why:  # it will be looked at anew, and nothing stays in a model left as it was
+            forget_structure(model)
+            return structure
+        found = model.__dict__[_SEEN] = _Seen(structure, model, hooks)
     return found.structure
 
 
