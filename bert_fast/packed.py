@@ -38,6 +38,14 @@ AS_PACKED = "bert_fast_packed"
 FIRST_ONLY = "bert_fast_first_only"
 REAL_ONLY = "bert_fast_real_only"
 WORDS = (AS_PACKED, FIRST_ONLY, REAL_ONLY)
+# The arguments of an encoder's forward that are read here, with those that no encoder reads alone.
+# Another one is for transformers: a new one of a later version too, and a cache by its older name.
+_READ = {
+    "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds",
+    "encoder_attention_mask", "use_cache", "output_attentions", "output_hidden_states",
+    "return_dict",
+}  # fmt: skip
+_OLDER = "past_key_values"
 
 
 @dataclass(frozen=True)
@@ -108,20 +116,25 @@ class Packed(KeepsCopies):
     """What packed classes share; `last_hidden_state` and `hidden_states` are zero at padding."""
 
     bert_fast_family: ClassVar[Family]
+    bert_fast_unread: ClassVar[tuple[str, ...]]
 
 
 @functools.cache
 def packed_class(original: type) -> type:
     """The packed class of a model class of some family."""
-    created = swapped_class(
+    family = BY_CLASS[original.__module__, original.__name__]
+    created: Any = swapped_class(
         original,
         Packed,
         _forward,
         f"transformers' {original.__name__} with a packed, fused forward.\n\n"
         "Same constructor, parameters, state_dict keys, signature and outputs;\n"
         "`last_hidden_state` and `hidden_states` are zero at padded positions.",
-        bert_fast_family=BY_CLASS[original.__module__, original.__name__],
+        bert_fast_family=family,
     )
+    read = {*_READ, *family.extra}
+    names = (*created.bert_fast_arguments, _OLDER)
+    created.bert_fast_unread = tuple(name for name in names if name not in read)
     # Hugging Face finds which outputs a class can record (hidden states, attentions) by the name
     # of the class; ours records the same, also in instances that never ran __init__.
     recorded = getattr(original, "_can_record_outputs", None)
@@ -340,11 +353,7 @@ def _somebodys(registry: Mapping[Any, Any], name: Any) -> bool:
 
 def reasons_against_call(model: Any, given: dict[str, Any]) -> list[str]:
     """Why the packed forward cannot answer this call."""
-    why = [
-        f"{name} is given"
-        for name in ("encoder_hidden_states", "past_key_values")
-        if given.get(name) is not None
-    ]
+    why = [f"{name} is given" for name in model.bert_fast_unread if given.get(name) is not None]
     if asked(model, given, "output_attentions"):
         why.append("output_attentions: the fused attention never forms the probabilities")
     if given.get("is_causal") or vars(model.config).get("is_causal"):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+from inspect import signature
 from typing import Any
 
 import pytest
 import torch
-from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel
+from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel, DynamicCache
 
 import bert_fast
 from bert_fast import probe
+from bert_fast.packed import packed_class
 
 from .models import ids, tiny
+from .parity import DEVICE
 
 
 @pytest.fixture(params=["accelerated", "by_name"])
@@ -100,3 +103,31 @@ def test_features_may_be_written_to_in_place(make: Any, cls: type, masked: bool)
             scale = torch.ones(found.shape[-1], device=found.device, requires_grad=True)
             found.mul_(scale).sum().backward()
             assert scale.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore:.*Hugging Face's own forward runs:UserWarning")
+def test_a_cache_is_attended_to(make: Any) -> None:
+    """By whichever name the version installed gives it."""
+    name = "cache" if "cache" in signature(BertModel.forward).parameters else "past_key_values"
+    found = []
+    for model in (tiny(), make(BertModel)):
+        cache, generator = DynamicCache(), torch.Generator().manual_seed(0)
+        for layer in range(model.config.num_hidden_layers):
+            keys = torch.randn(2, 4, 3, 16, generator=generator).to(DEVICE)
+            cache.update(keys, keys, layer)
+        with torch.no_grad():
+            found.append(model(ids(2, 5), **{name: cache})[0])
+    assert torch.allclose(*found, atol=1e-5)
+    with torch.no_grad():
+        assert not torch.allclose(model(ids(2, 5))[0], found[0], atol=1e-2)
+
+
+def test_an_argument_of_a_later_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: Any, input_ids: Any, shift: Any = None) -> Any:
+        return input_ids if shift is None else input_ids + shift
+
+    monkeypatch.setattr(BertModel, "forward", forward)
+    model = tiny()
+    model.__class__ = packed_class.__wrapped__(BertModel)
+    with pytest.warns(UserWarning, match="own forward runs: shift is given"):
+        assert torch.equal(model(ids(1, 4), shift=2), ids(1, 4) + 2)
