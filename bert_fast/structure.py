@@ -71,7 +71,7 @@ class Embeddings(NamedTuple):
     @property
     def fused(self) -> bool:
         """Whether `ops.embed_layernorm` computes it, as its tables are set now."""
-        return bool(self.tables) and not any(
+        return len(self.tables) > 0 and not any(
             t.max_norm is not None or t.scale_grad_by_freq or t.sparse for t in self.tables
         )
 
@@ -369,10 +369,15 @@ def hooked_inside(model: nn.Module) -> nn.Module | None:
     return None
 
 
+_DYNAMO_ITERATES = torch.__version__ >= (2, 13)  # over a `__dict__`; 2.11's does not
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether somebody else takes part in what it computes; or one of its methods is replaced."""
     if module._forward_pre_hooks or sees_output(module):
         return True
+    if not _DYNAMO_ITERATES and torch.compiler.is_compiling():
+        return "forward" in module.__dict__
     cls = type(module)
     return any(isfunction(getattr(cls, name, None)) for name in module.__dict__)
 

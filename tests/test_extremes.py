@@ -21,6 +21,8 @@ from .test_parity import BACKENDS, skip_unless_willing
 EXACT = [(op, backend) for op, backend in BACKENDS if not op.endswith(("_int8", "_fp8"))]
 # Of the tokens that these leave out, PyTorch's products have 0 * NaN.
 SPARSE = ("masked_lm_loss", "splade")
+# On a GPU in 16 bits the gradients of small tables are products: see `ops.embed_layernorm`.
+TABLES = ("word", "position", "token_type")
 
 
 def nans(found: list[Tensor | None]) -> list[Tensor]:
@@ -54,6 +56,8 @@ def test_nan_goes_where_it_goes_in_pytorch(name: str, backend: str, dtype: torch
                 if name in SPARSE:  # but what the result shows is in the gradient of its cause
                     hidden = what == op.names[i] and ours[0].any() and not found.any()
                     wrong = found & ~expected | hidden
+                elif what in TABLES and DEVICE.type == "cuda" and dtype != torch.float32:
+                    wrong = expected & ~found
                 assert not wrong.any(), f"{what}, of a NaN in {op.names[i]}"
     assert seen
 

@@ -84,10 +84,10 @@ static Tensor as_batch(const Tensor& x, int64_t batch, int64_t length) {
 static Tensor pooled(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   using torch::stable::detail::from;
   std::array<StableIValue, 3> linear{from(x), from(weight), from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::linear", "", linear.data(), TORCH_ABI_VERSION));
   std::array<StableIValue, 1> tanh{linear[0]};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::tanh", "", tanh.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(tanh[0]);
 }
