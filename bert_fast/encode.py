@@ -25,6 +25,7 @@ from .convert import check_backend, is_encoder, why_not_packed
 from .families import family_of
 from .inputs import most_tokens, texts_of
 from .modeling import encode
+from .ops.locks import OneAtATime
 from .ops.pool import MODES
 from .packed import options_of
 from .paths import Backend, chosen
@@ -80,8 +81,9 @@ def embed(
     Args:
         model: a transformers encoder, or a module with one inside; on any device, in fp32, bf16
             or fp16. Accelerated or not; accelerated with dtype="int8" or "fp8", in that. It runs
-            in evaluation mode and is left as it was. What is None below, a SentenceTransformer
-            says itself; also how many columns to keep, and whether texts lose their capitals.
+            in evaluation mode and is left as it was; several threads may ask, if none trains it.
+            What is None below, a SentenceTransformer says itself; also how many columns to keep,
+            and whether texts lose their capitals.
         tokenizer: its fast tokenizer.
         texts: n strings; an empty one gives the embedding of the empty text.
         batch_tokens: tokens per batch; a longer text gets a batch of its own.
@@ -208,22 +210,34 @@ def _vectors(
     return out if len(firsts) == len(tokens) else out[which]
 
 
+# Of the models that threads evaluate now: how many do, and what modes the last puts back.
+_evaluated: dict[nn.Module, tuple[int, list[tuple[nn.Module, bool]]]] = {}
+_modes = OneAtATime()
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation and inference mode; every module is then back in the mode it was in."""
-    before = [(module, module.training) for module in model.modules()]
-    if not any(mode for _, mode in before):
-        before = []  # nothing to set, nor to put back
-    if before:
-        model.eval()
+    """In evaluation and inference mode; every module is then back in the mode it was in, once no
+    other thread evaluates the model either."""
+    with _modes:
+        threads, before = _evaluated.get(model, (0, []))
+        now = [(module, module.training) for module in model.modules()]
+        if any(mode for _, mode in now):
+            before = now
+            model.eval()
+        _evaluated[model] = threads + 1, before
     try:
         with torch.inference_mode():
             yield
     finally:
-        if before:
-            model.train(before[0][1])  # packed encoders drop their copies
-        for module, mode in before:
-            module.training = mode
+        with _modes:
+            threads, before = _evaluated.pop(model)
+            if threads > 1:
+                _evaluated[model] = threads - 1, before
+            elif before:
+                model.train(before[0][1])  # packed encoders drop their copies
+                for module, mode in before:
+                    module.training = mode
 
 
 def batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:

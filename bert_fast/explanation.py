@@ -98,11 +98,12 @@ def explain(model: nn.Module, inputs: Mapping[str, Any]) -> Explanation:
         about = f": {others.pop()} takes the attention alone" if others else ""
         raise ValueError(f"{type(model).__name__} called no encoder that can run packed{about}")
     module, args, kwargs = calls[0]
-    if not isinstance(module, Packed):
+    cls = type(module)
+    if not issubclass(cls, Packed):
         return Explanation(fallback=["the model is not accelerated"])
-    given = arguments(module, args, kwargs)
-    structure = structure_of(module, module.bert_fast_family)
-    why = reasons_against_call(module, given) or reasons_against(module, structure)
+    given = arguments(cls, args, kwargs)
+    structure = structure_of(module, cls.bert_fast_family)
+    why = reasons_against_call(cls, module, given) or reasons_against(module, structure)
     return Explanation(fallback=why) if why else _explained(module, structure, given)
 
 

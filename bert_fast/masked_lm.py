@@ -134,15 +134,14 @@ def reasons_against_loss(model: Any) -> list[str]:
     return [] if plain else [f"its loss is {loss}"]
 
 
-def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    # All that is of the class is asked first: another thread may put the model back meanwhile.
-    row, kind, original = model.bert_fast_head, model.bert_fast_output, model.bert_fast_original
+def _forward(cls: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    row, kind, original = cls.bert_fast_head, cls.bert_fast_output, cls.bert_fast_original
     options = options_of(model)
     why = reasons_against_head(model, row) or reasons_against_loss(model) or reasons_against_now()
     if why:
         tell(why)
         return original.forward(model, *args, **kwargs)
-    given = arguments(model, args, kwargs)
+    given = arguments(cls, args, kwargs)
     labels = given.pop("labels", None)
     pair_labels = None if row.pair is None else given.pop(row.pair.labels, None)
     as_dict = asked(model, given, "return_dict", True)
@@ -240,15 +239,16 @@ def splade(model: Any, *args: Any, **kwargs: Any) -> Tensor:
     Returns: [B, V] in the dtype of the hidden states; zeros for a text that is masked whole.
     Raises: ValueError for another model, or one whose head cannot run packed, with the reason.
     """
-    if not isinstance(model, PackedHead):
+    cls = type(model)
+    if not issubclass(cls, PackedHead):
         raise ValueError(
-            f"bert_fast.splade: {type(model).__name__} is no masked-LM model that "
+            f"bert_fast.splade: {cls.__name__} is no masked-LM model that "
             "bert_fast.accelerate has taken"
         )
-    row, backend = model.bert_fast_head, options_of(model).backend
+    row, backend = cls.bert_fast_head, options_of(model).backend
     if why := reasons_against_head(model, row) or reasons_against_now():
         raise ValueError(f"bert_fast.splade: {'; '.join(why)}")
-    given = arguments(model, args, kwargs)
+    given = arguments(cls, args, kwargs)
     given.pop("return_dict", None)
     mask = given.get("attention_mask")
     if mask is not None and mask.dim() != 2:

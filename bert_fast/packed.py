@@ -150,22 +150,22 @@ def __getattr__(name: str) -> type:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _forward(cls: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     words = {name: kwargs.pop(name) for name in WORDS if name in kwargs}
     as_packed, real_only = words.get(AS_PACKED, False), words.get(REAL_ONLY, False)
-    given, family = arguments(model, args, kwargs), model.bert_fast_family
+    given, family = arguments(cls, args, kwargs), cls.bert_fast_family
     options = options_of(model)
     whole, first_only = options.keep_padding and not real_only, words.get(FIRST_ONLY, False)
     may = prepared(model) and not as_packed and not reasons_against_kind(model)
     if may and (found := answer(model, given, first_only, whole)):
-        return _outputs(model, given, *found)
-    why = reasons_against_call(model, given)
+        return _outputs(model, family, given, *found)
+    why = reasons_against_call(cls, model, given)
     if not why:  # nor would a trace for TorchScript like to see it looked at
         structure = structure_of(model, family)
         why = reasons_against(model, structure)
     if why:
         tell(why)
-        return model.bert_fast_original.forward(model, *args, **kwargs)
+        return cls.bert_fast_original.forward(model, *args, **kwargs)
     if options.graphs:
         look_at_graphs(model, structure)
     batch = read_batch(structure, given, whole)
@@ -202,18 +202,19 @@ def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not between:
         prepare(model, structure, options)
     pooled = family.pooled(model, last) if family.pooled and last.shape[1] else None
-    return _outputs(model, given, last, pooled, _selected(states, collect) if between else None)
+    collected = _selected(states, collect) if between else None
+    return _outputs(model, family, given, last, pooled, collected)
 
 
 def _outputs(
     model: Any,
+    family: Family,
     given: dict[str, Any],
     last: Tensor,
     pooled: Tensor | None,
     states: tuple[Tensor | None, ...] | None = None,
 ) -> Any:
     """The outputs as transformers has them, `states` being the hidden ones that are asked for."""
-    family = model.bert_fast_family
     fields: dict[str, Any] = {"last_hidden_state": last}
     if family.pooled is not None:
         fields["pooler_output"] = pooled
@@ -288,12 +289,13 @@ NO_WORD = "its encoder is not accelerated, or its pooler or a hook reads all tha
 def takes_word(encoder: Any) -> bool:
     """Whether a head may say what it reads: nobody else is there to read the encoder's output, and
     the pooler is transformers' own, which of each sequence reads the first token."""
+    cls = type(encoder)
     return (
-        isinstance(encoder, Packed)
-        and _runs_ours(type(encoder))
+        issubclass(cls, Packed)
+        and _runs_ours(cls)
         and "forward" not in encoder.__dict__
         and not sees_output(encoder)
-        and _pools_first(encoder)
+        and _pools_first(cls.bert_fast_family, encoder)
     )
 
 
@@ -302,8 +304,8 @@ def _runs_ours(cls: type) -> bool:
     return "bert_fast_original" in vars(next(one for one in cls.__mro__ if "forward" in vars(one)))
 
 
-def _pools_first(encoder: Packed) -> bool:
-    family, pooler = encoder.bert_fast_family, getattr(encoder, "pooler", None)
+def _pools_first(family: Family, encoder: Any) -> bool:
+    pooler = getattr(encoder, "pooler", None)
     if pooler is None or family.pooled is not bert_pooled:  # none, or it is handed first tokens
         return True
     return type(pooler).__module__ == family.module
@@ -351,9 +353,9 @@ def _somebodys(registry: Mapping[Any, Any], name: Any) -> bool:
     return found is not None and not home.startswith(("transformers.", "bert_fast."))
 
 
-def reasons_against_call(model: Any, given: dict[str, Any]) -> list[str]:
+def reasons_against_call(cls: Any, model: Any, given: dict[str, Any]) -> list[str]:
     """Why the packed forward cannot answer this call."""
-    why = [f"{name} is given" for name in model.bert_fast_unread if given.get(name) is not None]
+    why = [f"{name} is given" for name in cls.bert_fast_unread if given.get(name) is not None]
     if asked(model, given, "output_attentions"):
         why.append("output_attentions: the fused attention never forms the probabilities")
     if given.get("is_causal") or vars(model.config).get("is_causal"):
@@ -363,7 +365,7 @@ def reasons_against_call(model: Any, given: dict[str, Any]) -> list[str]:
         why.append(f"attention_mask is a {type(mask).__name__}")
     elif mask is not None and mask.requires_grad:
         why.append("attention_mask wants a gradient")
-    trains = torch.is_grad_enabled() and model.bert_fast_family.bias is not None
+    trains = torch.is_grad_enabled() and cls.bert_fast_family.bias is not None
     if trains and model.encoder.relative_attention_bias.weight.requires_grad:
         why.append("the relative position bias is being trained")
     return why + reasons_against_now()

@@ -43,37 +43,40 @@ def reading_head(original: type) -> type:
     )
 
 
-def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    own = functools.partial(model.bert_fast_original.forward, model)
-    if reasons_against_reading(model):
+def _forward(cls: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    own = functools.partial(cls.bert_fast_original.forward, model)
+    if _reasons_against(cls, model):
         return own(*args, **kwargs)
-    run = {"first tokens": _first_tokens, "real tokens": _real_tokens}[model.bert_fast_reads.what]
-    return run(model, own, args, kwargs)
+    if cls.bert_fast_reads.what == "first tokens":
+        return own(*args, **kwargs, **{FIRST_ONLY: True})
+    return _real_tokens(cls, model, own, args, kwargs)
 
 
 def reasons_against_reading(model: Any) -> list[str]:
     """Why the encoder has to compute all tokens for this head as it is now (empty: it need not)."""
+    return _reasons_against(type(model), model)
+
+
+def _reasons_against(cls: Any, model: Any) -> list[str]:
     if not takes_word(encoder_of(model)):
         return [NO_WORD]
-    what, by = model.bert_fast_reads
+    what, by = cls.bert_fast_reads
     if by is None:
         return []
     child = getattr(model, by, None)
     if what == "real tokens":
         known = type(child) is nn.Linear
     else:
-        known = type(child).__module__ == model.bert_fast_original.__module__
+        known = type(child).__module__ == cls.bert_fast_original.__module__
     if not known:
         return [f"its {by} is {type(child).__qualname__}, which is not transformers'"]
     return [f"a hook or a replaced method sits on its {by}"] if hooked(child) else []
 
 
-def _first_tokens(model: Any, own: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    return own(*args, **kwargs, **{FIRST_ONLY: True})
-
-
-def _real_tokens(model: Any, own: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    given = arguments(model, args, kwargs)
+def _real_tokens(
+    cls: Any, model: Any, own: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+) -> Any:
+    given = arguments(cls, args, kwargs)
     labelled = given.get("start_positions") is not None or given.get("end_positions") is not None
     mask = given.get("attention_mask")
     if model.training or labelled or not isinstance(mask, Tensor) or mask.dim() != 2:

@@ -129,19 +129,22 @@ class _Seen(KeptInModel):
     Objects are kept with their addresses: as long as they live, no other is taken for them.
     """
 
-    def __init__(self, structure: Structure, model: nn.Module, hooks: int) -> None:
-        self.structure, self.hooks, self.children = structure, hooks, model._modules
+    structure: Structure
+
+    def __init__(self, model: Any) -> None:
+        self.hooks, self.children = RemovableHandle.next_id, model._modules
         modules = tuple(model.modules())[1:]  # not the model, which keeps this
         insides = [module.__dict__ for module in modules]
         parts = [inside[n] for n in ("_parameters", "_modules", "_buffers") for inside in insides]
         dicts = (model._modules, *insides, *filter(None, parts))
-        self.objects, self.known = (modules, dicts), addresses(modules, dicts)
         self.alive = list(map(type, modules)), [[*one, *one.values()] for one in dicts]
+        self.objects, self.known = (modules, dicts), addresses(modules, dicts)
         own = chain.from_iterable(inside["_parameters"].values() for inside in insides)
         self.parameters = [parameter for parameter in own if parameter is not None]
         self.places = self._places()
-        found = structure.embeddings.module._buffers.values() if structure.embeddings else ()
-        self.buffers = [buffer for buffer in found if not buffer.is_inference()]
+        embeddings = model._modules.get("embeddings")
+        found = [] if embeddings is None else embeddings._buffers.values()
+        self.buffers = [b for b in found if b is not None and not b.is_inference()]
         self.written = self._written()
 
     def _places(self) -> tuple[list[Any], ...]:
@@ -188,12 +191,13 @@ def structure_of(model: nn.Module, family: Family) -> Structure:
         or not found.in_place()
         or found.structure.modules != family.layers(model)  # ALBERT's are counted by its config
     ):
-        hooks = RemovableHandle.next_id
-        structure = _look(model, family)
-        if structure.why:  # it will be looked at anew, and nothing stays in a model left as it was
+        # Taken before the look: what another thread changes meanwhile is told by the next call.
+        found = _Seen(model)
+        found.structure = _look(model, family)
+        if found.structure.why:  # to be looked at anew; nothing stays in a model left as it was
             forget_structure(model)
-            return structure
-        found = model.__dict__[_SEEN] = _Seen(structure, model, hooks)
+        else:
+            model.__dict__[_SEEN] = found
     return found.structure
 
 

@@ -20,21 +20,22 @@ class Swapped:
 def swapped_class(
     original: Any,
     kind: type[Swapped],
-    forward: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any],
+    forward: Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any],
     doc: str,
     **attributes: Any,
 ) -> type:
     """`original` with another forward: same constructor, parameters, state_dict keys, signature.
 
     kind: its first base; the module that defines it has a `__getattr__` by which pickles find the
-        class. forward: called with the model, args and kwargs.
+        class. forward: called with the class, the model, args and kwargs. What is of the class, it
+        asks the class: another thread may put the model back meanwhile.
     """
 
     @functools.wraps(original.forward)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, kind):  # put back, but somebody (accelerate's hooks) has kept this
             return original.forward(self, *args, **kwargs)
-        return forward(self, args, kwargs)
+        return forward(created, self, args, kwargs)
 
     own = {
         "__module__": kind.__module__,
@@ -47,7 +48,8 @@ def swapped_class(
             if parameter.kind is Parameter.POSITIONAL_OR_KEYWORD
         )[1:],
     }
-    return type(original.__name__, (kind, original), own | attributes)
+    created = type(original.__name__, (kind, original), own | attributes)
+    return created
 
 
 def put_back(module: nn.Module) -> None:
@@ -61,11 +63,12 @@ def original_of(module: nn.Module) -> Any:
     return getattr(type(module), "bert_fast_original", type(module))
 
 
-def arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments by name; TypeError, as Python has it, for one too many or given twice."""
-    names = model.bert_fast_arguments
+def arguments(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by name of a call of such a class; TypeError, as Python has it, for one too
+    many or given twice."""
+    names = cls.bert_fast_arguments
     if len(args) > len(names) or kwargs.keys() & set(names[: len(args)]):
-        signature(model.bert_fast_original.forward).bind(model, *args, **kwargs)
+        signature(cls.bert_fast_original.forward).bind(None, *args, **kwargs)
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 

@@ -201,7 +201,7 @@ def _reasons_against_gradient(
     if not any(parameter.requires_grad for parameter in encoder.parameters()):
         return ["no parameter is trained"]
     with torch.enable_grad():
-        return reasons_against_call(encoder, dict(batch))
+        return reasons_against_call(type(encoder), encoder, dict(batch))
 
 
 def _gradient(encoder: nn.Module, batch: Mapping[str, Tensor], kept: Tensor) -> Tensor:

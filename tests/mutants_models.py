@@ -10,7 +10,7 @@ LOOP, PRETRAINING = ("tests/test_training_loop.py",), ("tests/test_pretraining.p
 SPANS, FINETUNE = ("tests/test_spans.py",), ("tests/test_finetune.py",)
 PREDICT = ("tests/test_finetune_predict.py",)
 OWN, SETTINGS = ("tests/test_own_parts.py",), ("tests/test_own_settings.py",)
-SET = ("tests/test_set_since.py",)
+SET, THREADS = ("tests/test_set_since.py",), ("tests/test_threads.py",)
 COPIES = "bert_fast/ops/weight_copies.py"
 MODELS = [
     Mutant("model: no attention scale", "bert_fast/modeling.py",
@@ -87,7 +87,7 @@ MODELS = [
            "if of_head and (found := foreign(", "if False and (found := foreign(",
            (*OWN, "-k", "head_of_ones_own")),
     Mutant("own parts: a class on a packed one is told", "bert_fast/packed.py",
-           "        and _runs_ours(type(encoder))\n", "", (*OWN, "-k", "class_on_a_packed_one")),
+           "        and _runs_ours(cls)\n", "", (*OWN, "-k", "class_on_a_packed_one")),
     Mutant("own parts: registered attention is ignored", "bert_fast/packed.py",
            "found is not None and not home.startswith", "False and not home.startswith",
            (*SETTINGS, "-k", "attention_of_ones_own")),
@@ -208,7 +208,7 @@ MODELS = [
            "most = std::max(most, static_cast<int64_t>(chunk.wanted.size()));", "most += 0;",
            ("tests/test_encoder.py", "-k", "asked_for_often")),
     Mutant("a pooler of the user's is handed first tokens", "bert_fast/packed.py",
-           "        and _pools_first(encoder)\n", "",
+           "        and _pools_first(cls.bert_fast_family, encoder)\n", "",
            ("tests/test_around.py", "-k", "reads_all and class and pooler")),
     Mutant("a classifier of the user's is handed first tokens", "bert_fast/reading.py",
            "    if not known:\n", "    if False:\n",
@@ -333,6 +333,19 @@ MODELS = [
            "min(nulls[feature.question], null)", "null", SPANS),
     Mutant("spans: padding is an answer", TRAINING + "spans.py",
            "feature.first + len(feature.offsets))", "None)", SPANS),
+    Mutant("a new argument of transformers' is not read", "bert_fast/packed.py",
+           "if name not in read)", "if False)", ("tests/test_drop_in.py",)),
+    Mutant("put back meanwhile: the class is asked anew", "bert_fast/packed.py",
+           "reasons_against_call(cls, model, given)\n    if not why:",
+           "reasons_against_call(type(model), model, given)\n    if not why:", THREADS),
+    Mutant("put back meanwhile: the head's class is asked anew", "bert_fast/reading.py",
+           "what, by = cls.bert_fast_reads", "what, by = model.bert_fast_reads", THREADS),
+    Mutant("a look that has seen what came before it", "bert_fast/structure.py",
+           "found = _Seen(model)\n        found.structure = _look(model, family)",
+           "look = _look(model, family)\n        found = _Seen(model)\n"
+           "        found.structure = look", THREADS),
+    Mutant("evaluation ends with the first thread", "bert_fast/encode.py",
+           "if threads > 1:", "if False:", THREADS),
     Mutant("spans: padding in the loss", TRAINING + "answers.py",
            ".masked_fill(padding, -torch.inf)", "",
            (*FINETUNE, "-k", "own_forward and spans")),
