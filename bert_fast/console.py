@@ -12,6 +12,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from safetensors import SafetensorError
 
 console = Console()
 # Paths may hold brackets and colons; a line of a log is not broken.
@@ -28,7 +29,7 @@ def one_line_errors() -> Iterator[None]:
             yield
         except OSError as error:
             message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        except ValueError as error:
+        except (ValueError, SafetensorError) as error:  # the latter for a disk that is full
             message = str(error)
         else:
             return

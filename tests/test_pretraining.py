@@ -95,6 +95,7 @@ def test_text_refuses(tmp_path):
         ("e.jsonl", b'["x"]', "line 1: no field 'text'"),
         ("f.gz", b"not gzip", "gzip"),
         ("g.tsv", b"text\na\n", ".tsv is not read"),
+        ("h.txt", "a cat".encode("utf-16-le"), "a NUL byte, expected UTF-8"),
     ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError, match=f"{name}: .*{told}"):

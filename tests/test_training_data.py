@@ -1,5 +1,6 @@
 """What `bert-fast finetune` reads: tables, labels, tagged words, SQuAD; and what it refuses."""
 
+import gzip
 import json
 
 import pytest
@@ -45,6 +46,16 @@ def test_every_format_gives_the_same_rows(tmp_path, kind, end, mark):
     file.write_bytes(text.encode())
     found = read_texts(file, pairs=False)
     assert list(zip(found.texts, found.labels, strict=True)) == ROWS
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_compressed_rows(tmp_path, kind):
+    file = tmp_path / f"rows.{kind}.gz"
+    file.write_bytes(gzip.compress(FORMATS[kind](ROWS).encode()))
+    assert read_texts(file, pairs=False).texts == [text for text, _ in ROWS]
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"rows\.\w+\.gz: Compressed file ended"):
+        read_texts(file, pairs=False)
 
 
 def test_parquet(tmp_path):
@@ -121,6 +132,7 @@ def test_pairs_without_scores(tmp_path):
         ("a.tsv", "", ["has no rows"]),
         ("a.tsv", "text\tsize\na\tb\n", ["no column 'label'", "'size'", "--label-column"]),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', ["line 2", "no field 'label'"]),
+        ("a.jsonl", '{"text": "a"}\n{"text": "b", "label": 1}\n', ["line 1", "no field 'label'"]),
         ("a.jsonl", '{"text": "a", "label": 1}\n{\n', ["line 2", "not JSON"]),
         ("a.jsonl", "[1]\n", ["line 1", "list, expected an object"]),
         ("a.jsonl", '{"text": 5, "label": 1}\n', ["line 1, column 'text'", "5 is no string"]),
@@ -240,6 +252,7 @@ def test_other_spaces_part_no_words(tmp_path):
         ),
         ("a.txt", "EU B-ORG\nrejects\n", ["line 2", "'rejects'", "a word and its label"]),
         ("a.txt", "\n\n", ["has no words"]),
+        ("a.conllu", "1-2" + "\t_" * 9 + "\n1" + "\ta" * 9 + "\n", ["CoNLL-U", "a word first"]),
         ("a.csv", "text,label\n", ["not .csv"]),
         ("a.jsonl", '{"tokens": ["a"], "labels": []}', ["line 1", "1 words", "0 labels"]),
         ("a.jsonl", '{"tokens": "a b", "labels": ["x"]}', ["line 1, column 'tokens'", "list"]),
@@ -300,17 +313,72 @@ def test_squad_as_rows(tmp_path):
     assert found.version == 1 and found.questions[0].answers == (("cat", 4),)
 
 
+ROW = {"id": "1", "question": "Who?", "context": "The cat sat.", "answers": []}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps([ROW, ROW | {"id": "2"}]),
+        json.dumps({"data": [ROW, ROW | {"id": "2"}]}, indent=2),
+        f"{json.dumps(ROW)}\n\n{json.dumps(ROW | {'id': '2'})}\n",
+        json.dumps(squad(ROW, ROW | {"id": "2"})["data"]),
+        f"{json.dumps(squad(ROW)['data'][0])}\n{json.dumps(squad(ROW | {'id': '2'})['data'][0])}\n",
+    ],
+    ids=["rows", "rows as data", "lines of rows", "articles", "lines of articles"],
+)
+def test_squad_in_other_shapes(tmp_path, text):
+    found = read(tmp_path, text).questions
+    assert [(q.id, q.context, q.labelled) for q in found] == [
+        (key, "The cat sat.", True) for key in ("1", "2")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answers", "starts"),
+    [
+        ([{"text": "cat", "answer_start": 4.0}], [4]),
+        ([{"text": "cat", "answer_start": "4"}], [4]),
+        ([{"text": "cat", "answer_start": None}, {"text": "cat"}], [-1, -1]),
+        ({"text": "cat", "answer_start": 4}, [4]),
+        ({"text": ["cat"], "answer_start": [None]}, [-1]),
+        ({"text": ["cat", "cat"]}, [-1, -1]),
+    ],
+)
+def test_offsets_of_answers(tmp_path, answers, starts):
+    """What a table has made of them; where none is told, the answer is looked for."""
+    (question,) = read(tmp_path, squad(cat(answers=answers))).questions
+    assert question.answers == tuple(("cat", start) for start in starts)
+
+
+def test_an_id_that_comes_twice(tmp_path):
+    file = write(tmp_path / "a.json", json.dumps(squad(cat(), cat("2"), cat(is_impossible=None))))
+    assert [q.id for q in read_squad(file, answered=False).questions] == ["1", "2", "1"]
+    first, second = read_squad(file).questions
+    assert first.answers == (("cat", 4),) * 2 and second.answers == (("cat", 4),)
+
+
 @pytest.mark.parametrize(
     ("document", "words"),
     [
-        ("[]", ["expected SQuAD"]),
+        ("[]", ["has no questions"]),
         ("{", ["not JSON"]),
         ({"data": []}, ["has no questions"]),
         ({"data": [{"title": "t"}]}, ["data[0]: no 'paragraphs'"]),
         (squad({"id": "1"}), ["qas[0]: no 'question'"]),
-        (squad(cat(), cat()), ["qas[1]: id '1' is also that of", "qas[0]"]),
-        (squad(cat(answers=[{"text": "cat"}])), ["qas[0].answers[0]: no 'answer_start'"]),
-        (squad(cat(answers=[{"text": "cat", "answer_start": "4"}])), ["str, expected int"]),
+        ({"data": [{"context": "A cat."}]}, ["data[0]: no 'question'"]),
+        ('{"data": []}\n{"data": []}', ["line 1: no 'question'"]),
+        (squad(cat(), cat(question="Who?")), ["qas[1]: id '1' is also that of", "qas[0]"]),
+        (squad(cat(answers=[{"answer_start": 4}])), ["qas[0].answers[0]: no 'text'"]),
+        (squad(cat(answers="cat")), ["answers is str, expected a list"]),
+        *(
+            (
+                squad(cat(answers=[{"text": "cat", "answer_start": value}])),
+                ["answers[0]: answer_start is", "expected a whole number"],
+            )
+            for value in ("four", 4.5, True, [4], float("inf"))
+        ),
+        (squad(cat(is_impossible="false")), ["is_impossible is 'false', expected true or false"]),
         (squad(cat(), context=None), ["context is NoneType, expected str"]),
         (squad("Who?"), ["qas[0]: str, expected an object"]),
     ],

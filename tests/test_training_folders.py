@@ -4,6 +4,8 @@ import json
 import shutil
 
 import pytest
+import transformers
+from safetensors import SafetensorError
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -127,3 +129,28 @@ def test_steps_between_checkpoints_may_change_at_resume(tmp_path, then, kept):
     _, again = run(tmp_path, **options, save_steps=then, resume=True)
     assert losses(again) == losses(whole)
     assert names(tmp_path) == kept
+
+
+# -- the model that was there before -------------------------------------------------------------
+
+
+def test_a_model_leaves_nothing_to_the_one_in_its_place(rows, tmp_path):
+    folder = tiny.save(tmp_path / "model")
+    (folder / "modules.json").write_text("[]")
+    (folder / "predictions.jsonl").write_text("{}\n")
+    line = ["finetune", "--task", "pairs", "--train", rows, "--max-steps", "1", "--device", "cpu"]
+    result = invoke(*line, "--model", folder, "--output", folder)
+    assert result.exit_code == 0, result.output
+    assert (folder / "metrics.json").exists()
+    assert not list(folder.glob("predictions*")) and not (folder / "modules.json").exists()
+
+
+def test_a_full_disk_is_one_line(rows, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(transformers.BertForSequenceClassification, "save_pretrained", full)
+    line = ["finetune", "--task", "pairs", "--train", rows, "--max-steps", "1", "--device", "cpu"]
+    result = invoke(*line, "--model", tiny.save(tmp_path / "model"), "--output", tmp_path / "out")
+    assert result.exit_code == 2
+    assert result.stderr.endswith("No space left on device (os error 28)\n")

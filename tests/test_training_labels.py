@@ -145,11 +145,15 @@ def test_what_is_not_asked_for_is_as_usual(tmp_path, columns, asked, pairs, foun
 @pytest.mark.parametrize(
     ("columns", "asked", "label"),
     [
-        ("anchor,positive,score", ("anchor", "positive", None), None),
+        ("anchor,positive,score", ("anchor", "positive", None), "score"),
         ("anchor,positive,score", (None, None, "score"), "score"),
         ("query,positive", ("query", None, None), None),
         ("sentence1,sentence2,score", ("sentence1", None, None), "score"),
         ("a,b,label", ("a", "b", None), "label"),
+        ("text,text_b,similarity", (None, None, None), "similarity"),
+        ("sentence1,sentence2,similarity_score", (None, None, None), "similarity_score"),
+        ("anchor,positive,label", (None, None, None), "label"),
+        ("anchor,positive,row", (None, None, None), None),
     ],
 )
 def test_pairs_that_need_no_label(tmp_path, columns, asked, label):

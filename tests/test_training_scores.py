@@ -55,10 +55,12 @@ def test_tasks_tell_them(tmp_path):
     assert set(task.evaluate(task.model)) == {"accuracy", "precision", "recall", "f1"}
 
 
-def test_a_third_text_is_named(tmp_path):
+def test_columns_that_are_not_used_are_named(tmp_path):
     pytest.importorskip("sentence_transformers")
     row = {"id": "7", "anchor": "a cat", "positive": "the cat", "negative": "a dog"}
     notes = embedding(job("embedding", tmp_path, [row])).notes
-    assert any(note.endswith("two texts: 'negative'") for note in notes)
-    del row["negative"]
-    assert not any("texts: " in note for note in embedding(job("embedding", tmp_path, [row])).notes)
+    assert any(note.endswith("columns not used: 'id', 'negative'") for note in notes)
+    del row["negative"], row["id"]
+    assert not any(
+        "not used" in note for note in embedding(job("embedding", tmp_path, [row])).notes
+    )

@@ -32,7 +32,11 @@ CONFIG_KEY = "spans"  # what config.json keeps of the training, for predictions 
 def spans(job: Job) -> Task:
     """Task `spans`; without training data it answers with the model as it is."""
     files = {name: getattr(job, name) for name in ("train", "validation", "predict")}
-    squads = {name: read_squad(file) for name, file in files.items() if file is not None}
+    squads = {
+        name: read_squad(file, answered=name != "train")
+        for name, file in files.items()
+        if file is not None
+    }
     train, held_out = squads.get("train"), squads.get("predict", squads.get("validation"))
     _, tokenizer = load_config(job.model)
     kind = transformers.AutoModelForQuestionAnswering
@@ -83,16 +87,16 @@ def spans(job: Job) -> Task:
 
 
 def _training_items(
-    train: Squad, features: Sequence[Feature], lost: set[str], notes: list[str]
+    train: Squad, features: Sequence[Feature], lost: set[int], notes: list[str]
 ) -> tuple[list[Item], list[Feature]]:
-    usable = [q.labelled and q.id not in lost for q in train.questions]
+    usable = [q.labelled and i not in lost for i, q in enumerate(train.questions)]
     kept = [feature for feature in features if usable[feature.question]]
     if not kept:
         raise ValueError(f"{train.file}: no question has an answer that stands in its context")
     if lost:
         notes.append(
             f"{train.file}: {len(lost)} of {len(train)} questions left out, their answers do not "
-            f"stand in their contexts (the first is {min(lost)!r})"
+            f"stand in their contexts (the first is {train.questions[min(lost)].id!r})"
         )
     notes.append(f"{sum(usable)} questions in {len(kept)} windows")
     items = [

@@ -24,7 +24,7 @@ from ..sentence import sentence_modules
 from .items import Collate, Item, collator, item_of, outputs_of, tokenize, was_cut
 from .loop import MODEL_LOSS, Objective
 from .monitor import write_rows
-from .readers import Labels, Texts, other_texts, read_texts
+from .readers import Labels, Texts, others, read_texts
 from .scores import accuracy, pearson, spearman
 from .tasks import Job, Metrics, Task, token_limit
 
@@ -82,9 +82,8 @@ def embedding(job: Job) -> Task:
     objective = MODEL_LOSS
     if train is not None:
         notes.append(f"{len(train)} pairs {'with scores' if train.labels else 'that are alike'}")
-        if unused := other_texts(train):
-            columns = ", ".join(map(repr, unused))
-            notes.append(f"{train.table.file}: not used, as pairs have two texts: {columns}")
+        if unused := others(train):
+            notes.append(f"{train.table.file}: columns not used: {', '.join(map(repr, unused))}")
         objective = _objective(getattr(losses, LOSSES[bool(train.labels)])(model))
         items = _items(train, model, notes)
     evaluate = predict = None

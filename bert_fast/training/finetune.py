@@ -31,6 +31,13 @@ TASKS: dict[str, Callable[[Job], Task]] = {
 }
 
 
+# What a model whose place is taken has left: its answers, and what made it a sentence-transformer.
+OF_ANOTHER = (
+    "predictions.jsonl", "predictions.json", "nbest_predictions.json", "null_odds.json",
+    "modules.json", "config_sentence_transformers.json",
+)  # fmt: skip
+
+
 def finetune(job: Job, told: Callable[[str], None] = print) -> dict[str, Any]:
     """Trains as `job` says, evaluates, predicts, and writes to its settings' output_dir.
 
@@ -104,6 +111,8 @@ def finetune(job: Job, told: Callable[[str], None] = print) -> dict[str, Any]:
             evaluate(task.model)
     if processes.is_main_process:
         if job.train is not None:
+            for name in OF_ANOTHER:
+                (folder / name).unlink(missing_ok=True)
             task.save(folder)
         if history or last:
             write_metrics(folder, history, task=job.task, seed=job.settings.seed, **last)

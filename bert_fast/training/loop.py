@@ -179,7 +179,8 @@ def train(
     checkpoint = _checkpoint(settings, json.loads(json.dumps(agreed)))
     if settings.resume and checkpoint is None and arguments.should_save:
         warnings.warn(
-            f"{settings.output_dir} holds no checkpoint to resume: starting at step 1", stacklevel=2
+            f"bert_fast: {settings.output_dir} holds no checkpoint to resume: starting at step 1",
+            stacklevel=2,
         )
     trainer = _Trainer(model, arguments, dataset, settings, collate, lengths, evaluate, objective)
     trainer.add_callback(Checkpoints(settings.output_dir, tokenizer))

@@ -29,11 +29,11 @@ GLUE = (
     ("question", "sentence", "label"),  # QNLI
 )
 NO_LABEL = str(IGNORED)
-# Pairs that are alike, without a score.
-ALIKE = (
-    ("text", "text_b", None),
-    ("anchor", "positive", None),
-    ("sentence1", "sentence2", None),
+# Pairs for embeddings: with a score where there is one, else of texts that are alike.
+ALIKE = tuple(
+    (*pair, score)
+    for score in ("label", "score", "similarity", "similarity_score", None)
+    for pair in (("text", "text_b"), ("anchor", "positive"), ("sentence1", "sentence2"))
 )
 
 
@@ -156,15 +156,9 @@ def _texts(table: Table, column: str) -> list[str]:
     return texts
 
 
-def other_texts(examples: Texts) -> list[str]:
-    """Columns of texts in the file that are not among those read."""
-
-    def is_text(column: str) -> bool:
-        values = (row.get(column) for row in examples.table.rows)
-        return all(isinstance(value, str) and _number(value) is None for value in values)
-
-    others = [name for name in examples.table.columns if name not in examples.columns]
-    return list(filter(is_text, others))
+def others(examples: Texts) -> list[str]:
+    """The file's columns that are not read."""
+    return [name for name in examples.table.columns if name not in examples.columns]
 
 
 # -- labels -------------------------------------------------------------------------------------

@@ -69,12 +69,12 @@ class Prediction:
 
 def make_features(
     questions: Sequence[Question], tokenizer: Any, max_length: int, doc_stride: int
-) -> tuple[list[Feature], list[str]]:
-    """The windows of every question, in order, and the ids of questions whose answer is not found.
+) -> tuple[list[Feature], list[int]]:
+    """The windows of every question, in order, and the numbers of those whose answer is not found.
 
-    The first answer of a question is the one trained on. Questions over half of `max_length` are
-    cut. A question whose answer does not stand in its context gets features like one without an
-    answer: leave them out of training.
+    The first answer of a question is the one trained on. Questions are cut to half of `max_length`,
+    and to what leaves a window more room than `doc_stride`. A question whose answer does not stand
+    in its context gets features like one without an answer: leave them out of training.
 
     Raises: ValueError for a tokeniser that is not fast, and sizes that leave no room for windows.
     """
@@ -82,18 +82,19 @@ def make_features(
     special = tokenizer.num_special_tokens_to_add(pair=True)
     if max_length < 4 * special:
         raise ValueError(f"--max-length is {max_length}, expected at least {4 * special}")
-    if not 0 <= doc_stride < max_length // 2:
+    if not 0 <= doc_stride <= max_length // 2:
         raise ValueError(
-            f"--doc-stride is {doc_stride}, expected 0 to {max_length // 2 - 1}: less than half of "
+            f"--doc-stride is {doc_stride}, expected 0 to {max_length // 2}: at most half of "
             f"--max-length {max_length}"
         )
+    most = min(max_length // 2, max_length - doc_stride - 1) - special  # of a question
     features: list[Feature] = []
     lost = []
     for start in range(0, len(questions), QUESTIONS_AT_ONCE):
         part = questions[start : start + QUESTIONS_AT_ONCE]
         places = [locate(q.context, *q.answers[0]) if q.answers else None for q in part]
-        lost += [q.id for q, place in zip(part, places, strict=True) if q.answers and not place]
-        asked = _cut([q.question.strip() for q in part], tokenizer, max_length // 2 - special)
+        lost += [i for i, q in enumerate(part, start) if q.answers and not places[i - start]]
+        asked = _cut([q.question.strip() for q in part], tokenizer, most)
         encoded = tokenizer(
             asked,
             [q.context for q in part],

@@ -1,19 +1,20 @@
 """SQuAD files: questions on contexts with the answers' character offsets.
 
 Version 1.1 (every question has answers) and 2.0 (some have none) as the authors publish them, and
-the same as rows of Parquet or JSON lines (id, context, question, answers) as data sets' hubs do.
+the same as rows (id, context, question, answers) as data sets' hubs have it: Parquet, JSON lines,
+or in the place of articles.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .tables import read_table
-from .text import parse_json, read_lines, whole
+from .text import parse_json, read_lines, suffix_of, whole
 
 EXPECTED = 'expected SQuAD: {"data": [{"paragraphs": [{"context": ..., "qas": [...]}]}]}'
 
@@ -28,6 +29,10 @@ class Question:
     answers: tuple[tuple[str, int], ...]
     labelled: bool  # whether the file tells the answer, or that there is none
 
+    @property
+    def asks(self) -> tuple[str, str, bool]:
+        return self.question, self.context, self.labelled
+
 
 @dataclass(frozen=True)
 class Squad:
@@ -41,21 +46,28 @@ class Squad:
         return len(self.questions)
 
 
-def read_squad(file: Path) -> Squad:
+def read_squad(file: Path, answered: bool = True) -> Squad:
     """Reads a SQuAD file of either version, with or without answers.
 
+    answered: the questions get answers, by their ids: one that comes twice is one question with
+        the answers of both.
+
     Raises: ValueError naming the place for a field that is absent or of the wrong type, and for an
-        id that comes twice; OSError for a file that cannot be read.
+        id of two questions that get answers; OSError for a file that cannot be read.
     """
     rows, said = _rows(file)
-    questions, seen = [], dict[str, str]()
+    questions: list[Question] = []
+    seen: dict[str, tuple[int, str]] = {}
     version = 2 if said.lstrip("v").startswith("2") else 1
     for where, row in rows:
         question = _question(row, where)
-        if question.id in seen:
-            raise ValueError(f"{where}: id {question.id!r} is also that of {seen[question.id]}")
-        seen[question.id] = where
-        questions.append(question)
+        index, before = seen.setdefault(question.id, (len(questions), where))
+        if not answered or index == len(questions):
+            questions.append(question)
+        elif (same := questions[index]).asks != question.asks:
+            raise ValueError(f"{where}: id {question.id!r} is also that of {before}")
+        else:
+            questions[index] = replace(same, answers=same.answers + question.answers)
         if "is_impossible" in row or (question.labelled and not question.answers):
             version = 2
     if not questions:
@@ -64,32 +76,54 @@ def read_squad(file: Path) -> Squad:
 
 
 def _rows(file: Path) -> tuple[Iterator[tuple[str, dict[str, Any]]], str]:
-    if file.suffix.lower() in (".jsonl", ".parquet"):
+    lines = None if suffix_of(file) in (".jsonl", ".parquet") else read_lines(file)
+    if lines is None or _each_an_object(lines):
         table = read_table(file)
-        return ((table.where(i), row) for i, row in enumerate(table.rows)), ""
-    document = parse_json("\n".join(read_lines(file)), str(file))
-    if not isinstance(document, dict) or not isinstance(document.get("data"), list):
+        return _nested(((table.where(i), row) for i, row in enumerate(table.rows)), True), ""
+    document: Any = parse_json("\n".join(lines), str(file))
+    version = ""
+    if isinstance(document, dict):
+        document, version = document.get("data"), str(document.get("version", ""))
+    if not isinstance(document, list):
         raise ValueError(f"{file}: {EXPECTED}")
-    return _nested(file, document["data"]), str(document.get("version", ""))
+    items = ((f"{file}, data[{i}]", item) for i, item in enumerate(document))
+    return _nested(items, False), version
 
 
-def _nested(file: Path, data: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for a, article in enumerate(data):
-        for p, paragraph in enumerate(_get(article, "paragraphs", list, f"{file}, data[{a}]")):
-            where = f"{file}, data[{a}].paragraphs[{p}]"
+def _each_an_object(lines: Sequence[str]) -> bool:
+    """Whether these are JSON lines: more than one, of which the first is whole."""
+    whole_ones = [line for line in lines if line.strip()]
+    try:
+        return len(whole_ones) > 1 and isinstance(parse_json(whole_ones[0], ""), dict)
+    except ValueError:
+        return False
+
+
+def _nested(data: Iterable[tuple[str, Any]], table: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The questions of articles; what is one itself as it is: a table's row, what has a context."""
+    for place, article in data:
+        row = isinstance(article, dict) and "paragraphs" not in article
+        if row and (table or "context" in article):
+            yield place, article
+            continue
+        for p, paragraph in enumerate(_get(article, "paragraphs", list, place)):
+            where = f"{place}.paragraphs[{p}]"
             context = _get(paragraph, "context", str, where)
             for q, row in enumerate(_get(paragraph, "qas", list, where)):
-                place = f"{where}.qas[{q}]"
                 if not isinstance(row, dict):
-                    raise ValueError(f"{place}: {type(row).__name__}, expected an object")
-                yield place, {**row, "context": context}
+                    raise ValueError(f"{where}.qas[{q}]: {type(row).__name__}, expected an object")
+                yield f"{where}.qas[{q}]", {**row, "context": context}
 
 
 def _question(row: dict[str, Any], where: str) -> Question:
     found = row.get("answers")
+    if isinstance(found, dict) and isinstance(found.get("text"), str):
+        found = [found]
     if isinstance(found, dict):  # a row of columns: {"text": [...], "answer_start": [...]}
-        texts = _get(found, "text", list, f"{where}.answers")
-        starts = _get(found, "answer_start", list, f"{where}.answers")
+        texts, starts = _get(found, "text", list, f"{where}.answers"), found.get("answer_start")
+        starts = [None] * len(texts) if starts is None else starts
+        if not isinstance(starts, list):
+            _get(found, "answer_start", list, f"{where}.answers")
         if len(texts) != len(starts):
             raise ValueError(f"{where}.answers: {len(texts)} texts but {len(starts)} offsets")
         found = [
@@ -97,12 +131,14 @@ def _question(row: dict[str, Any], where: str) -> Question:
         ]
     if found is not None and not isinstance(found, list):
         raise ValueError(f"{where}: answers is {type(found).__name__}, expected a list")
-    impossible = bool(row.get("is_impossible", False))
+    impossible = row.get("is_impossible")
+    if impossible not in (None, False, True):
+        raise ValueError(f"{where}: is_impossible is {impossible!r}, expected true or false")
     answers = []
     for i, answer in enumerate(() if impossible else found or ()):
         place = f"{where}.answers[{i}]"
-        start = _get(answer, "answer_start", int, place)
-        answers.append((_get(answer, "text", str, place), start))
+        text = _get(answer, "text", str, place)
+        answers.append((text, _offset(answer.get("answer_start"), place)))
     if not isinstance(row.get("id", where), str | int):
         raise ValueError(f"{where}: id is {row['id']!r}, expected a string")
     return Question(
@@ -110,8 +146,20 @@ def _question(row: dict[str, Any], where: str) -> Question:
         _get(row, "question", str, where),
         _get(row, "context", str, where),
         tuple(answers),
-        found is not None or impossible,
+        found is not None or bool(impossible),
     )
+
+
+def _offset(value: Any, where: str) -> int:
+    """Of an answer's first character, -1 where it is not told: the answer is looked for."""
+    if value is None:
+        return -1
+    try:
+        if not isinstance(value, bool) and int(value) == float(value):  # a table's 12.0, or "12"
+            return int(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"{where}: answer_start is {value!r}, expected a whole number")
 
 
 def _get(value: Any, key: str, kind: type, where: str) -> Any:

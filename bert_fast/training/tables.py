@@ -10,10 +10,11 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from .text import parse_json, read_lines
+from .text import parse_json, read_lines, suffix_of
 
 Rows = tuple[list[dict[str, Any]], Sequence[int]]
 
@@ -32,8 +33,8 @@ class Table:
 
     @property
     def columns(self) -> list[str]:
-        """The first row's: every row of a CSV, TSV or Parquet has the same."""
-        return list(self.rows[0])
+        """Of any row: a line of JSON may lack what another one has."""
+        return list(dict.fromkeys(chain.from_iterable(self.rows)))
 
     def where(self, row: int) -> str:
         """As errors name it: `train.csv, line 17`."""
@@ -44,12 +45,12 @@ def read_table(file: Path) -> Table:
     """The rows of a .csv, .tsv, .jsonl, .json or .parquet file; CSV and TSV begin with a header.
 
     TSV is read as GLUE's files are written: a tab always separates, quotes are text. A .json file
-    is an array of objects, or JSON lines.
+    is an array of objects, or JSON lines. Any but Parquet may end in .gz.
 
     Raises: ValueError for a file that is not what its name says, or without rows; OSError for one
         that cannot be read.
     """
-    suffix = file.suffix.lower()
+    suffix = suffix_of(file)
     if suffix not in READERS:
         raise ValueError(f"{file}: unknown kind {suffix!r}, expected one of {', '.join(READERS)}")
     rows, places = READERS[suffix](file)

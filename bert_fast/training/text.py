@@ -26,6 +26,7 @@ _STOP = re.compile(
 )
 _OPENING = "\"'([\u2018\u201c"
 TABLES = (".json", ".ndjson", ".tsv", ".parquet", ".arrow")  # their lines are no text
+NUL = "a NUL byte, expected UTF-8"  # as in UTF-16 without its mark
 _FIELD_LIMIT = 1 << 30  # characters of one CSV field
 
 
@@ -57,6 +58,8 @@ def read_documents(files: Iterable[Path], text_field: str = "text") -> Iterator[
             opened = _decoded(raw, _compressed(file))
             try:
                 for document in _reader(file)(opened, text_field):
+                    if "\0" in document:
+                        raise ValueError(NUL)
                     if text := " ".join(document.split()):
                         yield text
             except UnicodeDecodeError as error:
@@ -73,14 +76,19 @@ def read_lines(file: Path | None) -> list[str]:
     Raises: ValueError naming the line that is not UTF-8; OSError for a file that cannot be read.
     """
     data = sys.stdin.buffer.read() if file is None else file.read_bytes()
+    if file is not None and _compressed(file):
+        try:
+            data = gzip.decompress(data)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{file}: {error}") from None
     found, lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), []
     if not found[-1]:
         found.pop()  # what follows the last line's end
     for number, line in enumerate(found, 1):
         try:
             lines.append(line.removesuffix(b"\r").decode())
-            if "\0" in lines[-1]:  # as in UTF-16 without its mark
-                raise ValueError(f"{file or 'stdin'}, line {number}: a NUL byte, expected UTF-8")
+            if "\0" in lines[-1]:
+                raise ValueError(f"{file or 'stdin'}, line {number}: {NUL}")
         except UnicodeDecodeError as error:
             name = file or "stdin"
             raise ValueError(f"{name}, line {number}: not UTF-8 ({error.reason})") from None
@@ -137,12 +145,17 @@ def split_sentences(text: str) -> list[str]:
     return [sentence for sentence in sentences if sentence]
 
 
+def suffix_of(file: Path) -> str:
+    """Of a file's name, in small letters, and without the .gz of a compressed one."""
+    return (Path(file.stem) if _compressed(file) else file).suffix.lower()
+
+
 def _compressed(file: Path) -> bool:
     return file.suffix.lower() == ".gz"
 
 
 def _reader(file: Path) -> Callable[[IO[str], str], Iterator[str]]:
-    suffix = (Path(file.stem).suffix if _compressed(file) else file.suffix).lower()
+    suffix = suffix_of(file)
     if suffix in TABLES:
         raise ValueError(f"{suffix} is not read: expected text, .jsonl or .csv")
     return _READERS.get(suffix, _blocks)

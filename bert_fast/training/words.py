@@ -10,7 +10,7 @@ from typing import Any
 
 from .readers import NO_LABEL, Columns, field_of, label_name
 from .tables import READERS, Table, read_table
-from .text import read_lines, whole
+from .text import read_lines, suffix_of, whole
 
 WORD_COLUMNS = ("tokens", "words", "text")
 TAG_COLUMNS = ("labels", "label", "ner_tags", "tags")
@@ -46,9 +46,10 @@ def read_words(file: Path, columns: Columns | None = None, labelled: bool = True
         a line that has no label, and one of another number of fields than the first; OSError for a
         file that cannot be read.
     """
-    if file.suffix.lower() in set(READERS) - {".csv", ".tsv"}:
+    suffix = suffix_of(file)
+    if suffix in set(READERS) - {".csv", ".tsv"}:
         return _words_of_table(read_table(file), columns or Columns(), labelled)
-    if file.suffix.lower() == ".csv":
+    if suffix == ".csv":
         raise ValueError(f"{file}: words with labels come as CoNLL, .jsonl or .parquet, not .csv")
     return _conll(file, labelled)
 
@@ -138,6 +139,11 @@ def _conll(file: Path, labelled: bool) -> Words:
         labels[-1].append(label_name(fields[-1]) if labelled else NO_LABEL)
     if not words:
         raise ValueError(f"{file} has no words")
+    if labelled and width == 10 and all(row[0].split("-")[0] == "1" for row in words):
+        raise ValueError(
+            f"{file}: CoNLL-U (ten fields, of which the first counts), expected a word first and "
+            "its label last"
+        )
     return Words(file, words, labels, places, width)
 
 
