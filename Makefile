@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 PY := .venv/bin/python
 SOURCES := setup.py pyproject.toml $(shell find kernels/csrc -type f)
 
-.PHONY: setup assets demo test test-older bench lint mutants wheel aot clean
+.PHONY: setup assets demo test test-with bench lint mutants wheel aot clean
 
 setup: .venv/.stamp
 
@@ -39,16 +39,19 @@ demo: setup assets
 test: setup assets
 	$(PY) -m pytest -n 2 --dist worksteal
 
-# The tests of models against the oldest transformers that is supported.
-OLDER = .cache/transformers-5.17
-OF_MODELS = $(filter-out tests/test_packaging.py tests/test_peers.py, \
-  $(shell grep -lE 'transformers|\.models import' tests/test_*.py))
+# All tests of what is committed with other versions, in a clone with an environment and a build of
+# its own: `make test-with WITH="torch==2.15.0 transformers==5.24.0"`. torch may come with CUDA.
+WITH ?= torch==2.11.0 triton==3.6.0 transformers==5.17.0
+OTHER = .cache/with
 
-$(OLDER): | .venv/.deps
-	$(PY) -m pip install -q --target $(OLDER) transformers==5.17.0
-
-test-older: setup assets $(OLDER)
-	PYTHONPATH=$(OLDER) $(PY) -m pytest -n 2 --dist worksteal $(OF_MODELS)
+test-with: assets
+	rm -rf $(OTHER)
+	git clone -q . $(OTHER)
+	mkdir $(OTHER)/.cache && ln -s $(CURDIR)/.cache/assets $(OTHER)/.cache/assets
+	$(PYTHON) -m venv $(OTHER)/.venv
+	cd $(OTHER) && .venv/bin/python -m pip install -q $(WITH) ninja numpy "setuptools>=77" wheel
+	cd $(OTHER) && .venv/bin/python -m pip install -q --no-build-isolation -e ".[dev]" $(WITH)
+	cd $(OTHER) && .venv/bin/python -m pytest -n 2 --dist worksteal
 
 # Everything that can be timed here, against the peers that are installed: `make bench ARGS=--quick`.
 bench: setup assets
