@@ -21,7 +21,7 @@ from .ops.encoder import OP as ENCODER
 from .ops.encoder import WeightTable, preferred, table_of
 from .ops.modes import tracing
 from .ops.padded_encoder import Parts, Settings, padded_encoder
-from .ops.weight_copies import Stamp, reasons_against_copies, stamp_of
+from .ops.weight_copies import Stamp, begin, reasons_against_copies, stamp_of
 from .paths import hooked_globally, reasons_against_now, reasons_against_one_call
 from .structure import KeptInModel, Structure, is_structure_of, odd
 
@@ -114,9 +114,9 @@ def prepare(model: Any, structure: Structure, options: Any) -> None:
     parts, settings, isa = fit
     around = [part for part in parts if part is not None]
     weights = plain.weights + around
-    versions = [weight._version for weight in weights]
+    begun = begin(weights)
     table = table_of(plain.weights, plain.heads, parts.word, isa, settings.int8)
-    stamp = stamp_of(weights, versions, table.weights + around)
+    stamp = stamp_of(weights, begun, table.weights + around)
     call = _Call(parts, table, settings, isa, most_tokens(structure.embeddings.module))
     model.__dict__[_READY] = _Ready(model, structure, call, weights, stamp)
 

@@ -344,6 +344,8 @@ MODELS = [
            "found = _Seen(model)\n        found.structure = _look(model, family)",
            "look = _look(model, family)\n        found = _Seen(model)\n"
            "        found.structure = look", THREADS),
+    Mutant("a copy is kept of a weight that was cast meanwhile", COPIES,
+           " if begun.places == _memory(weights, []) else []", "", THREADS),
     Mutant("evaluation ends with the first thread", "bert_fast/encode.py",
            "if threads > 1:", "if False:", THREADS),
     Mutant("spans: padding in the loss", TRAINING + "answers.py",

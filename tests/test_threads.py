@@ -20,6 +20,7 @@ from transformers import (
 import bert_fast
 from bert_fast import structure
 from bert_fast.encode import evaluating
+from bert_fast.ops.weight_copies import copy_of
 
 from .models import ids, tiny
 
@@ -93,6 +94,19 @@ def test_weights_assigned_in_the_middle_of_a_look(monkeypatch: pytest.MonkeyPatc
         model(words)
         assert acted
         torch.testing.assert_close(model(words)[0], other(words)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_that_is_cast_while_it_is_copied() -> None:
+    """The copy is for that call alone: `to` has dropped the copies before this one is kept."""
+    weight, made = torch.randn(4, 4), list[torch.dtype]()
+
+    def make() -> int:
+        made.append(weight.dtype)
+        weight.data = weight.data.bfloat16()
+        return len(made)
+
+    assert [copy_of((weight,), "a test's", make) for _ in range(3)] == [1, 2, 2]
+    assert made == [torch.float32, torch.bfloat16]
 
 
 def test_threads_evaluate_a_model_in_training() -> None:

@@ -46,12 +46,26 @@ class Stamp(NamedTuple):
         )
 
 
-def stamp_of(weights: list[Tensor], versions: list[int], referred: Iterable[Tensor]) -> Stamp:
-    """Of a copy that was begun when these were the versions, and that refers to some tensors."""
+class Begun(NamedTuple):
+    """What weights were when the making of a copy began."""
+
+    versions: list[int]
+    places: Any
+
+
+def begin(weights: list[Tensor]) -> Begun:
+    """Raises: RuntimeError for an inference tensor, which has no version."""
+    return Begun(list(map(_version, weights)), _memory(weights, []))
+
+
+def stamp_of(weights: list[Tensor], begun: Begun, referred: Iterable[Tensor]) -> Stamp:
+    """Of a copy that refers to some tensors. It never holds where another thread has meanwhile
+    moved the weights or given them another dtype."""
     shared = set(map(Tensor.data_ptr, referred))
     copied = [i for i, w in enumerate(weights) if w.data_ptr() not in shared]
-    versions = [versions[i] for i in copied]
-    return Stamp(list(map(id, weights)), copied, versions, _memory(weights, copied))
+    versions = [begun.versions[i] for i in copied]
+    ids = list(map(id, weights)) if begun.places == _memory(weights, []) else []
+    return Stamp(ids, copied, versions, _memory(weights, copied))
 
 
 class _Copy(NamedTuple):
@@ -94,11 +108,11 @@ def copy_of(
     found = _kept(given, kind)
     if found is None:
         try:
-            versions = list(map(_version, given))
+            begun = begin(given)
         except RuntimeError:  # an inference tensor has none to tell when a copy is stale
             return make()
         with _making:
-            found = _kept(given, kind) or _made(given, versions, kind, make, referred)
+            found = _kept(given, kind) or _made(given, begun, kind, make, referred)
     if held is not None:
         held.append(found.value)
     return found.value
@@ -111,7 +125,7 @@ def _kept(given: list[Tensor], kind: str) -> _Copy | None:
 
 def _made(
     given: list[Tensor],
-    versions: list[int],
+    begun: Begun,
     kind: str,
     make: Callable[[], Any],
     referred: Callable[[Any], Iterable[Tensor]],
@@ -119,7 +133,7 @@ def _made(
     # Not as inference tensors: a copy may be the source of another copy.
     with torch.inference_mode(False), torch.no_grad():
         value = make()
-    found = _Copy(stamp_of(given, versions, referred(value)), value)
+    found = _Copy(stamp_of(given, begun, referred(value)), value)
     if given[0].is_cuda and not torch.cuda.is_current_stream_capturing():
         torch.cuda.current_stream(given[0].device).synchronize()  # others may read it now
     _copies.setdefault(given[0], {})[kind] = found
