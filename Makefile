@@ -41,7 +41,7 @@ test: setup assets
 
 # All tests of what is committed with other versions, in a clone with an environment and a build of
 # its own: `make test-with WITH="torch==2.15.0 transformers==5.24.0"`. torch may come with CUDA.
-WITH ?= torch==2.11.0 triton==3.6.0 transformers==5.17.0
+WITH ?= torch==2.11.0 triton==3.6.0 transformers==5.17.0 numpy==2.3.5  # for that Triton's interpreter
 OTHER = .cache/with
 
 test-with: assets

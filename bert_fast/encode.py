@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -210,8 +211,16 @@ def _vectors(
     return out if len(firsts) == len(tokens) else out[which]
 
 
-# Of the models that threads evaluate now: how many do, and what modes the last puts back.
-_evaluated: dict[nn.Module, tuple[int, list[tuple[nn.Module, bool]]]] = {}
+class _Evaluated:
+    """users: a token for each thread that evaluates the model now; before: the modes that the last
+    of them puts back, if any module was in training."""
+
+    def __init__(self) -> None:
+        self.users: set[object] = set()
+        self.before: list[tuple[nn.Module, bool]] = []
+
+
+_evaluated: WeakKeyDictionary[nn.Module, _Evaluated] = WeakKeyDictionary()
 _modes = OneAtATime()
 
 
@@ -219,25 +228,31 @@ _modes = OneAtATime()
 def evaluating(model: nn.Module) -> Iterator[None]:
     """In evaluation and inference mode; every module is then back in the mode it was in, once no
     other thread evaluates the model either."""
-    with _modes:
-        threads, before = _evaluated.get(model, (0, []))
-        now = [(module, module.training) for module in model.modules()]
-        if any(mode for _, mode in now):
-            before = now
-            model.eval()
-        _evaluated[model] = threads + 1, before
+    user = object()
     try:
+        with _modes:  # Ctrl-C may come anywhere: what is to be put back is noted before it is set
+            now = [(module, module.training) for module in model.modules()]
+            entry = _evaluated.setdefault(model, _Evaluated())
+            entry.users.add(user)
+            if any(mode for _, mode in now):
+                entry.before = now
+                model.eval()
         with torch.inference_mode():
             yield
     finally:
         with _modes:
-            threads, before = _evaluated.pop(model)
-            if threads > 1:
-                _evaluated[model] = threads - 1, before
-            elif before:
-                model.train(before[0][1])  # packed encoders drop their copies
-                for module, mode in before:
-                    module.training = mode
+            if found := _evaluated.get(model):
+                found.users.discard(user)
+                if not found.users:
+                    _put_back(model, found.before)
+                    del _evaluated[model]
+
+
+def _put_back(model: nn.Module, before: list[tuple[nn.Module, bool]]) -> None:
+    if before:
+        model.train(before[0][1])  # packed encoders drop their copies
+    for module, mode in before:
+        module.training = mode
 
 
 def batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:

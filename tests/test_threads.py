@@ -1,4 +1,4 @@
-"""What another thread may do to a model in the middle of a call: put it back, swap, embed."""
+"""What may happen in the middle of a call: another thread has the model too, or Ctrl-C comes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from transformers import (
 
 import bert_fast
 from bert_fast import structure
-from bert_fast.encode import evaluating
+from bert_fast.encode import _evaluated, evaluating
+from bert_fast.ops.locks import OneAtATime
 from bert_fast.ops.weight_copies import copy_of
 
 from .models import ids, tiny
@@ -133,3 +134,31 @@ def test_threads_evaluate_a_model_in_training() -> None:
         pool.submit(first).result()
     assert within and not any(within[0])
     assert any(modes) and [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize("where", ["lock", "eval", "train"])
+def test_an_interrupt_leaves_the_modes(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the lock, while modes are set, while they are put back: then the next one does."""
+    model, left = tiny().train(), list[int]()
+    model.encoder.eval()
+    modes = [module.training for module in model.modules()]
+    owner: Any = OneAtATime if where == "lock" else BertModel
+    name = "__exit__" if where == "lock" else where
+    own = getattr(owner, name)
+
+    def interrupted(self: Any, *args: Any) -> Any:
+        found = own(self, *args)
+        if not left:
+            left.append(1)
+            raise KeyboardInterrupt
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, interrupted)
+        with pytest.raises(KeyboardInterrupt), evaluating(model):
+            assert not model.training
+    if where == "train":
+        with evaluating(model):
+            pass
+    assert left and [module.training for module in model.modules()] == modes
+    assert model not in _evaluated

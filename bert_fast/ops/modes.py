@@ -27,8 +27,8 @@ def without_autocast(kind: str) -> Iterator[None]:
     """Autocast off for this type of device, where nothing is traced: by its switch, as
     `torch.autocast` takes as long as many a launch."""
     before = torch.is_autocast_enabled(kind)
-    torch.set_autocast_enabled(kind, False)
-    try:
+    try:  # Ctrl-C may come in between
+        torch.set_autocast_enabled(kind, False)
         yield
     finally:
         torch.set_autocast_enabled(kind, before)
