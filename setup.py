@@ -14,14 +14,21 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 from setuptools import find_packages, setup
+
+try:
+    import torch
+except ModuleNotFoundError:
+    raise SystemExit(
+        "bert_fast is compiled against the torch that will load it: install torch first, then use "
+        "`pip install --no-build-isolation`"
+    ) from None
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 CSRC = Path("kernels/csrc")
 # A file has what its name says and no more, whatever the compiler takes for granted (x86-64-v3 in
 # some distributions) and CFLAGS ask for (-march=native): these flags come last.
-BASE = ["-march=x86-64"]
+BASE = ["-march=x86-64", "-Wno-psabi"]  # no vector is an argument but of what is inlined
 AVX2 = [*BASE, "-mavx2", "-mfma", "-mf16c"]
 # The warnings are GCC 12's about its own immintrin.h.
 AVX512 = [*BASE, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
@@ -41,6 +48,9 @@ STAND_INS = ["-include", str(Path("tests/emulation/isa.h").resolve()), "-Wno-psa
 EMULATED = {"dispatch": STAND_INS}
 for suffix, isa in {"_avx512": 3, "_avx512_bf16": 5, "_amx": 6}.items():
     EMULATED[suffix] = [*STAND_INS, *AVX2, f"-DEMULATED_ISA={isa}"]
+# Nothing of the folder it was built in comes into a wheel.
+CXX = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fvisibility=hidden"]
+CXX += [f"-ffile-prefix-map={Path(p)}/=" for p in (Path.cwd(), Path(torch.__file__).parent)]
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 # The compiler must be there, not a device: a wheel is the same wherever it was built.
 HAS_CUDA = torch.version.cuda is not None and CUDA_HOME is not None
@@ -63,8 +73,9 @@ class BuildByISA(BuildExtension):
 
     def build_extension(self, ext):
         if IS_X86:
-            jobs = int(os.environ.get("MAX_JOBS") or 0) or None  # as torch has it: of compilers
-            with ThreadPoolExecutor(jobs) as pool:  # half a minute each
+            jobs = os.environ.get("MAX_JOBS", "")  # of compilers; as torch reads it
+            most = int(jobs) if jobs.isdigit() else 0
+            with ThreadPoolExecutor(most or None) as pool:  # half a minute each
                 for sources, objects in pool.map(partial(self.compile, ext), X86_FLAGS):
                     ext.extra_objects += objects
                     ext.sources = [s for s in ext.sources if s not in sources]
@@ -100,7 +111,7 @@ def extension():
         depends=sorted(str(path) for path in CSRC.rglob("*.*h")),
         py_limited_api=True,
         extra_compile_args={
-            "cxx": ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fvisibility=hidden", target],
+            "cxx": [*CXX, target],
             "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA", target]
             + gpus * ("TORCH_CUDA_ARCH_LIST" not in os.environ),
         },

@@ -212,7 +212,7 @@ def doctor(
 
         kernels = Table(title=f"kernels for inference in {dtype}")
         for column in ("op", "on a CPU", "would also run", "on a GPU", "would also run"):
-            kernels.add_column(column)
+            kernels.add_column(column, overflow="fold")
         for cpu, gpu in zip(found[::2], found[1::2], strict=True):
             cells = [cpu.op]
             for choice in (cpu, gpu):

@@ -29,6 +29,8 @@ def one_line_errors() -> Iterator[None]:
             yield
         except OSError as error:
             message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        except ModuleNotFoundError as error:
+            message = f"{error}: pip install {error.name}"
         except (ValueError, SafetensorError) as error:  # the latter for a disk that is full
             message = str(error)
         else:

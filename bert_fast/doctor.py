@@ -42,6 +42,9 @@ class Choice:
     reasons: dict[str, list[str]]
 
 
+NOT_INSTALLED = "not installed"
+
+
 def versions() -> dict[str, str]:
     """Versions of what matters here; importing none of it."""
     here = {"bert_fast": __version__, "python": platform.python_version()}
@@ -54,7 +57,7 @@ def versions_of(*packages: str) -> dict[str, str]:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "not installed"
+            found[name] = NOT_INSTALLED
     return found
 
 
@@ -120,7 +123,11 @@ def grouped(found: Iterable[Choice]) -> dict[tuple[str, str], tuple[list[str], l
 
 def advice() -> list[str]:
     """What is missing here that would make it faster, and how to get it."""
-    told = []
+    told = [
+        f"{name} is not installed: `pip install {name}`."
+        for name, version in versions().items()
+        if version == NOT_INSTALLED and name != "triton"  # which is for GPUs
+    ]
     if extension_missing():
         told.append(
             "The C++ kernels are not built: with a C++20 compiler and torch installed, "

@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoTokenizer
 from typer.testing import CliRunner
 
 import bert_fast
-from bert_fast import console
+from bert_fast import console, doctor
 from bert_fast.cli import app, save
 from bert_fast.encode import embed
 from bert_fast.ops.backends import best_isa
@@ -251,6 +251,14 @@ def test_doctor():
     for word in ("torch", "transformers", "bert_fast", "GPU", "attention", "add_layernorm"):
         assert word in result.stdout
     refused(CliRunner().invoke(app, ["doctor", "--dtype", "fp4"]), "unknown dtype")
+
+
+def test_what_is_not_installed_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "versions", lambda: {"transformers": "not installed"})
+    assert "transformers is not installed: `pip install transformers`." in doctor.advice()
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    folder = tiny.save(tmp_path / "model")
+    refused(CliRunner().invoke(app, ["explain", str(folder)]), "pip install transformers")
 
 
 def test_doctor_where_nothing_is_installed():

@@ -139,6 +139,7 @@ def test_not_a_number_stays_one(backend: str) -> None:
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="on a GPU the parity tests run it")
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="this torch has one scale a matrix on CPUs")
 @pytest.mark.parametrize(
     ("name", "sample"),
     [(op, sample) for op in ("linear_fp8", "feed_forward_fp8") for sample in sample_names(op)],

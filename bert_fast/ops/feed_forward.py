@@ -84,7 +84,8 @@ def _kernel(first: Kernel, second: Kernel) -> Kernel:
         return *gradients(du, x, up, needs[:3]), d_down
 
     def why_not(x, up, up_bias, down, activation, recompute) -> list[str]:
-        return first.why_not(x, up, up_bias, activation) + second.why_not(x, down, None)
+        why = first.why_not(x, up, up_bias, activation) + second.why_not(x, down, None)
+        return list(dict.fromkeys(why))
 
     return Kernel(first.backend, forward, backward, why_not, leads=first.leads, device=first.device)
 

@@ -75,6 +75,8 @@ def read_lines(file: Path | None) -> list[str]:
 
     Raises: ValueError naming the line that is not UTF-8; OSError for a file that cannot be read.
     """
+    if file is None and sys.stdin is None:
+        raise ValueError("stdin is closed")
     data = sys.stdin.buffer.read() if file is None else file.read_bytes()
     if file is not None and _compressed(file):
         try:
