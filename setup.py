@@ -48,9 +48,9 @@ STAND_INS = ["-include", str(Path("tests/emulation/isa.h").resolve()), "-Wno-psa
 EMULATED = {"dispatch": STAND_INS}
 for suffix, isa in {"_avx512": 3, "_avx512_bf16": 5, "_amx": 6}.items():
     EMULATED[suffix] = [*STAND_INS, *AVX2, f"-DEMULATED_ISA={isa}"]
-# Nothing of the folder it was built in comes into a wheel.
 CXX = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fvisibility=hidden"]
-CXX += [f"-ffile-prefix-map={Path(p)}/=" for p in (Path.cwd(), Path(torch.__file__).parent)]
+# Nothing of the folder it was built in comes into a wheel.
+MAPS = [f"-ffile-prefix-map={Path(p)}/=" for p in (Path.cwd(), Path(torch.__file__).parent)]
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 # The compiler must be there, not a device: a wheel is the same wherever it was built.
 HAS_CUDA = torch.version.cuda is not None and CUDA_HOME is not None
@@ -111,8 +111,9 @@ def extension():
         depends=sorted(str(path) for path in CSRC.rglob("*.*h")),
         py_limited_api=True,
         extra_compile_args={
-            "cxx": [*CXX, target],
+            "cxx": [*CXX, *MAPS, target],
             "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA", target]
+            + [f"-Xcompiler={option}" for option in MAPS]
             + gpus * ("TORCH_CUDA_ARCH_LIST" not in os.environ),
         },
     )
