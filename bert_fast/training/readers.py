@@ -30,7 +30,7 @@ GLUE = (
 )
 NO_LABEL = str(IGNORED)
 # Pairs for embeddings: with a score where there is one, else of texts that are alike.
-ALIKE = tuple(
+PAIRS = tuple(
     (*pair, score)
     for score in ("label", "score", "similarity", "similarity_score", None)
     for pair in (("text", "text_b"), ("anchor", "positive"), ("sentence1", "sentence2"))
@@ -97,7 +97,7 @@ def _columns(
         asked = replace(asked, label=None)
     usual = (("text", "text_b", "label"), ("text", None, "label"))
     two_first = sorted(GLUE, key=lambda names: names[1] is None)
-    for names in (*usual, *two_first, *(() if labelled else ALIKE)):
+    for names in (*usual, *two_first, *(() if labelled else PAIRS)):
         if pairs is (names[1] is None):
             continue
         label = asked.label or (None if labelled is None else names[2])

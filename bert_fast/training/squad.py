@@ -120,10 +120,10 @@ def _question(row: dict[str, Any], where: str) -> Question:
     if isinstance(found, dict) and isinstance(found.get("text"), str):
         found = [found]
     if isinstance(found, dict):  # a row of columns: {"text": [...], "answer_start": [...]}
-        texts, starts = _get(found, "text", list, f"{where}.answers"), found.get("answer_start")
-        starts = [None] * len(texts) if starts is None else starts
-        if not isinstance(starts, list):
-            _get(found, "answer_start", list, f"{where}.answers")
+        texts = _get(found, "text", list, f"{where}.answers")
+        starts = [None] * len(texts)
+        if found.get("answer_start") is not None:
+            starts = _get(found, "answer_start", list, f"{where}.answers")
         if len(texts) != len(starts):
             raise ValueError(f"{where}.answers: {len(texts)} texts but {len(starts)} offsets")
         found = [
