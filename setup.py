@@ -8,10 +8,14 @@ Python's limited API: one build serves torch >= 2.11 and CPython >= 3.10.
 
 import os
 import platform
+import re
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import ClassVar
 
 from setuptools import find_packages, setup
@@ -23,7 +27,13 @@ except ModuleNotFoundError:
         "bert_fast is compiled against the torch that will load it: install torch first, then use "
         "`pip install --no-build-isolation`"
     ) from None
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+from torch.utils.cpp_extension import (
+    CUDA_HOME,
+    BuildExtension,
+    CppExtension,
+    CUDAExtension,
+    library_paths,
+)
 
 CSRC = Path("kernels/csrc")
 # A file has what its name says and no more, whatever the compiler takes for granted (x86-64-v3 in
@@ -52,9 +62,8 @@ CXX = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fvisibility=hidden"]
 # Nothing of the folder it was built in comes into a wheel.
 MAPS = [f"-ffile-prefix-map={Path(p)}/=" for p in (Path.cwd(), Path(torch.__file__).parent)]
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
-# The compiler must be there, not a device: a wheel is the same wherever it was built.
-HAS_CUDA = torch.version.cuda is not None and CUDA_HOME is not None
-HAS_CUDA = HAS_CUDA and shutil.which("nvcc", path=f"{CUDA_HOME}/bin") is not None
+NVCC = f"{CUDA_HOME}/bin/nvcc"
+GPUS = ("80", "90a", "100a")  # where TORCH_CUDA_ARCH_LIST names no others
 
 
 class BuildByISA(BuildExtension):
@@ -97,13 +106,54 @@ class BuildByISA(BuildExtension):
         )
 
 
+def output(*command):
+    """What a program says, and whether it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout + done.stderr, done.returncode != 0
+
+
+def why_no_cuda(gpus):
+    """Why the CUDA kernels are not built; None where they are.
+
+    The compiler must be there, not a device: a wheel is the same wherever it was built. One that
+    does not fit (torch's CUDA, the C++ compiler, where its libraries are) is found out by an empty
+    file, for else the whole install would fail, and Triton's kernels need none.
+    """
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if CUDA_HOME is None or shutil.which(NVCC) is None:
+        return "nvcc is not on the PATH, nor in CUDA_HOME"
+    said, _ = output(NVCC, "--version")
+    release = re.search(r"release (\d+)\.", said)
+    if release is None or release[1] != torch.version.cuda.split(".")[0]:
+        return f"{NVCC} is not of torch's CUDA {torch.version.cuda}: {said.splitlines()[-1:]}"
+    with TemporaryDirectory() as folder:
+        source, built = Path(folder, "probe.cu"), Path(folder, "probe.o")
+        source.write_text("__global__ void probe() {}\n")
+        compiled = (NVCC, "-std=c++20", "-Xcompiler=-fPIC", *gpus, "-c", source, "-o", built)
+        paths = [f"-L{path}" for path in library_paths("cuda")]
+        linker = os.environ.get("CXX", "c++").split()
+        linked = (*linker, "-shared", built, *paths, "-lcudart", "-o", Path(folder, "probe.so"))
+        for command in (compiled, linked):
+            said, failed = output(*command)
+            if failed:
+                return f"{command[0]} fails (is CUDA_HOME={CUDA_HOME} its folder?): {said.strip()}"
+    return None
+
+
 def extension():
-    patterns = ["*.cpp", "cpu/*.cpp"] + ["cuda/*.cu"] * HAS_CUDA
-    sources = sorted(str(path) for pattern in patterns for path in CSRC.glob(pattern))
-    kind = CUDAExtension if any(s.endswith(".cu") for s in sources) else CppExtension
-    target = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11's stable ABI
-    gpus = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ("80", "90a", "100a")]
+    known, _ = output(NVCC, "--list-gpu-code") if shutil.which(NVCC) else ("", True)
+    ours = [gpu for gpu in GPUS if f"sm_{gpu.rstrip('a')}" in known]
+    gpus = [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in ours]
     gpus += ["-gencode=arch=compute_80,code=compute_80"]  # PTX, for what comes later
+    gpus *= "TORCH_CUDA_ARCH_LIST" not in os.environ
+    why = why_no_cuda(gpus)
+    if why is not None:
+        print(f"bert_fast is built without CUDA kernels: {why}", file=sys.stderr)
+    patterns = ["*.cpp", "cpu/*.cpp"] + ["cuda/*.cu"] * (why is None)
+    sources = sorted(str(path) for pattern in patterns for path in CSRC.glob(pattern))
+    kind = CppExtension if why else CUDAExtension
+    target = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11's stable ABI
     return kind(
         "bert_fast._C",
         sources,
@@ -114,7 +164,7 @@ def extension():
             "cxx": [*CXX, *MAPS, target],
             "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA", target]
             + [f"-Xcompiler={option}" for option in MAPS]
-            + gpus * ("TORCH_CUDA_ARCH_LIST" not in os.environ),
+            + gpus,
         },
     )
 

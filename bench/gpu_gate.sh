@@ -16,4 +16,5 @@ if torch.cuda.is_available():
 # Editable, because that is what maps bert_fast._triton to its folder; the log is shown if it fails.
 python3 -m pip install -v --no-build-isolation --no-deps -e . >"$log" 2>&1 \
   || { tail -n 80 "$log"; exit 1; }
+! grep "without CUDA kernels" "$log" || exit 1
 exec python3 -m bench.gpu_gate "$@"

@@ -138,7 +138,7 @@ def advice() -> list[str]:
     if torch.cuda.is_available() and not extension_missing() and cuda_missing():
         told.append(
             "The extension has no CUDA kernels: install it again with nvcc on the PATH "
-            "and a torch that was built with CUDA."
+            "and a torch that was built with CUDA; `pip install -v` tells what it lacked."
         )
     if not torch.cuda.is_available() and torch.version.cuda is not None:
         told.append("torch was built with CUDA but sees no GPU: check the driver (`nvidia-smi`).")

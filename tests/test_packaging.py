@@ -94,6 +94,46 @@ def test_wheel_works_in_an_empty_environment(wheel, tmp_path):
     assert license_text in found.read_text()
 
 
+NVCC = """#!/bin/sh
+case "$*" in
+  *--version*) echo "Cuda compilation tools, release {release}, V{release}.0" ;;
+  *--list-gpu-code*) echo "sm_75 sm_80 sm_90" ;;
+  *sm_100a*) echo "nvcc fatal: Unsupported gpu architecture"; exit 1 ;;
+  *) {compile} ;;
+esac
+"""
+COMPILE = 'while [ "$1" != -o ]; do shift; done; echo "" | c++ -x c++ -fPIC -c - -o "$2"'
+
+
+@pytest.mark.parametrize(
+    ("release", "compile", "library", "told"),
+    [("13.1", COMPILE, "libcudart.so", None), ("12.9", COMPILE, "libcudart.so", "CUDA 13.0"),
+     ("13.1", COMPILE, "none.so", "cannot find -lcudart"),
+     ("13.1", "echo unsupported GNU version; exit 1", "libcudart.so", "unsupported GNU version")],
+)  # fmt: skip
+def test_an_nvcc_that_does_not_fit_costs_only_the_cuda_kernels(
+    tmp_path, release, compile, library, told
+):
+    """Nor is it asked for GPUs that it does not know."""
+    for name in ("bin", "lib64"):
+        (tmp_path / name).mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text(NVCC.format(release=release, compile=compile))
+    nvcc.chmod(0o755)
+    run("c++", "-shared", "-x", "c++", "/dev/null", "-o", tmp_path / "lib64" / library)
+    setup = """
+        import runpy, sys
+        import torch
+        from torch.utils import cpp_extension
+        torch.version.cuda, cpp_extension.CUDA_HOME = "13.0", sys.argv.pop()
+        sys.stderr = sys.stdout
+        runpy.run_path("setup.py")
+    """
+    out = run(sys.executable, "-c", textwrap.dedent(setup), "--version", tmp_path)
+    assert ("built without CUDA kernels" in out) == (told is not None)
+    assert told is None or told in out
+
+
 # -- what importing costs -------------------------------------------------------------------
 
 
