@@ -32,7 +32,8 @@ Batch = Mapping[str, Tensor]
 
 @dataclass
 class Side:
-    """held: bytes of weights and the optimizer's state; peak: the most in a step, with `held`."""
+    """held: bytes of weights and the optimizer's state; peak: the most in a step, with `held`;
+    mallocs: calls of cudaMalloc and cudaFree, which wait for the GPU, in the timed steps."""
 
     name: str
     device: torch.device
@@ -41,6 +42,7 @@ class Side:
     optimizer: Any = None
     held: int = 0
     peak: int = 0
+    mallocs: int = 0
     seconds: list[float] = field(default_factory=list)
     loss: float | None = None
     gradient: Tensor | None = None
@@ -87,10 +89,16 @@ class Side:
         before = self.allocated()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+            self.mallocs -= self.asked_of_cuda()
         self.seconds.append(clock.once_ms(partial(self.step, batch)) / 1e3)
         if self.device.type == "cuda":
+            self.mallocs += self.asked_of_cuda()
             above = torch.cuda.max_memory_allocated(self.device) - before
             self.peak = max(self.peak, above + self.held)
+
+    def asked_of_cuda(self) -> int:
+        stats = torch.cuda.memory_stats(self.device)
+        return int(stats["num_device_alloc"] + stats["num_device_free"])
 
     def allocated(self) -> int:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
@@ -182,7 +190,7 @@ def _row(
     ratios = [a / b for a, b in zip(side.seconds, first.seconds, strict=False)]
     row |= {"tokens": sum(tokens), "ms": ms, "tokens_per_s": per_s,
             "sequences_per_s": 1e3 * texts / ms, "tflop_per_s": rate, "share": rate / most,
-            "peak_mb": side.peak / 2**20 or None,
+            "peak_mb": side.peak / 2**20 or None, "mallocs": side.mallocs,
             "ratio": statistics.median(ratios) if ratios else None}  # fmt: skip
     return row
 

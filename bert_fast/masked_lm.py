@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -147,20 +148,19 @@ def _forward(cls: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     as_dict = asked(model, given, "return_dict", True)
     given.pop("return_dict", None)
     with_loss = labels is not None and (row.pair is None or pair_labels is not None)
-    wanted: Any = True
-    if with_loss and options.sparse_logits and not torch.compiler.is_compiling():
-        wanted = functools.partial(_scored_rows, labels, row.pair is not None)
+    sparse = with_loss and options.sparse_logits
+    scored = _Scored(labels, sparse, row.pair is not None) if with_loss else None
+    wanted = True if scored is None or torch.compiler.is_compiling() else scored.rows
     states = _states(encoder_of(model)(**given, **{AS_PACKED: wanted}, return_dict=True))
     fields: dict[str, Any] = {}
-    parts, targets = row.parts(model), None
-    if with_loss:
-        targets = _targets(labels, states)
-        fields["loss"] = _loss(parts, states, targets, options.backend)
-    sparse = with_loss and options.sparse_logits
+    parts, at = row.parts(model), None
+    if scored is not None:
+        at, targets = scored.found(states)
+        fields["loss"] = _loss(parts, states.h, at, targets, options.backend)
     if sparse and model.training:
         fields[row.logits] = None
     else:
-        fields[row.logits] = _logits(parts, states, targets if sparse else None, options.backend)
+        fields[row.logits] = _logits(parts, states, at if sparse else None, options.backend)
     if row.pair is not None:
         fields[row.pair.logits] = scores = row.pair.classifier(model)(states.pooled())
         if with_loss:
@@ -183,12 +183,46 @@ def _states(found: Any) -> PackedStates:
     return PackedStates(last.flatten(0, 1), packing, pooled, found.hidden_states, found.attentions)
 
 
-def _scored_rows(labels: Tensor, first_too: bool, packing: Packing) -> Tensor:
-    """The packed tokens that the loss reads, ascending; first_too: and each sequence's first."""
-    read = packing.labels(_checked(labels, packing), IGNORED) != IGNORED
-    if first_too:
-        read = read.index_fill(0, packing.starts(), True)
-    return read.nonzero().flatten()
+@dataclass
+class _Scored:
+    """The tokens that a masked-LM loss reads. They are counted as soon as the batch is packed: that
+    waits for all that a GPU has been given to do, which later is the encoder too.
+
+    only: the head reads no others, but with first_too each sequence's first.
+    at: [n] int64, of the encoder's rows, ascending; targets: [n], their labels.
+    """
+
+    labels: Tensor
+    only: bool
+    first_too: bool
+    at: Tensor | None = None
+    targets: Tensor | None = None
+
+    def rows(self, packing: Packing) -> Tensor | None:
+        """The packed tokens that the encoder is asked for, ascending; None for all."""
+        targets = self._packed(packing)
+        rows, scored = None, targets != IGNORED
+        if self.only:
+            read = scored.index_fill(0, packing.starts(), True) if self.first_too else scored
+            rows = read.nonzero().flatten()
+            targets, scored = targets[rows], scored[rows]
+        self.at = scored.nonzero().flatten()
+        self.targets = targets[self.at]
+        return rows
+
+    def found(self, states: PackedStates) -> tuple[Tensor, Tensor]:
+        """`at`, as a mask of all rows while torch.compile traces, and `targets`."""
+        if torch.compiler.is_compiling():  # whose sizes may not depend on values
+            targets = self._packed(states.packing)
+            return targets != IGNORED, targets
+        if self.at is None:  # nobody asked for `rows`: the encoder has returned all
+            self.only = False
+            self.rows(states.packing)
+        assert self.at is not None and self.targets is not None
+        return self.at, self.targets
+
+    def _packed(self, packing: Packing) -> Tensor:
+        return packing.labels(_checked(self.labels, packing), IGNORED)
 
 
 def _checked(labels: Tensor, packing: Packing) -> Tensor:
@@ -201,30 +235,21 @@ def _checked(labels: Tensor, packing: Packing) -> Tensor:
     return labels.to(packing.cu_seqlens.device)
 
 
-def _targets(labels: Tensor, states: PackedStates) -> Tensor:
-    """The label of each row of `states.h`."""
-    targets = states.packing.labels(_checked(labels, states.packing), IGNORED)
-    return targets if states.rows is None else targets[states.rows]
-
-
-def _loss(parts: HeadParts, states: PackedStates, targets: Tensor, backend: Backend) -> Tensor:
+def _loss(parts: HeadParts, h: Tensor, at: Tensor, targets: Tensor, backend: Backend) -> Tensor:
     """The mean over scored tokens, in the dtype of the hidden states, as Hugging Face has it."""
-    h = states.h
-    if not torch.compiler.is_compiling():  # whose sizes may not depend on values
-        rows = (targets != IGNORED).nonzero().flatten()
-        h, targets = ops.unpad(h, rows), targets[rows]
-    x, weight, bias = _scored(parts, h, backend)
+    counted = at.dtype != torch.bool
+    if counted:
+        h = ops.unpad(h, at)
+    x, weight, bias = _operands(parts, h, backend)
     use = chosen(backend, "masked_lm_loss")
-    return ops.masked_lm_loss(x, weight, bias, targets, use).to(h.dtype)
+    return ops.masked_lm_loss(x, weight, bias, targets, use, all_scored=counted).to(h.dtype)
 
 
-def _logits(
-    parts: HeadParts, states: PackedStates, targets: Tensor | None, backend: Backend
-) -> Tensor:
-    """[B, S, V], zeros at padding; [scored, V] of the rows that have a target, where given."""
-    h = states.h if targets is None else states.h[targets != IGNORED]
+def _logits(parts: HeadParts, states: PackedStates, at: Tensor | None, backend: Backend) -> Tensor:
+    """[B, S, V], zeros at padding; [scored, V] of the rows `at`, where given."""
+    h = states.h if at is None else states.h[at]
     logits = linear(parts.decoder, _transformed(parts, h, backend), backend)
-    return logits if targets is not None else states.packing.pad(logits, chosen(backend, "pad"))
+    return logits if at is not None else states.packing.pad(logits, chosen(backend, "pad"))
 
 
 def splade(model: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -263,11 +288,11 @@ def splade(model: Any, *args: Any, **kwargs: Any) -> Tensor:
         real = mask.bool()
         h = ops.unpad(h, packing.unpad_ids(real).nonzero().flatten())
         bounds = F.pad(real.sum(1).cumsum(0, dtype=torch.int32), (1, 0))
-    x, weight, bias = _scored(row.parts(model), h, backend)
+    x, weight, bias = _operands(row.parts(model), h, backend)
     return ops.splade(x, weight, bias, bounds, chosen(backend, "splade"))
 
 
-def _scored(parts: HeadParts, h: Tensor, backend: Backend) -> tuple[Tensor, ...]:
+def _operands(parts: HeadParts, h: Tensor, backend: Backend) -> tuple[Tensor, ...]:
     """What the decoder multiplies, its weight and its bias, in one dtype."""
     x = _transformed(parts, h, backend)
     return cast(x, parts.decoder.weight, parts.decoder.bias)

@@ -162,12 +162,18 @@ def test_defaults_follow_what_is_asked_for(
         asked("--device", "cuda")
 
 
-def test_peak_memory_leaves_the_other_sides_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_leaves_the_other_sides_out(monkeypatch: pytest.MonkeyPatch) -> None:
     side = training_gpu.Side("sdpa", torch.device("cuda"), torch.float32, held=100)
     monkeypatch.setattr(side, "step", lambda batch: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1_000)  # 900 of others
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    asked = iter(range(0, 40, 10))  # of CUDA so far; between the steps by others
+    stats = {"num_device_free": 0}
+    monkeypatch.setattr(
+        torch.cuda, "memory_stats", lambda device: stats | {"num_device_alloc": next(asked)}
+    )
     for most in (1_300, 1_200):
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device, most=most: most)
         side.timed({}, measure.Clock(CPU, True))
     assert side.peak == 400 and len(side.seconds) == 2
+    assert side.mallocs == 20

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import BertForMaskedLM, BertForPreTraining
 
 import bert_fast
@@ -126,6 +127,8 @@ def test_no_scored_token() -> None:
     loss.backward()
     assert not x.grad.any() and not weight.grad.any()
     assert ops.masked_lm_loss(x[:0], weight, None, torch.empty(0, dtype=torch.int64)).isnan()
+    with pytest.raises(IndexError, match="labels contains -100, expected 0 to 19 with all_scored"):
+        ops.masked_lm_loss(x, weight, None, torch.full((5,), -100), all_scored=True)
 
 
 def test_logits_and_labels_are_never_whole() -> None:
@@ -175,3 +178,17 @@ def test_tuples_and_hidden_states() -> None:
     wanted = model(**inputs, output_hidden_states=True).hidden_states
     for a, b in zip(states, wanted, strict=True):
         torch.testing.assert_close(a[rows], b[rows], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("cls", [BertForMaskedLM, BertForPreTraining])
+def test_tokens_are_counted_before_the_encoder_runs(cls: type, sparse: bool) -> None:
+    """Later, counting waits for all the encoder's work on a GPU, which then waits for more."""
+    model = bert_fast.accelerate(tiny(cls), sparse_logits=sparse).train()
+    inputs = inputs_of(next(row for row in HEADS if row.model == cls.__name__))
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        model(**inputs).loss.backward()
+    names = [event.name for event in sorted(found.events(), key=lambda e: e.time_range.start)]
+    counted = [i for i, name in enumerate(names) if name == "aten::nonzero"]
+    began = next(i for i, name in enumerate(names) if "embed_layernorm" in name)
+    assert counted and max(counted) < began

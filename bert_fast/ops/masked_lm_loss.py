@@ -31,27 +31,32 @@ IGNORED = -100
 _ROWS, _LOGITS = 1024, {"cpu": 2**23, "cuda": 2**27}
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, all_scored: bool
+) -> Tensor:
     logits = F.linear(x, weight, bias)
     return F.cross_entropy(logits.to(sums_dtype(x)), labels.long(), ignore_index=IGNORED)
 
 
-def check(x, weight, bias, labels) -> None:
+def check(x, weight, bias, labels, all_scored) -> None:
     op = "masked_lm_loss"
     check_linear(x, weight, bias, op)
     checks.shape(op, "labels", labels, (x.shape[0],))
     checks.integers(op, "labels", labels)
     if labels.device.type != "cpu" or valueless(labels) or not labels.numel():
         return  # asking about values would stall a GPU's queue
-    wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= weight.shape[0])]
-    if wrong.numel():
+    wrong = (labels < 0) | (labels >= weight.shape[0])
+    if not all_scored:
+        wrong &= labels != IGNORED
+    if wrong.any():
+        value = int(labels[wrong][0])
+        more = " with all_scored" if value == IGNORED else f", or {IGNORED} for what is not scored"
         raise IndexError(
-            f"bert_fast.{op}: labels contains {int(wrong[0])}, expected 0 to "
-            f"{weight.shape[0] - 1}, or {IGNORED} for tokens that are not scored"
+            f"bert_fast.{op}: labels contains {value}, expected 0 to {weight.shape[0] - 1}{more}"
         )
 
 
-def fake(x, weight, bias, labels, *, save) -> tuple[Tensor, ...]:
+def fake(x, weight, bias, labels, all_scored, *, save) -> tuple[Tensor, ...]:
     wide = sums_dtype(x)
     return (
         x.new_empty((), dtype=wide),
@@ -62,10 +67,13 @@ def fake(x, weight, bias, labels, *, save) -> tuple[Tensor, ...]:
     )
 
 
-def _forward(x, weight, bias, labels, *, save) -> tuple[Tensor, ...]:
+def _forward(x, weight, bias, labels, all_scored, *, save) -> tuple[Tensor, ...]:
     wide, vocabulary = sums_dtype(x), weight.shape[0]
-    kept = (labels != IGNORED).nonzero().flatten()
-    rows, targets = x[kept], labels[kept].long()
+    rows, kept = x, None
+    if not all_scored:  # counting them waits for all that a GPU has been given to do
+        kept = (labels != IGNORED).nonzero().flatten()
+        rows, labels = x[kept], labels[kept]
+    targets = labels.long()
     held = _LOGITS.get(x.device.type, 2**23)
     step = max(1, min(_ROWS, held // max(vocabulary, 1)))
     total = x.new_zeros((), dtype=wide)
@@ -74,8 +82,9 @@ def _forward(x, weight, bias, labels, *, save) -> tuple[Tensor, ...]:
     db = x.new_zeros(vocabulary, dtype=wide) if save else total
     # Rounded to fp16, probabilities of a large vocabulary would be subnormal or zero.
     scale = 1024.0 if x.dtype == torch.float16 else 1.0
-    for first in range(0, kept.shape[0], step):
-        some, target = rows[first : first + step], targets[first : first + step].unsqueeze(1)
+    for first in range(0, rows.shape[0], step):
+        here = slice(first, first + step)
+        some, target = rows[here], targets[here].unsqueeze(1)
         logits = affine(some, weight, bias).to(wide)
         log_p = F.log_softmax(logits, -1)
         del logits
@@ -86,18 +95,20 @@ def _forward(x, weight, bias, labels, *, save) -> tuple[Tensor, ...]:
         db += g.sum(0)
         if g.dtype != x.dtype:
             g = g.mul_(scale).to(x.dtype)
-        dx[kept[first : first + step]] = product_fp32(g, weight)
+        dx[here if kept is None else kept[here]] = product_fp32(g, weight)
         if g.dtype == wide:
             dw.addmm_(g.t(), some)
         else:
             dw += product_fp32(g.t(), some)
     if save and scale != 1.0:
         dx, dw = dx / scale, dw / scale
-    n = total.new_full((), kept.shape[0])  # no scored row: 0 / 0, as in PyTorch
+    n = total.new_full((), rows.shape[0])  # no scored row: 0 / 0, as in PyTorch
     return total / n, dx, dw, db, n
 
 
-def _backward(dy, x, weight, bias, labels, dx, dw, db, n, *, needs) -> tuple[Tensor | None, ...]:
+def _backward(
+    dy, x, weight, bias, labels, all_scored, dx, dw, db, n, *, needs
+) -> tuple[Tensor | None, ...]:
     factor = dy / n.clamp(min=1)
     found = zip((dx, dw, db), needs, strict=True)
     return tuple((g * factor).to(x.dtype) if need else None for g, need in found)
@@ -122,14 +133,14 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
         labels[torch.rand(tokens, generator=generator) >= share] = IGNORED
         weight = draw(vocabulary, hidden, scale=2.0 * hidden**-0.5)
         bias = draw(vocabulary) if has_bias else None
-        yield Sample(name, (draw(tokens, hidden), weight, bias, labels.to(device)))
+        yield Sample(name, (draw(tokens, hidden), weight, bias, labels.to(device), share == 1.0))
     # One row is sure of its label and one is sure of another: p - 1 cancels, -log p is large.
     x = torch.eye(3, 16).to(device, dtype) * 40.0
     labels = torch.tensor([0, 5, IGNORED], device=device, dtype=torch.int32)
-    yield Sample("sure", (x, torch.eye(20, 16).to(device, dtype), None, labels))
+    yield Sample("sure", (x, torch.eye(20, 16).to(device, dtype), None, labels, False))
 
 
-def cost(x, weight, bias, labels) -> tuple[int, int]:
+def cost(x, weight, bias, labels, all_scored) -> tuple[int, int]:
     scored = int((labels != IGNORED).sum())
     elements = x.numel() + weight.numel()
     return 2 * scored * weight.numel(), elements * x.element_size()
@@ -137,7 +148,7 @@ def cost(x, weight, bias, labels) -> tuple[int, int]:
 
 OP = Op(
     name="masked_lm_loss",
-    arguments="Tensor x, Tensor weight, Tensor? bias, Tensor labels",
+    arguments="Tensor x, Tensor weight, Tensor? bias, Tensor labels, bool all_scored",
     reference=reference,
     check=check,
     fake=fake,
@@ -155,6 +166,8 @@ def masked_lm_loss(
     bias: Tensor | None,
     labels: Tensor,
     backend: str | Chooser = "auto",
+    *,
+    all_scored: bool = False,
 ) -> Tensor:
     """Mean cross-entropy of x W^T + b on the scored rows, without the logits; arXiv 1810.04805.
 
@@ -163,10 +176,11 @@ def masked_lm_loss(
         weight: [V, E], usually the word embeddings; bias: [V] or None.
         labels: [T], int32 or int64, the token of each scored row, -100 for the others.
         backend: "auto" or the name of one kernel; a forced one that cannot run raises.
+        all_scored: labels has no -100. Then no row is looked for, which on a GPU waits for it.
 
     Returns: a scalar in fp32 (fp64 for fp64); NaN where no row is scored, with zero gradients,
         as `torch.nn.functional.cross_entropy` has it.
     Raises: ValueError for a wrong shape, device or backend; TypeError for mixed dtypes;
         IndexError, on the CPU, for a label outside the vocabulary.
     """
-    return OP(x, weight, bias, labels, backend=backend)
+    return OP(x, weight, bias, labels, all_scored, backend=backend)
