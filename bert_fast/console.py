@@ -100,6 +100,11 @@ def load_tokenizer(kind: Any, folder: Path, config: Any = None, **settings: Any)
     return tokenizer
 
 
+def vocabulary_size(tokenizer: Any) -> int:
+    """What its ids stay below: more than there are tokens where ids are left out."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+
+
 def check_tokenizer(tokenizer: Any, folder: Path, config: Any = None) -> None:
     """Raises: ValueError where the folder has no tokenizer (transformers then makes one that knows
     special tokens only, to which every word is the unknown one), and for one that has more tokens
@@ -107,10 +112,10 @@ def check_tokenizer(tokenizer: Any, folder: Path, config: Any = None) -> None:
     """
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ValueError(f"cannot load {folder}: it has no tokenizer files")
-    vocabulary = getattr(config, "vocab_size", None)
-    if vocabulary is not None and len(tokenizer) > vocabulary:
+    vocabulary, needed = getattr(config, "vocab_size", None), vocabulary_size(tokenizer)
+    if vocabulary is not None and needed > vocabulary:
         raise ValueError(
-            f"cannot load {folder}: its tokenizer has {len(tokenizer)} tokens, but the model's "
+            f"cannot load {folder}: its tokenizer has {needed} tokens, but the model's "
             f"vocabulary {vocabulary}"
         )
 

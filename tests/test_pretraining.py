@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import gzip
 import json
+import time
 
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
 from transformers import AutoTokenizer, BertForPreTraining, BertTokenizer
 from typer.testing import CliRunner
 
 from bert_fast.cli import app
 from bert_fast.training import corpus as corpora
-from bert_fast.training import pretrain as pretraining
 from bert_fast.training.corpus import load_corpus
-from bert_fast.training.loop import Settings
 from bert_fast.training.masking import Masking
 from bert_fast.training.pairs import Plan, SentencePairs, _exchange
-from bert_fast.training.pretrain import Recipe, prepare
 from bert_fast.training.text import find_files, read_documents, split_sentences
 from bert_fast.training.tokenizer import train_tokenizer
 
@@ -57,11 +53,20 @@ def corpus(tokenizer, tmp_path_factory):
          ["It cost 3.5 dollars, e.g. in May.", "(So it was.)", "12 went."]),
         ("Wait... what? \u00c9t\u00e9 came.", ["Wait... what?", "\u00c9t\u00e9 came."]),
         ("\u4f60\u597d\u3002\u518d\u89c1\u3002", ["\u4f60\u597d\u3002", "\u518d\u89c1\u3002"]),
+        ("\u0915\u0964\u0916\u0965 \u0639\u061f \u063a",
+         ["\u0915\u0964", "\u0916\u0965", "\u0639\u061f", "\u063a"]),
         ("  ", []),
     ],
 )  # fmt: skip
 def test_sentences(text, sentences):
     assert split_sentences(text) == sentences
+
+
+def test_a_line_of_dots_is_read_at_once():
+    """From each of its dots on, it took minutes."""
+    start = time.perf_counter()
+    assert split_sentences("." * 100_000 + "x. Two.") == ["." * 100_000 + "x.", "Two."]
+    assert time.perf_counter() - start < 10
 
 
 def test_documents_of_every_format(tmp_path):
@@ -92,6 +97,10 @@ def test_text_refuses(tmp_path):
         ("b.JSONL", b'{"text": null}', "field 'text' is None, expected a string"),
         ("c.jsonl", b'{"text": "a"}\n\n{', "line 3: not JSON"),
         ("d.csv", b"id\n1\n", "line 2: no field 'text'"),
+        ("d.csv", b"id,text\n1,a\n2,b, and c\n", "line 3: 3 fields, expected 2 as in the header"),
+        ("d.csv", b"id,text\n1\n", "line 2: 1 fields, expected 2"),
+        ("d.csv", b'id,text\n1,"a\n2,b\n', "line 2: not CSV"),
+        ("d.csv", b"text,text\na,b\n", "names 'text' more than once"),
         ("e.jsonl", b'["x"]', "line 1: no field 'text'"),
         ("f.gz", b"not gzip", "gzip"),
         ("g.tsv", b"text\na\n", ".tsv is not read"),
@@ -311,66 +320,6 @@ def test_pretrain_from_text_to_a_checkpoint(tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     row = json.loads((tmp_path / "more" / "metrics.json").read_text())["history"][0]
     assert row["mlm_loss"] < 0.9 * first["mlm_loss"]
-
-
-def test_a_checkpoint_in_16_bits_is_trained_in_32(tmp_path):
-    text = prose.write(tmp_path / "text.txt", 120)
-    recipe = Recipe([text], vocab_size=100, layers=1, hidden=32, heads=2)
-    made = prepare(recipe, Settings(tmp_path / "out", device="cpu"))
-    made.model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
-    made.tokenizer.save_pretrained(tmp_path / "half")
-    more = dataclasses.replace(recipe, model=tmp_path / "half")
-    assert prepare(more, Settings(tmp_path / "more", device="cpu")).model.dtype == torch.float32
-
-
-def test_the_main_process_alone_learns_the_tokenizer(tmp_path, monkeypatch):
-    text = prose.write(tmp_path / "text.txt", 120)
-    recipe = Recipe([text], vocab_size=100, layers=1, hidden=32, heads=2)
-    settings = Settings(tmp_path / "out", device="cpu")
-    made = prepare(recipe, settings)
-    monkeypatch.setattr(PartialState, "is_main_process", False)
-    monkeypatch.setattr(pretraining, "train_tokenizer", None)
-    assert prepare(recipe, settings).tokenizer.get_vocab() == made.tokenizer.get_vocab()
-
-
-def test_a_refused_run_leaves_the_other_as_it_was(tmp_path):
-    text = prose.write(tmp_path / "text.txt", 120)
-    recipe = Recipe([text], vocab_size=100, layers=1, hidden=32, heads=2)
-    settings = Settings(tmp_path / "out", device="cpu")
-    prepare(recipe, settings)
-    (settings.output_dir / "checkpoint-1").mkdir()
-    before = {file: file.stat().st_mtime_ns for file in settings.output_dir.rglob("*")}
-    with pytest.raises(ValueError, match="checkpoints of another run"):
-        prepare(dataclasses.replace(recipe, vocab_size=60), settings)
-    assert before == {file: file.stat().st_mtime_ns for file in settings.output_dir.rglob("*")}
-
-
-def test_held_back_text_is_masked_as_ever(tmp_path):
-    text = prose.write(tmp_path / "text.txt", 120)
-    recipe = Recipe([text], vocab_size=100, layers=1, hidden=32, heads=2, mlm_probability=0.4)
-    prepared = prepare(recipe, Settings(tmp_path / "out", device="cpu"))
-
-    def share(pairs):
-        batch = prepared.collate([pairs[i] for i in range(len(pairs))])
-        return ((batch["labels"] != -100).sum() / batch["attention_mask"].sum()).item()
-
-    assert share(prepared.pairs) == pytest.approx(0.4, abs=0.04)
-    assert share(prepared.held) == pytest.approx(0.15, abs=0.02)
-
-
-def test_a_mimetic_start_attends_to_what_is_near(tmp_path):
-    text = prose.write(tmp_path / "text.txt", 120)
-    recipe = Recipe([text], vocab_size=100, layers=1, hidden=64, heads=2, start="mimetic")
-    prepared = prepare(recipe, Settings(tmp_path / "out", device="cpu"))
-    model, mask = prepared.model.eval(), prepared.tokenizer.mask_token_id
-    std = model.config.initializer_range
-    assert model.bert.embeddings.position_embeddings.weight.std().item() == pytest.approx(std, 0.1)
-    # What knows only its place sees its neighbours above all, the nearer the better.
-    model.set_attn_implementation("eager")
-    output = model(torch.full((1, 21), mask), output_attentions=True)
-    seen = output.attentions[0].mean(1)[0, 10].detach()
-    assert seen[10] > seen[11] > seen[12] > 1 / 21 > seen[20]
-    assert seen[10] > seen[9] > seen[8] > 1 / 21 > seen[0]
 
 
 def test_train_tokenizer(tmp_path):

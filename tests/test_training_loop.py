@@ -285,6 +285,31 @@ def test_half_a_checkpoint_is_passed_over(tmp_path):
     assert losses(run(tmp_path, save_steps=3, resume=True)[1]) == losses(whole)
 
 
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_a_checkpoint_needs_the_random_state_of_every_process(tmp_path, damage):
+    options = {"dropout": 0.1, "save_steps": 3}
+    _, whole = run(tmp_path, **options)
+    last = max(tmp_path.glob("checkpoint-*"), key=lambda p: int(p.name[11:]))
+    state = last / "rng_state.pth"
+    state.write_bytes(state.read_bytes()[:-30])
+    if damage == "gone":
+        state.unlink()
+    assert losses(run(tmp_path, **options, resume=True)[1]) == losses(whole)
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"processes": 2}))
+    with pytest.warns(UserWarning, match="holds no checkpoint to resume"):
+        run(tmp_path, **options, resume=True)
+
+
+def test_a_disk_that_is_full(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0\n")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match=r"cannot save a checkpoint to .*unexpected pos 64 vs 0$"):
+        run(tmp_path, save_steps=3)
+
+
 def test_a_run_that_fails_gives_the_terminal_back(tmp_path, monkeypatch):
     def fail(self, *args, **kwargs):
         raise RuntimeError("out of memory")
@@ -342,25 +367,40 @@ def test_settings_refuse(wrong, told):
         Settings(Path("out"), **wrong)
 
 
+def test_a_batch_without_labels_costs_no_loss(tmp_path):
+    """Its mean is of nothing, and was NaN in all that followed."""
+    none = [{**collate([ids]), "labels": torch.full((1, len(ids)), -100)} for ids in Texts().ids]
+
+    class Few(Texts):
+        def __getitem__(self, index):
+            return none[index] if index % 4 else collate([self.ids[index]])
+
+    model, texts = tiny(BertForMaskedLM), Few()
+    settings = Settings(tmp_path, epochs=1, batch_size=1, accumulation=3, lr=1e-3, device="cpu")
+    found = losses(train(model, texts, settings, lambda items: items[0]))
+    assert np.isfinite(found).all() and all(p.isfinite().all() for p in model.parameters())
+
+
 # -- LAMB -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("decay", [0.02, 0.0])
 @pytest.mark.parametrize("scale", [1.0, 0.0])
-def test_lamb_is_its_formula(scale, decay):
+@pytest.mark.parametrize("shape", [(5, 3), (15,)])
+def test_lamb_is_its_formula(shape, scale, decay):
     draw = np.random.default_rng(0)
-    truth = scale * draw.standard_normal((5, 3))
+    truth = scale * draw.standard_normal(shape)
     weight = torch.nn.Parameter(torch.from_numpy(truth.copy()))
     optimizer = Lamb([weight], lr=0.1, betas=(0.8, 0.95), eps=1e-6, weight_decay=decay)
     m = v = 0.0
     for t in range(1, 5):
-        gradient = draw.standard_normal((5, 3))
+        gradient = draw.standard_normal(shape)
         weight.grad = torch.from_numpy(gradient)
         optimizer.step()
         m, v = 0.8 * m + 0.2 * gradient, 0.95 * v + 0.05 * gradient**2
         r = m / (1 - 0.8**t) / (np.sqrt(v / (1 - 0.95**t)) + 1e-6) + decay * truth
-        size = np.linalg.norm(truth)
-        truth = truth - 0.1 * (size / np.linalg.norm(r) if decay and size else 1.0) * r
+        size = np.linalg.norm(truth) if len(shape) > 1 else 0.0
+        truth = truth - 0.1 * (size / np.linalg.norm(r) if size else 1.0) * r
         np.testing.assert_allclose(weight.detach().numpy(), truth, rtol=1e-12)
 
 

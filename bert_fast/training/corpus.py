@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..console import vocabulary_size
 from .text import read_documents, split_sentences
 
-RULES = "1"  # of files, sentences and what is stored: another number makes every corpus anew
+RULES = "2"  # of files, sentences and what is stored: another number makes every corpus anew
 LONGEST = 128  # tokens of a sentence; a longer one, mostly a list or a table, is cut into several
 SHARD = 1 << 27  # tokens
 AT_ONCE = 256  # documents tokenised together
@@ -39,12 +40,14 @@ class Corpus:
     starts: int64 [shards + 1], where each shard starts.
     sentences: int64 [sentences + 1], where each sentence starts, counted in tokens over all shards.
     documents: int64 [documents + 1], the first sentence of each document.
+    fingerprint: of the texts and what made tokens of them.
     """
 
     shards: Sequence[np.ndarray]
     starts: np.ndarray
     sentences: np.ndarray
     documents: np.ndarray
+    fingerprint: str
 
     def tokens(self, start: int, end: int) -> np.ndarray:
         """The ids from `start` to `end`, which lie in one document, as int64."""
@@ -80,7 +83,8 @@ def load_corpus(files: Sequence[Path], tokenizer: Any, folder: Path, text_field:
         folder: of all corpora; made where it is missing.
     Raises: ValueError for files without text, and what `read_documents` raises.
     """
-    target = folder / _fingerprint(files, tokenizer, text_field)
+    fingerprint = _fingerprint(files, tokenizer, text_field)
+    target = folder / fingerprint
     if not target.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(dir=folder, prefix=PART))
@@ -92,7 +96,8 @@ def load_corpus(files: Sequence[Path], tokenizer: Any, folder: Path, text_field:
     bounds = load_file(target / "bounds.safetensors")
     shards = [load_file(file)["ids"].numpy() for file in sorted(target.glob("tokens-*"))]
     starts = np.cumsum([0, *(len(shard) for shard in shards)])
-    return Corpus(shards, starts, bounds["sentences"].numpy(), bounds["documents"].numpy())
+    sentences, numbers = bounds["sentences"].numpy(), bounds["documents"].numpy()
+    return Corpus(shards, starts, sentences, numbers, fingerprint)
 
 
 def remove_parts(folder: Path) -> None:
@@ -117,7 +122,7 @@ def _fingerprint(files: Sequence[Path], tokenizer: Any, text_field: str) -> str:
 
 
 def _write(folder: Path, documents: Iterable[str], tokenizer: Any) -> None:
-    dtype = torch.uint16 if len(tokenizer) <= 1 << 16 else torch.int32
+    dtype = torch.uint16 if vocabulary_size(tokenizer) <= 1 << 16 else torch.int32
     lengths: list[int] = []
     counts: list[int] = []
     shard: list[np.ndarray] = []

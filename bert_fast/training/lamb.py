@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 
 class Lamb(Optimizer):
-    """Tensors without weight decay (biases, norms) take Adam's step unscaled, as BERT's do.
+    """Vectors (biases, norms) take Adam's step unscaled, as BERT's do.
 
     Args:
         params: tensors or parameter groups.
@@ -71,6 +71,7 @@ class Lamb(Optimizer):
         ratio: float | Tensor = 1.0
         if group["weight_decay"]:
             update.add_(weight, alpha=group["weight_decay"])
+        if weight.dim() > 1:
             size, length = weight.norm(), update.norm()
             ratio = torch.where((size > 0) & (length > 0), size / length, 1.0)
         weight.sub_(update * (group["lr"] * ratio))

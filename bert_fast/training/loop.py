@@ -29,7 +29,7 @@ from transformers.integrations import is_tensorboard_available
 from ..console import check_choice, write_whole
 from ..ops.masked_lm_loss import IGNORED
 from .batches import BalancedBatches
-from .checkpoints import Checkpoints, numbered
+from .checkpoints import Checkpoints, done, last_checkpoint
 from .lamb import Lamb
 from .monitor import Bar, Csv, Epochs, Speed
 from .throughput import gemm_peak, training_flops
@@ -176,7 +176,9 @@ def train(
         "parameters": sum(p.numel() for p in model.parameters()),
         "processes": arguments.world_size,
     }
-    checkpoint = _checkpoint(settings, json.loads(json.dumps(agreed)))
+    checkpoint = last_checkpoint(
+        settings.output_dir, settings.resume, json.loads(json.dumps(agreed))
+    )
     if settings.resume and checkpoint is None and arguments.should_save:
         warnings.warn(
             f"bert_fast: {settings.output_dir} holds no checkpoint to resume: starting at step 1",
@@ -186,7 +188,7 @@ def train(
     trainer.add_callback(Checkpoints(settings.output_dir, tokenizer))
     if arguments.should_save:
         write_whole(settings.output_dir / "settings.json", json.dumps(agreed) + "\n")
-    if checkpoint and _done(checkpoint):  # Trainer would take one more step
+    if checkpoint and done(checkpoint):  # Trainer would take one more step
         trainer.load(checkpoint)
     else:
         try:
@@ -278,10 +280,19 @@ class _Trainer(Trainer):
         outputs = model(**inputs)
         means = torch.stack([mean.float() for mean in self.objective.means(outputs, inputs)])
         share = self._counts(inputs, means.device) / num_items_in_batch
-        parts = means * share.to(means.dtype) * self.accelerator.num_processes
+        # Of nothing the mean is NaN, which would stay in Trainer's sum of losses.
+        parts = torch.where(share > 0, means * share.to(means.dtype), 0.0)
+        parts = parts * self.accelerator.num_processes
         self.parts += parts.detach()
         loss = parts.sum()
         return (loss, outputs) if return_outputs else loss
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except RuntimeError as error:  # how torch.save tells of a disk that is full
+            why = str(error).splitlines()[0]
+            raise OSError(f"cannot save a checkpoint to {self.args.output_dir}: {why}") from error
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         return training_flops(self.model, inputs)
@@ -349,51 +360,3 @@ def _arguments(settings: Settings) -> TrainingArguments:
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are several processes, never threads
     return arguments
-
-
-def checkpoints_of(settings: Settings) -> list[Path]:
-    """The checkpoints in output_dir, the first one first.
-
-    Raises: ValueError where there are some, but no run is resumed.
-    """
-    checkpoints = [path for _, path in numbered(settings.output_dir)]
-    if checkpoints and not settings.resume:
-        raise ValueError(
-            f"{settings.output_dir} holds checkpoints of another run: resume it, or choose "
-            "another output folder"
-        )
-    return checkpoints
-
-
-def _checkpoint(settings: Settings, agreed: Mapping[str, Any]) -> Path | None:
-    """The last whole checkpoint of the run that is resumed; a killed run may leave half of one."""
-    checkpoints = checkpoints_of(settings)
-    whole = [checkpoint for checkpoint in checkpoints if _whole(checkpoint)]
-    if not whole:
-        return None
-    file = settings.output_dir / "settings.json"
-    try:
-        before = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"cannot resume {settings.output_dir}: {file}: {error}") from None
-    for name, value in agreed.items():
-        if before.get(name) != value:
-            raise ValueError(
-                f"cannot resume {settings.output_dir} with {name} {value}: it was started with "
-                f"{before.get(name)}"
-            )
-    return whole[-1]
-
-
-def _done(checkpoint: Path) -> bool:
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    return bool(state["global_step"] >= state["max_steps"])
-
-
-def _whole(checkpoint: Path) -> bool:
-    """Whether everything was written; trainer_state.json is, last of all."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return any(checkpoint.glob("rng_state*.pth"))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..console import vocabulary_size
 from ..ops.masked_lm_loss import IGNORED
 
 SHARE = 0.15
@@ -35,13 +36,16 @@ class Masking:
     def of(cls, tokenizer: Any, whole_words: bool = False, share: float = SHARE) -> Masking:
         """For a tokenizer of the WordPiece kind.
 
-        Raises: ValueError where it has no [MASK], or no "##" pieces to make words of.
+        Raises: ValueError where it has no [MASK], [CLS], [SEP] or [PAD], or no "##" pieces to make
+            words of.
         """
-        if tokenizer.mask_token_id is None:
-            raise ValueError("the tokenizer has no mask token")
-        pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-        special = np.isin(np.arange(len(pieces)), tokenizer.all_special_ids)
-        continues = np.array([piece.startswith("##") for piece in pieces]) & ~special
+        for name in ("mask", "cls", "sep", "pad"):
+            if getattr(tokenizer, f"{name}_token_id") is None:
+                raise ValueError(f"the tokenizer has no {name} token")
+        pieces = tokenizer.convert_ids_to_tokens(list(range(vocabulary_size(tokenizer))))
+        unused = [piece is None for piece in pieces]
+        special = np.isin(np.arange(len(pieces)), tokenizer.all_special_ids) | unused
+        continues = np.array([(piece or "").startswith("##") for piece in pieces]) & ~special
         if whole_words and not continues.any():
             raise ValueError("--whole-word: the tokenizer has no pieces that start with ##")
         return cls(

@@ -77,6 +77,15 @@ class SentencePairs:
     def __len__(self) -> int:
         return self.count
 
+    def any_maskable(self) -> bool:
+        """Whether some token may be chosen: not where the tokenizer knows none of them."""
+        ranges = zip(self.begin.tolist(), self.end.tolist(), strict=True)
+        sentences, special = self.corpus.sentences, self.masking.special
+        return any(
+            not special[self.corpus.tokens(sentences[begin], sentences[end])].all()
+            for begin, end in ranges
+        )
+
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 

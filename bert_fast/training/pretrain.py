@@ -6,7 +6,9 @@ Devlin et al., arXiv 1810.04805, section 3.1 and appendix A.2.
 from __future__ import annotations
 
 import functools
+import math
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,11 +24,12 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, BertConfig, BertForPreTraining
 
 from .. import accelerate
-from ..console import load_tokenizer, load_weights
+from ..console import load_tokenizer, load_weights, vocabulary_size
 from ..ops.masked_lm_loss import IGNORED
+from .checkpoints import checkpoints_of, numbered
 from .corpus import load_corpus, remove_parts
 from .items import Collate, collator
-from .loop import Objective, Settings, checkpoints_of, train
+from .loop import Objective, Settings, train
 from .masking import SHARE, Masking
 from .mimetic import start_mimetic
 from .monitor import write_metrics
@@ -35,6 +38,7 @@ from .text import find_files, read_documents
 from .tokenizer import train_tokenizer
 
 EVALUATED = 2_048  # pairs of held-back text, at most
+FOREIGN = 0.4  # share of pairs with a foreign B, below which the user is told
 POSITIONS = 512  # of a new model, at least
 # How long processes wait for the main one to read the text: torch's own 10 minutes would end a run
 # on a large corpus.
@@ -131,7 +135,7 @@ def pretrain(recipe: Recipe, settings: Settings) -> dict[str, float]:
         lengths=prepared.pairs.lengths,
         evaluate=None if held is None else lambda model: evaluate(model, held, collate),
         objective=OBJECTIVE,
-        about=recipe.to_json(),
+        about=recipe.to_json() | {"text and tokenizer": prepared.pairs.corpus.fingerprint},
         tokenizer=prepared.tokenizer,
     )
     speed = next(row["tokens_per_second"] for row in reversed(history) if "loss" in row)
@@ -171,7 +175,9 @@ def main_first(processes: PartialState) -> Iterator[None]:
 def prepare(recipe: Recipe, settings: Settings) -> Prepared:
     """Reads the text, learns or loads the tokenizer, makes the model: transformers' own."""
     files = find_files(recipe.sources)
-    checkpoints_of(settings)  # a run that is refused must not write over the other's tokenizer
+    checkpoints_of(
+        settings.output_dir, settings.resume
+    )  # a run that is refused must not write over the other's tokenizer
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     processes = PartialState(cpu=settings.on_cpu)
     with main_first(processes):
@@ -179,9 +185,10 @@ def prepare(recipe: Recipe, settings: Settings) -> Prepared:
             remove_parts(settings.output_dir / "corpus")
         tokenizer = _tokenizer(recipe, files, settings)
         corpus = load_corpus(files, tokenizer, settings.output_dir / "corpus", recipe.text_field)
-    # What it says a model takes, which may be less than this one has positions for.
-    tokenizer.model_max_length = max(tokenizer.model_max_length, recipe.max_length)
     model = new_model(recipe, tokenizer, settings.seed)
+    # What it says a model takes may be less than this one has positions for, or more.
+    most = max(tokenizer.model_max_length, recipe.max_length)
+    tokenizer.model_max_length = min(most, model.config.max_position_embeddings)
     kept, held = corpus.split(recipe.validation_fraction, settings.seed)
 
     def pairs(documents: np.ndarray, share: float) -> SentencePairs:
@@ -191,7 +198,30 @@ def prepare(recipe: Recipe, settings: Settings) -> Prepared:
 
     trained = pairs(kept, recipe.mlm_probability)
     others = pairs(held, SHARE) if len(held) else None
+    for found, what in ((trained, "to train on"), (others, "held back")):
+        if found is not None and not found.any_maskable():
+            raise ValueError(f"the tokenizer knows no token of the documents {what}")
+    if processes.is_main_process:
+        _tell(len(corpus.documents) - 1, len(kept) + len(held), trained)
     return Prepared(tokenizer, model, trained, others, collator(tokenizer))
+
+
+def _tell(documents: int, used: int, pairs: SentencePairs) -> None:
+    """Warns of text that trains less than it seems to."""
+    told = []
+    if used < documents:
+        told.append(
+            f"{documents - used} of {documents} documents are left out: they have one sentence, "
+            "and a pair needs two"
+        )
+    foreign = pairs.plan(0).foreign.mean()
+    if foreign < FOREIGN:
+        told.append(
+            f"in {foreign:.0%} of the pairs the second is of another document, half is BERT's "
+            "recipe: a few documents hold most of the text"
+        )
+    for what in told:
+        warnings.warn(f"bert_fast: {what}", stacklevel=2)
 
 
 def new_model(recipe: Recipe, tokenizer: Any, seed: int) -> Any:
@@ -203,11 +233,14 @@ def new_model(recipe: Recipe, tokenizer: Any, seed: int) -> Any:
     if recipe.model:
         model = load_weights(BertForPreTraining, Path(recipe.model), dtype="float32")
     elif recipe.config:
+        kind = BertConfig.get_config_dict(recipe.config)[0].get("model_type", "bert")
+        if kind != "bert":
+            raise ValueError(f"{recipe.config} is the config of a {kind!r}, expected a BERT's")
         model = BertForPreTraining(BertConfig.from_pretrained(recipe.config))
     else:
         model = BertForPreTraining(
             BertConfig(
-                vocab_size=len(tokenizer),
+                vocab_size=vocabulary_size(tokenizer),
                 hidden_size=recipe.hidden,
                 num_hidden_layers=recipe.layers,
                 num_attention_heads=recipe.heads,
@@ -227,9 +260,10 @@ def new_model(recipe: Recipe, tokenizer: Any, seed: int) -> Any:
         raise ValueError(
             f"max_length is {recipe.max_length}, but the model has {positions} positions"
         )
-    if len(tokenizer) > vocabulary:
+    if vocabulary_size(tokenizer) > vocabulary:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the model's vocabulary {vocabulary}"
+            f"the tokenizer has {vocabulary_size(tokenizer)} tokens, but the model's vocabulary "
+            f"{vocabulary}"
         )
     return model
 
@@ -268,7 +302,7 @@ def evaluate(model: nn.Module, pairs: SentencePairs, collate: Collate) -> dict[s
             sums[f"{task}_loss"] += F.cross_entropy(logits.float(), truth, reduction="sum").item()
             sums[f"{task}_accuracy"] += (logits.argmax(-1) == truth).sum().item()
         masked += int(chosen.sum())
-    items = {"mlm": masked, "nsp": len(order)}
+    items = {"mlm": masked or math.nan, "nsp": len(order)}
     return {name: value / items[name[:3]] for name, value in sums.items()}
 
 
@@ -276,7 +310,7 @@ def _tokenizer(recipe: Recipe, files: Sequence[Path], settings: Settings) -> Any
     folder = recipe.tokenizer or recipe.model
     made = settings.output_dir / "tokenizer"
     # That of the run that goes on, or what the main process has just made.
-    reused = settings.resume or not PartialState().is_main_process
+    reused = bool(numbered(settings.output_dir)) or not PartialState().is_main_process
     if folder is None and reused and made.is_dir():
         folder = made
     if folder is not None:

@@ -6,15 +6,14 @@ Only what the formats themselves say is checked here; what a task wants of the r
 
 from __future__ import annotations
 
-import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from .text import parse_json, read_lines, suffix_of
+from .text import csv_records, parse_json, read_lines, suffix_of, with_header
 
 Rows = tuple[list[dict[str, Any]], Sequence[int]]
 
@@ -62,38 +61,20 @@ def read_table(file: Path) -> Table:
 def _csv(file: Path) -> Rows:
     # A quoted field may hold line ends, which the reader has to see as they are.
     text = "\n".join(read_lines(file))
-    csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    records, places, begin = [], [], 1
-    try:
-        for record in reader:
-            if record:  # the reader's answer to a blank line is []
-                records.append(record)
-                places.append(begin)
-            begin = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"{file}, line {begin}: not CSV ({error})") from None
-    return _with_header(file, records, places)
+    return _rows(file, csv_records(io.StringIO(text, newline="")))
 
 
 def _tsv(file: Path) -> Rows:
-    lines = [(n, line) for n, line in enumerate(read_lines(file), 1) if line.strip(" ")]
-    return _with_header(file, [line.split("\t") for _, line in lines], [n for n, _ in lines])
+    lines = enumerate(read_lines(file), 1)
+    return _rows(file, ((n, line.split("\t")) for n, line in lines if line.strip(" ")))
 
 
-def _with_header(file: Path, records: list[list[str]], places: list[int]) -> Rows:
-    if not records:
-        return [], []
-    header = [name.strip() for name in records[0]]
-    if twice := sorted({name for name in header if header.count(name) > 1}):
-        raise ValueError(f"{file}: the header names {', '.join(map(repr, twice))} more than once")
-    for record, place in zip(records, places, strict=True):
-        if len(record) != len(header):
-            raise ValueError(
-                f"{file}, line {place}: {len(record)} fields, expected {len(header)} as in the "
-                f"header ({', '.join(header)})"
-            )
-    return [dict(zip(header, record, strict=True)) for record in records[1:]], places[1:]
+def _rows(file: Path, records: Iterable[tuple[int, list[str]]]) -> Rows:
+    try:
+        found = list(with_header(records))
+    except ValueError as error:
+        raise ValueError(f"{file}, {error}") from None
+    return [row for _, row in found], [place for place, _ in found]
 
 
 def _jsonl(file: Path) -> Rows:

@@ -19,10 +19,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-# The end of a sentence: a stop, closing quotes, and space (none after CJK stops).
+# The end of a sentence: a stop, closing quotes, and space (none after CJK stops and dandas). A line
+# of dots has one end too, and is not searched from each of them.
 _STOP = re.compile(
-    r"""[.!?\u2026]+["'\u2019\u201d)\]]*\s+"""
-    r"""|[\u3002\uff01\uff1f]+["\u2019\u201d]*\s*"""
+    r"""[.!?\u2026\u061f\u06d4]{1,64}["'\u2019\u201d)\]]*\s+"""
+    r"""|[\u3002\uff01\uff1f\u0964\u0965]+["\u2019\u201d]*\s*"""
 )
 _OPENING = "\"'([\u2018\u201c"
 TABLES = (".json", ".ndjson", ".tsv", ".parquet", ".arrow")  # their lines are no text
@@ -64,7 +65,7 @@ def read_documents(files: Iterable[Path], text_field: str = "text") -> Iterator[
                         yield text
             except UnicodeDecodeError as error:
                 raise ValueError(f"{file}: not UTF-8 ({error.reason})") from None
-            except (ValueError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
+            except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise ValueError(f"{file}: {error}") from None
 
 
@@ -132,6 +133,49 @@ def whole(text: str, where: str) -> str:
     return text
 
 
+def csv_records(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    """Every record that is no blank line, and the line it begins at.
+
+    lines: with their ends, which a quoted field may hold.
+
+    Raises: ValueError for what is not CSV.
+    """
+    limit, begin = csv.field_size_limit(_FIELD_LIMIT), 1
+    reader = csv.reader(lines, strict=True)
+    try:
+        for record in reader:
+            if record:  # the reader's answer to a blank line is []
+                yield begin, record
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"line {begin}: not CSV ({error})") from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def with_header(
+    records: Iterable[tuple[int, list[str]]],
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """The records after the first, by its names, each with its place.
+
+    Raises: ValueError for a name that is there twice, and a record of more or fewer fields.
+    """
+    header: list[str] | None = None
+    for place, record in records:
+        if header is None:
+            header = [name.strip() for name in record]
+            if twice := sorted({name for name in header if header.count(name) > 1}):
+                named = ", ".join(map(repr, twice))
+                raise ValueError(f"line {place}: the header names {named} more than once")
+        elif len(record) != len(header):
+            raise ValueError(
+                f"line {place}: {len(record)} fields, expected {len(header)} as in the header "
+                f"({', '.join(header)})"
+            )
+        else:
+            yield place, dict(zip(header, record, strict=True))
+
+
 def split_sentences(text: str) -> list[str]:
     """Cuts after . ! ? (and closing quotes) where space and no small letter follow.
 
@@ -185,16 +229,11 @@ def _json_lines(opened: IO[str], text_field: str) -> Iterator[str]:
             yield text_of(line, text_field, f"line {number}")
 
 
-def _csv_rows(opened: IO[str], text_field: str) -> Iterator[str]:
-    limit = csv.field_size_limit(_FIELD_LIMIT)
-    try:
-        rows = csv.DictReader(opened)
-        for row in rows:
-            if text_field not in row:
-                raise ValueError(f"line {rows.line_num}: no field {text_field!r}")
-            yield row[text_field] or ""
-    finally:
-        csv.field_size_limit(limit)
+def _csv_texts(opened: IO[str], text_field: str) -> Iterator[str]:
+    for place, row in with_header(csv_records(opened)):
+        if text_field not in row:
+            raise ValueError(f"line {place}: no field {text_field!r}")
+        yield row[text_field]
 
 
-_READERS = {".jsonl": _json_lines, ".csv": _csv_rows}
+_READERS = {".jsonl": _json_lines, ".csv": _csv_texts}
