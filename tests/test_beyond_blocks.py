@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -43,6 +44,84 @@ def test_beyond_a_block(make: dict[str, Any], op: str, backend: str) -> None:
     expected = truth_of(OPS[op], args)
     found = results(OPS[op], lambda *a: OPS[op](*a, backend=backend), args, expected.dy)
     assert not violations(expected, found)
+
+
+def biased(d: Draw, *shape: int, skip: Sequence[int] = ()) -> tuple[Any, ...]:
+    """Attention with a bias of this shape; the sequences are 40 and 35 long."""
+    args = list(d.attention((40, 35), 16, skip=skip))
+    args[3] = d(*shape)
+    return tuple(args)
+
+
+def descending(d: Draw) -> tuple[Any, ...]:
+    """Attention whose first keys have by far the largest scores."""
+    args = d.attention((40, 35), 16)
+    qkv = args[0]
+    qkv[:, :2] *= 12.0
+    qkv[32:40, 1] *= 0.01
+    qkv[72:, 1] *= 0.01
+    return args
+
+
+def tails(d: Draw, activation: str, least: float = -60.0) -> tuple[Any, ...]:
+    return torch.linspace(least, 12.0, 512, device=DEVICE).view(8, 64), None, activation
+
+
+# Twice round the loops of what is interpreted, whose blocks are of 32 keys and 4,096 columns at
+# most; and what is far from 0.
+AGAIN = {
+    "dropout": ("attention", lambda d: d.attention((40, 35), 16, p=0.25)),
+    "bias": ("attention", lambda d: biased(d, 2, 2, 40, 40)),
+    "bias_of_each_sequence": ("attention", lambda d: biased(d, 2, 1, 40, 40)),
+    "bias_of_each_head": ("attention", lambda d: biased(d, 1, 2, 40, 40)),
+    "bias_wider_than_the_longest": ("attention", lambda d: biased(d, 2, 2, 43, 43)),
+    "bias_and_hidden_keys": ("attention", lambda d: biased(d, 2, 2, 40, 40, skip=(1, 0))),
+    "largest_scores_first": ("attention", descending),
+    "parts": ("add_layernorm", lambda d: d.rows(140, 16)),
+    "wide_rows": ("add_layernorm", lambda d: d.rows(9, 4104)),
+    "wide_tables": ("embed_layernorm", lambda d: d.embeddings(5, 4104, 0.1)),
+    "tiles": ("bias_gelu", lambda d: (d(41, 1031), d(1031), "gelu")),
+    "gelu_tanh": ("bias_gelu", lambda d: tails(d, "gelu_tanh")),
+    "relu": ("bias_gelu", lambda d: tails(d, "relu")),
+    "silu": ("bias_gelu", lambda d: tails(d, "silu", -120.0)),
+    "split_sum": ("linear", lambda d: d.linear(520, 16, 24)),
+    "rows_of_tiles": ("linear", lambda d: d.linear(300, 16, 40)),
+    "wide_means": ("pool", lambda d: (d(9, 301), bounds(4, 5), "mean", False)),
+    "small_norms": ("pool", lambda d: (d(9, 32, scale=1e-9), bounds(4, 5), "mean", True)),
+    "no_norms": ("pool", lambda d: (d(9, 32, scale=1e-13), bounds(4, 5), "mean", True)),
+    "wide_copies": ("unpad", lambda d: (d(5, 1031), torch.tensor([0, 2, 4], device=DEVICE))),
+}  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("case", "backend"), [(c, b) for c, (op, _) in AGAIN.items() for o, b in BACKENDS if o == op]
+)
+def test_round_again(case: str, backend: str) -> None:
+    name, make = AGAIN[case]
+    args = make(Draw(torch.float32))
+    skip_unless_willing(name, backend, args)
+    expected, op = truth_of(OPS[name], args), OPS[name]
+    some = trainable(op, backend, args)
+    found = results(op, lambda *a: op(*a, backend=backend), args, expected.dy, some)
+    assert not violations(expected, found, some)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
+@pytest.mark.parametrize("backend", [b for op, b in BACKENDS if op == "bias_gelu"])
+def test_nan_stays_nan(backend: str, activation: str) -> None:
+    op = OPS["bias_gelu"]
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.tensor([[torch.nan, 1.0, -1.0, 0.0]], device=DEVICE, dtype=dtype)
+        skip_unless_willing("bias_gelu", backend, (x, None, activation))
+        given, expected = (x.clone().requires_grad_() for _ in range(2))
+        found = op(given, None, activation, backend=backend)
+        truth = op.reference(expected, None, activation)
+        found.sum().backward()
+        truth.sum().backward()
+        assert torch.equal(found.isnan(), truth.isnan())
+        assert torch.equal(given.grad.isnan(), expected.grad.isnan())
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -40,8 +41,12 @@ def mask_of(kind: str, batch: int, length: int) -> Tensor:
     return mask.long().to(DEVICE)
 
 
-@pytest.mark.parametrize("kind", ["right", "left", "holes", "full"])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 300), (5, 1500), (33, 257), (9, 1030)])
+KINDS = ("right", "left", "holes", "full")
+SHAPES = ((1, 1), (3, 7), (5, 300), (5, 1500), (33, 257), (9, 1030))
+SCANNED = (*itertools.product(KINDS, SHAPES), ("holes", (1030, 9)))
+
+
+@pytest.mark.parametrize(("kind", "shape"), SCANNED)
 def test_scanned_as_by_torch(kind: str, shape: tuple[int, int]) -> None:
     mask = mask_of(kind, *shape)
     found, expected = pack_scanned(mask), pack_mask(mask.cpu())
@@ -82,16 +87,22 @@ def test_bounds_of_any_stride() -> None:
     assert found.tolist() == [0, 3, 8, 8, 8, 8] and torch.equal(to, packed[0])
 
 
-@pytest.mark.parametrize("kind", ["right", "holes", "full"])
-@pytest.mark.parametrize("types", ["none", "one row", "all rows"])
-def test_staged_as_by_torch(kind: str, types: str) -> None:
+STAGED = tuple(itertools.product(("right", "holes", "full"), ("none", "one row", "all rows")))
+
+
+@pytest.mark.parametrize(
+    ("kind", "types", "shape"),
+    [*((*one, (5, 23)) for one in STAGED), ("holes", "all rows", (1100, 2))],
+)
+def test_staged_as_by_torch(kind: str, types: str, shape: tuple[int, int]) -> None:
     """Every input of a graph, and what it held before where nothing is written."""
     model = bert_fast.accelerate(tiny()).to(DEVICE)
     structure = structure_of(model, model.bert_fast_family)
-    batch, length = 5, 23
+    batch, length = shape
     inputs = {"input_ids": ids(batch, length), "attention_mask": mask_of(kind, batch, length)}
     if types != "none":
         inputs["token_type_ids"] = ids(batch if types == "all rows" else 1, length, 2)
+        inputs["position_ids"] = ids(batch if types == "all rows" else 1, length, 39)
     read = read_batch(structure, inputs)
     packing = pack_scanned(inputs["attention_mask"])
 
