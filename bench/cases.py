@@ -113,7 +113,7 @@ def op_cases(model: Model, tokens: int, device: torch.device, dtype: torch.dtype
     scored = max(1, tokens // 7)
     yield case("masked_lm_loss", "", lambda draw: (
         draw.normal(scored, hidden), draw.normal(model.vocab, hidden, scale=hidden**-0.5),
-        draw.normal(model.vocab), draw.ids(model.vocab, scored),
+        draw.normal(model.vocab), draw.ids(model.vocab, scored), True,
     ))  # fmt: skip
     lengths = texts_of(WORKLOADS["squad"], tokens)
     yield case("splade", "", lambda draw: (

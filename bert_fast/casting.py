@@ -13,15 +13,22 @@ from torch.autograd.function import once_differentiable
 from .ops.modes import tracing
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of x, or None: where it is off, and of fp64, which it leaves alone."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def cast(first: Tensor, *rest: Tensor | None) -> tuple[Any, ...]:
     """The tensors in autocast's dtype where autocast is on, else as they are.
 
     As `Tensor.to` has it, gradients included, but with one autograd node and one launch for all.
     """
-    tensors, kind = (first, *rest), first.device.type
-    if not torch.is_autocast_enabled(kind):
+    tensors, dtype = (first, *rest), autocast_dtype(first)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(kind)
     if tracing():
         return tuple(None if t is None else t.to(dtype) for t in tensors)
     # A node's outputs all require a gradient: what is frozen must not be among its inputs.

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .casting import in_dtypes
+from .casting import autocast_dtype, in_dtypes
 from .ops.add_layernorm import OP as ADD_LAYERNORM
 from .ops.attention import OP as ATTENTION
 from .ops.encoder import LAYER
@@ -57,10 +57,8 @@ def layer_node(x: Tensor, weights: Sequence[Tensor], settings: Settings) -> Tens
     weights: in the order of `ops.encoder.LAYER`. Under autocast, as `modeling` has it: products
     and attention in its dtype, norms and the residual in that of x and the weights.
     """
-    kind = x.device.type
-    autocast = torch.is_autocast_enabled(kind)
-    dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
-    with without_autocast(kind):
+    dtype = autocast_dtype(x) or x.dtype
+    with without_autocast(x.device.type):
         return _Layer.apply(settings, dtype, x, *weights)
 
 

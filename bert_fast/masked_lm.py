@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .casting import cast
-from .families import HEAD_BY_CLASS, HEADS, Head, HeadParts
+from .families import HEAD_BY_CLASS, Head, HeadParts
 from .modeling import activated_linear, linear, normalized
 from .ops.masked_lm_loss import IGNORED
 from .packed import (
@@ -55,19 +55,12 @@ def packed_head(original: type) -> type:
     return swapped_class(
         original,
         PackedHead,
+        packed_head,
         _forward,
         f"transformers' {original.__name__} with its loss on scored tokens only.",
         bert_fast_head=row,
         bert_fast_output=getattr(importlib.import_module(row.module), row.output),
     )
-
-
-def __getattr__(name: str) -> type:
-    """The packed class of the head whose class is `name`; pickles find theirs here."""
-    for row in HEADS:
-        if row.model == name:
-            return packed_head(getattr(importlib.import_module(row.module), name))
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def is_head(model: Any) -> bool:

@@ -5,7 +5,6 @@ forward. Where that forward does not apply, Hugging Face's own runs, and says wh
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -17,7 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from .families import BY_CLASS, FAMILIES, Family, bert_pooled
+from .families import BY_CLASS, Family, bert_pooled
 from .graphs import bucket_of, forget_graphs, graphs_of
 from .graphs import look as look_at_graphs
 from .graphs import reasons_against as reasons_against_graph
@@ -126,6 +125,7 @@ def packed_class(original: type) -> type:
     created: Any = swapped_class(
         original,
         Packed,
+        packed_class,
         _forward,
         f"transformers' {original.__name__} with a packed, fused forward.\n\n"
         "Same constructor, parameters, state_dict keys, signature and outputs;\n"
@@ -135,19 +135,11 @@ def packed_class(original: type) -> type:
     read = {*_READ, *family.extra}
     names = (*created.bert_fast_arguments, _OLDER)
     created.bert_fast_unread = tuple(name for name in names if name not in read)
-    # Hugging Face finds which outputs a class can record (hidden states, attentions) by the name
-    # of the class; ours records the same, also in instances that never ran __init__.
+    # Hugging Face finds which outputs a class can record (hidden states, attentions) by its name,
+    # which __init__ notes: not that of an instance out of a pickle.
     recorded = getattr(original, "_can_record_outputs", None)
-    dict.__setitem__(_CAN_RECORD_REGISTRY, str(created), recorded)
+    dict.setdefault(_CAN_RECORD_REGISTRY, str(created), recorded)
     return created
-
-
-def __getattr__(name: str) -> type:
-    """The packed class of the family whose model class is `name`; pickles find theirs here."""
-    for row in FAMILIES:
-        if row.model == name:
-            return packed_class(getattr(importlib.import_module(row.module), name))
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _forward(cls: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

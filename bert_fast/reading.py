@@ -11,7 +11,6 @@ Their forward is Hugging Face's own; it only tells the encoder what will be read
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 from inspect import Parameter, signature
 from typing import Any, ClassVar
@@ -37,6 +36,7 @@ def reading_head(original: type) -> type:
     return swapped_class(
         original,
         ReadingHead,
+        reading_head,
         _forward,
         f"transformers' {original.__name__}; its encoder computes what it reads.",
         bert_fast_reads=READING_HEADS[original.__module__, original.__name__],
@@ -93,14 +93,6 @@ def _real_tokens(
 def _least_at_padding(logits: Tensor, mask: Tensor) -> Tensor:
     """As transformers has it where it masks spans itself (Splinter): never the best, no NaN."""
     return logits.masked_fill(~mask.bool().to(logits.device), torch.finfo(logits.dtype).min)
-
-
-def __getattr__(name: str) -> type:
-    """The packed class of the head whose class is `name`; pickles find theirs here."""
-    for module, model in READING_HEADS:
-        if model == name:
-            return reading_head(getattr(importlib.import_module(module), name))
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def is_reading_head(model: Any) -> bool:

@@ -14,21 +14,38 @@ class Swapped:
     """What such classes share."""
 
     bert_fast_original: ClassVar[type]
+    bert_fast_make: ClassVar[Callable[[Any], Any]]
     bert_fast_arguments: ClassVar[tuple[str, ...]]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles and copies make the class again: by its name they would find the original."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, args, *state = reduced
+        cls = type(self)
+        if "bert_fast_original" in vars(cls):
+            make, args = _new, (cls.bert_fast_make, cls.bert_fast_original)
+        return make, args, *state
+
+
+def _new(make: Callable[[Any], Any], original: Any) -> Any:
+    cls = make(original)
+    return cls.__new__(cls)
 
 
 def swapped_class(
     original: Any,
     kind: type[Swapped],
+    make: Callable[[Any], Any],
     forward: Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any],
     doc: str,
     **attributes: Any,
 ) -> type:
-    """`original` with another forward: same constructor, parameters, state_dict keys, signature.
+    """`original` with another forward: same constructor, parameters, state_dict keys, signature,
+    and same name and module, by which other libraries know the class or import it again.
 
-    kind: its first base; the module that defines it has a `__getattr__` by which pickles find the
-        class. forward: called with the class, the model, args and kwargs. What is of the class, it
-        asks the class: another thread may put the model back meanwhile.
+    kind: its first base. make: what gives this class for `original`.
+    forward: called with the class, the model, args and kwargs. What is of the class, it asks the
+        class: another thread may put the model back meanwhile.
     """
 
     @functools.wraps(original.forward)
@@ -38,10 +55,11 @@ def swapped_class(
         return forward(created, self, args, kwargs)
 
     own = {
-        "__module__": kind.__module__,
+        "__module__": original.__module__,
         "__doc__": doc,
         "forward": wrapped,
         "bert_fast_original": original,
+        "bert_fast_make": staticmethod(make),
         "bert_fast_arguments": tuple(
             name
             for name, parameter in signature(original.forward).parameters.items()

@@ -140,3 +140,18 @@ def test_a_layer_casts_in_five_steps() -> None:
             loss = model(ids, attention_mask=torch.ones_like(ids), labels=ids).loss
         count[layers] = casts_of(loss)
     assert (count[3] - count[1]) / 2 == 5, count
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_fp64_stays_fp64(training: bool) -> None:
+    """As autocast has it."""
+    module = "transformers.models.bert.modeling_bert"
+    model = small(module, "BertForMaskedLM").double().train(training)
+    ours, tokens, found = bert_fast.accelerate(copy.deepcopy(model)), ids(3, 12), []
+    for one in (model, ours):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            loss = one(tokens, labels=tokens).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in one.parameters())])
+    for theirs, our in zip(*found, strict=True):
+        torch.testing.assert_close(our, theirs, rtol=1e-10, atol=1e-10)

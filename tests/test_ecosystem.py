@@ -20,6 +20,7 @@ from transformers import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
+    BertModel,
     DataCollatorWithFlattening,
     Trainer,
     TrainingArguments,
@@ -268,6 +269,17 @@ def test_lora_runs_packed_and_trains(order: str, autocast: bool) -> None:
         scale = expected.abs().max()
         torch.testing.assert_close(results[1][name] / scale, expected / scale, **tolerance)
     assert "query unfused" in str(bert_fast.report(ours))
+
+
+@pytest.mark.parametrize("cls", [BertModel, BertForMaskedLM, BertForSequenceClassification])
+def test_an_adapter_names_the_class_as_ever(cls: type, tmp_path: Path) -> None:
+    """By which peft imports it again, where bert_fast need not be."""
+    peft = pytest.importorskip("peft")
+    for folder, model in (("stock", tiny(cls)), ("ours", bert_fast.accelerate(tiny(cls)))):
+        config = peft.LoraConfig(r=2, target_modules=["query", "value"])
+        peft.get_peft_model(model, config).save_pretrained(tmp_path / folder)
+    stock, ours = (tmp_path / one / "adapter_config.json" for one in ("stock", "ours"))
+    assert ours.read_text() == stock.read_text()
 
 
 def test_lora_on_the_embeddings() -> None:

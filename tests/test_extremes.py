@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bert_fast import ops
 from bert_fast.ops import OPS
 from bert_fast.ops.backends import ISAS
 
@@ -80,3 +81,24 @@ def test_scores_beyond_two_to_the_thirty(backend: str, width: int) -> None:
     expected = torch.stack([v[best[:, n], n] for n in range(2)], 1)
     torch.testing.assert_close(found.detach(), expected.float())
     assert leaf.grad.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [6, 64, 160])
+def test_scores_beyond_fp16_before_they_are_scaled(width: int, dtype: torch.dtype) -> None:
+    """Of whatever kernel takes heads of this width; eager PyTorch has infinities there."""
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(24, 3, 2, width, generator=generator).to(DEVICE, dtype)
+    qkv[:, :2] += (9e4 / width) ** 0.5
+    bounds = torch.tensor([0, 24], dtype=torch.int32, device=DEVICE)
+    leaf = qkv.clone().requires_grad_()
+    exact = qkv.double().requires_grad_()
+    found = ops.attention(leaf, bounds, 24, width**-0.5)
+    expected = OPS["attention"].reference(exact, bounds, None, None, 24, width**-0.5, 0.0, None)
+    found.sum().backward()
+    expected.sum().backward()
+    assert found.dtype == dtype and leaf.grad.isfinite().all()
+    torch.testing.assert_close(found.double(), expected, rtol=0.05, atol=0.05)
+    grads = leaf.grad[:, 2].double(), exact.grad[:, 2]  # of v
+    torch.testing.assert_close(*grads, rtol=0.05, atol=0.05)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import checks
 from .backends import cpu_kernels, cuda_kernel, triton_kernel, with_tritons_backward
-from .registry import Chooser, Op, Sample
+from .registry import Chooser, Kernel, Op, Sample
 from .rng import keep_mask
 
 
@@ -118,6 +118,26 @@ def _cuda_limits(qkv: Tensor, cu_seqlens, key_start, bias, max_seqlen, scale, *r
     return found
 
 
+def _wide_forward(qkv, *rest, save) -> tuple[Tensor, ...]:
+    """Scores before they are scaled may be more than fp16 holds, and lose digits in bf16."""
+    with torch.no_grad():
+        y = reference(qkv.float(), *rest).to(qkv.dtype)
+    return y, torch.zeros_like(fake(qkv, *rest, save=save)[1])
+
+
+def _wide_backward(dy, qkv, *rest, needs) -> tuple[Tensor]:
+    wide = qkv.detach().float().requires_grad_()
+    with torch.enable_grad():
+        y = reference(wide, *rest[:-2])  # without the output and what else was kept
+    return (torch.autograd.grad(y, wide, dy.float())[0].to(qkv.dtype),)
+
+
+def _wide_limits(qkv: Tensor, *rest) -> list[str]:
+    if qkv.dtype in (torch.float16, torch.bfloat16):
+        return []
+    return [f"{qkv.dtype}: as the reference, in fp32, for fp16 and bf16"]
+
+
 def samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
     generator = torch.Generator().manual_seed(0)
     infinity = torch.inf
@@ -181,6 +201,7 @@ OP = Op(
             cuda_kernel("attention", limits=_cuda_limits, has_backward=False), "attention"
         ),
         triton_kernel("attention", limits=_triton_limits),
+        Kernel("aten", _wide_forward, _wide_backward, _wide_limits),
     ),
     samples=samples,
     cost=cost,
