@@ -171,7 +171,7 @@ def _forward(cls: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         return batch.packing.unpad(states[-1], chosen(options.backend, "unpad"))
 
     collect = asked(model, given, "output_hidden_states")
-    between = None if collect is None or collect is False else keep
+    between = keep if collect else None  # an index of 0, too, is no wish to transformers
     packing, rows = batch.packing, None
     if not between:
         rows = rows_read(words, packing)
