@@ -146,6 +146,21 @@ def test_few_nodes_of_autograd() -> None:
     assert names.count("_LayerBackward") == 2 and len(names) <= 5, names
 
 
+def test_inside_a_node_autocast_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel does in fp32, as sums of gradients, it would do in 16 bits."""
+    found = []
+
+    def note(*args: Any) -> Tensor:
+        found.append(torch.is_autocast_enabled(DEVICE.type))
+        return torch.zeros_like(args[2])
+
+    monkeypatch.setattr(layer_node._Layer, "apply", note)
+    model = bert_fast.accelerate(model_of())
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        model(ids(3, 9))
+        assert found == [False, False] and torch.is_autocast_enabled(DEVICE.type)
+
+
 def test_errors() -> None:
     model = bert_fast.accelerate(model_of())
     out = model(ids(3, 9)).last_hidden_state
