@@ -119,6 +119,8 @@ def test_causal_attention_asked_for(how: str) -> None:
 def test_hidden_states_by_index(which: Any) -> None:
     model = tiny()
     expected = model(ids(2, 6), output_hidden_states=which).hidden_states
+    if which and expected and None not in expected:
+        pytest.skip("this transformers knows no indices of hidden states")
     found = bert_fast.accelerate(model)(ids(2, 6), output_hidden_states=which).hidden_states
     assert (found is None) == (expected is None)
     for one, other in zip(found or (), expected or (), strict=True):
