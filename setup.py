@@ -130,7 +130,9 @@ def why_no_cuda(gpus):
     with TemporaryDirectory() as folder:
         source, built = Path(folder, "probe.cu"), Path(folder, "probe.o")
         source.write_text("__global__ void probe() {}\n")
-        compiled = (NVCC, "-std=c++20", "-Xcompiler=-fPIC", *gpus, "-c", source, "-o", built)
+        host = ("-ccbin", os.environ["CC"]) if os.environ.get("CC") else ()  # as torch has it
+        flags = (*host, "-std=c++20", "-Xcompiler=-fPIC", *gpus)
+        compiled = (NVCC, *flags, "-c", source, "-o", built)
         paths = [f"-L{path}" for path in library_paths("cuda")]
         linker = os.environ.get("CXX", "c++").split()
         linked = (*linker, "-shared", built, *paths, "-lcudart", "-o", Path(folder, "probe.so"))

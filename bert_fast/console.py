@@ -112,8 +112,8 @@ def check_tokenizer(tokenizer: Any, folder: Path, config: Any = None) -> None:
     """
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ValueError(f"cannot load {folder}: it has no tokenizer files")
-    vocabulary, needed = getattr(config, "vocab_size", None), vocabulary_size(tokenizer)
-    if vocabulary is not None and needed > vocabulary:
+    vocabulary = getattr(config, "vocab_size", None)
+    if vocabulary is not None and (needed := vocabulary_size(tokenizer)) > vocabulary:
         raise ValueError(
             f"cannot load {folder}: its tokenizer has {needed} tokens, but the model's "
             f"vocabulary {vocabulary}"

@@ -105,9 +105,13 @@ esac
 COMPILE = 'while [ "$1" != -o ]; do shift; done; echo "" | c++ -x c++ -fPIC -c - -o "$2"'
 
 
+WITH_CC = f'case "$*" in "-ccbin older "*) {COMPILE} ;; *) echo unsupported; exit 1 ;; esac'
+
+
 @pytest.mark.parametrize(
     ("release", "compile", "library", "told"),
-    [("13.1", COMPILE, "libcudart.so", None), ("12.9", COMPILE, "libcudart.so", "CUDA 13.0"),
+    [("13.1", COMPILE, "libcudart.so", None), ("13.1", WITH_CC, "libcudart.so", None),
+     ("12.9", COMPILE, "libcudart.so", "CUDA 13.0"),
      ("13.1", COMPILE, "none.so", "cannot find -lcudart"),
      ("13.1", "echo unsupported GNU version; exit 1", "libcudart.so", "unsupported GNU version")],
 )  # fmt: skip
@@ -129,7 +133,9 @@ def test_an_nvcc_that_does_not_fit_costs_only_the_cuda_kernels(
         sys.stderr = sys.stdout
         runpy.run_path("setup.py")
     """
-    out = run(sys.executable, "-c", textwrap.dedent(setup), "--version", tmp_path)
+    cc = {"CC": "older"} if compile == WITH_CC else {}
+    env = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX")} | cc
+    out = run(sys.executable, "-c", textwrap.dedent(setup), "--version", tmp_path, env=env)
     assert ("built without CUDA kernels" in out) == (told is not None)
     assert told is None or told in out
 

@@ -291,7 +291,7 @@ class _Trainer(Trainer):
         try:
             super()._save_checkpoint(*args, **kwargs)
         except RuntimeError as error:  # how torch.save tells of a disk that is full
-            why = str(error).splitlines()[0]
+            why = str(error).partition("\n")[0]
             raise OSError(f"cannot save a checkpoint to {self.args.output_dir}: {why}") from error
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:

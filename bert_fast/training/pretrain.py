@@ -175,9 +175,8 @@ def main_first(processes: PartialState) -> Iterator[None]:
 def prepare(recipe: Recipe, settings: Settings) -> Prepared:
     """Reads the text, learns or loads the tokenizer, makes the model: transformers' own."""
     files = find_files(recipe.sources)
-    checkpoints_of(
-        settings.output_dir, settings.resume
-    )  # a run that is refused must not write over the other's tokenizer
+    # A run that is refused must not write over the other's tokenizer.
+    checkpoints_of(settings.output_dir, settings.resume)
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     processes = PartialState(cpu=settings.on_cpu)
     with main_first(processes):
@@ -230,6 +229,7 @@ def new_model(recipe: Recipe, tokenizer: Any, seed: int) -> Any:
     Raises: ValueError where tokenizer or length do not fit it.
     """
     torch.manual_seed(seed)
+    needed = vocabulary_size(tokenizer)
     if recipe.model:
         model = load_weights(BertForPreTraining, Path(recipe.model), dtype="float32")
     elif recipe.config:
@@ -240,7 +240,7 @@ def new_model(recipe: Recipe, tokenizer: Any, seed: int) -> Any:
     else:
         model = BertForPreTraining(
             BertConfig(
-                vocab_size=vocabulary_size(tokenizer),
+                vocab_size=needed,
                 hidden_size=recipe.hidden,
                 num_hidden_layers=recipe.layers,
                 num_attention_heads=recipe.heads,
@@ -260,10 +260,9 @@ def new_model(recipe: Recipe, tokenizer: Any, seed: int) -> Any:
         raise ValueError(
             f"max_length is {recipe.max_length}, but the model has {positions} positions"
         )
-    if vocabulary_size(tokenizer) > vocabulary:
+    if needed > vocabulary:
         raise ValueError(
-            f"the tokenizer has {vocabulary_size(tokenizer)} tokens, but the model's vocabulary "
-            f"{vocabulary}"
+            f"the tokenizer has {needed} tokens, but the model's vocabulary {vocabulary}"
         )
     return model
 
