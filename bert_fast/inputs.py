@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ def read_batch(
     if bounds is not None:
         if not isinstance(bounds, Tensor):
             raise TypeError(f"cu_seq_lens_q is {bounds!r}, expected a tensor [batch + 1] of int32")
-        _check_bounds(bounds, length)
+        _check_bounds(bounds, length, longest)
         bounds = bounds.to(given.device, torch.int32)
     position_ids = inputs.get("position_ids")
     if position_ids is None and embeddings.known:
@@ -180,7 +181,7 @@ def _positions(
     return columns * real + first - 1 if by_id else columns
 
 
-def _check_bounds(bounds: Tensor, length: int) -> None:
+def _check_bounds(bounds: Tensor, length: int, longest: int | None) -> None:
     """Of those on the host: a GPU would be waited for."""
     if bounds.device.type != "cpu" or tracing():
         return
@@ -188,6 +189,11 @@ def _check_bounds(bounds: Tensor, length: int) -> None:
     if not found or found[0] != 0 or found[-1] != length or found != sorted(found):
         raise ValueError(
             f"cu_seq_lens_q is {bounds.tolist()}, expected ascending numbers from 0 to {length}"
+        )
+    actual = max((end - start for start, end in pairwise(found)), default=0)
+    if longest is not None and longest < actual:
+        raise ValueError(
+            f"max_length_q is {longest}, but cu_seq_lens_q has a sequence of {actual} tokens"
         )
 
 

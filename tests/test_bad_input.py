@@ -35,6 +35,15 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"cu_seq_lens_q is \[0, 5, 2, 6\]",
     ),
+    "a longest sequence that is not": (
+        {
+            "input_ids": ids(1, 6),
+            "cu_seq_lens_q": torch.tensor([0, 2, 6]),
+            "max_length_q": 3,
+        },
+        ValueError,
+        "max_length_q is 3, but cu_seq_lens_q has a sequence of 4 tokens",
+    ),
     "one-dimensional ids": ({"input_ids": ids(1, 6)[0]}, ValueError, r"shape \(6,\), expected"),
     "nothing": ({}, ValueError, "exactly one of input_ids or inputs_embeds"),
     "mask of another batch": (
@@ -51,6 +60,16 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"input_ids": ids(2, 6), "attention_mask": torch.ones(2, 1, 6, 5).bool()},
         ValueError,
         r"attention_mask has shape \(2, 1, 6, 5\)",
+    ),
+    "4D mask of another batch": (
+        {"input_ids": ids(2, 6), "attention_mask": torch.ones(3, 1, 6, 6).bool()},
+        ValueError,
+        r"attention_mask has shape \(3, 1, 6, 6\)",
+    ),
+    "4D mask of other queries": (
+        {"input_ids": ids(2, 6), "attention_mask": torch.ones(2, 1, 5, 6).bool()},
+        ValueError,
+        r"attention_mask has shape \(2, 1, 5, 6\)",
     ),
     "4D int mask": (
         {"input_ids": ids(2, 6), "attention_mask": torch.ones(2, 1, 6, 6).long()},

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertForQuestionAnswering, BertForSequenceClassification
+from transformers import BertForQuestionAnswering, BertForSequenceClassification, RobertaModel
 
 import bert_fast
 from bert_fast import padding
@@ -78,6 +78,45 @@ def test_a_mask_is_not_written_to(grad: bool) -> None:
     with torch.set_grad_enabled(grad):
         model(ids(2, 6), attention_mask=mask)
     assert torch.equal(mask, before)
+
+
+@pytest.mark.parametrize("bounds", [None, [0, 2, 41], [0, 41]])
+def test_a_text_of_robertas_kin_over_the_positions(bounds: list[int] | None) -> None:
+    """Their padding takes no positions, but padding_idx + 1 of the table's are never a token's."""
+    model = bert_fast.accelerate(tiny(RobertaModel, pad_token_id=1, max_position_embeddings=40))
+    given: dict[str, Any] = {"input_ids": ids(1, 41) + 2}
+    if bounds:
+        given |= {"cu_seq_lens_q": tensor(bounds).int(), "max_length_q": bounds[-1] - bounds[-2]}
+    with pytest.raises(ValueError, match=r"input length \d+ exceeds max_position_embeddings = 38"):
+        model(**given)
+
+
+def test_padding_of_robertas_kin_takes_no_positions() -> None:
+    model = bert_fast.accelerate(tiny(RobertaModel, pad_token_id=1, max_position_embeddings=40))
+    tokens = ids(1, 45).clamp(min=2)
+    expected = model(tokens[:, :30])[0]
+    tokens[:, 30:] = 1
+    same(model(tokens, attention_mask=(tokens != 1).long())[0][:, :30], expected)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_an_additive_mask_of_another_dtype(grad: bool) -> None:
+    model, mask = tiny(), torch.zeros(2, 1, 6, 6, device=DEVICE)
+    mask[1, :, :, 3:] = -torch.inf
+    expected = model(ids(2, 6), attention_mask=mask)[0]
+    bert_fast.accelerate(model)
+    with torch.set_grad_enabled(grad):
+        same(model(ids(2, 6), attention_mask=mask.double())[0], expected)
+
+
+def test_embeddings_of_another_dtype_under_autocast() -> None:
+    model = tiny()
+    given = {"inputs_embeds": torch.randn(2, 6, 64, device=DEVICE).bfloat16()}
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        expected = model(**given)[0]
+        found = bert_fast.accelerate(model)(**given)[0]
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
 
 
 def test_inference_first_then_training() -> None:

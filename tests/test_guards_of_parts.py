@@ -101,6 +101,55 @@ def test_a_dropout_of_ones_own() -> None:
     same(model(ids(2, 6))[0], plain(ids(2, 6))[0])
 
 
+class Own(nn.Parameter):
+    """A parameter that may compute otherwise, as sharded and quantised ones do."""
+
+
+ODD = {
+    "dtype": lambda tensor: nn.Parameter(tensor.data.double()),
+    "class": lambda tensor: Own(tensor.data),
+    "none": lambda tensor: None,
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "how"),
+    [
+        (part, name, how)
+        for part in ("dense", "LayerNorm")
+        for name in ("weight", "bias")
+        for how in ODD
+        if part == "LayerNorm" or how != "none"
+    ],
+)
+def test_a_parameter_unlike_the_others(part: str, name: str, how: str) -> None:
+    model = tiny()
+    module = getattr(model.encoder.layer[1].output, part)
+    setattr(module, name, ODD[how](getattr(module, name)))
+    with pytest.raises(ValueError, match=r"parameters (differ in dtype|are Own)|has no weight or"):
+        bert_fast.accelerate(model)
+
+
+def test_a_layer_that_is_called_as_transformers_is() -> None:
+    model = tiny()
+    kind = type(model.encoder.layer[0])
+    model.encoder.layer[0].__class__ = type(kind.__name__, (kind,), {"__module__": __name__})
+    with pytest.raises(ValueError, match="a layer is BertLayer, not transformers' BertLayer"):
+        bert_fast.accelerate(model)
+
+
+@pytest.mark.parametrize("name", ["position_ids", "token_type_ids"])
+def test_positions_and_types_where_none_are_given(name: str) -> None:
+    model = tiny()
+    buffer = getattr(model.embeddings, name)
+    buffer.copy_(1 - buffer % 2)
+    expected = model(ids(2, 6))[0]
+    bert_fast.accelerate(model)
+    for grad in (True, False, False):
+        with torch.set_grad_enabled(grad):
+            same(model(ids(2, 6))[0], expected)
+
+
 def test_a_method_replaced_inside() -> None:
     model = tiny()
     plain = copy.deepcopy(model)
@@ -201,6 +250,58 @@ def test_a_hook_on_the_head_itself() -> None:
     bert_fast.accelerate(model)
     model.cls.register_forward_hook(lambda module, args, output: output * 0)
     assert not model(batch["input_ids"]).logits.any()
+
+
+def without_padding() -> tuple[Any, dict[str, Tensor]]:
+    model, batch = masked()
+    return model, {name: batch[name] for name in ("input_ids", "labels")}
+
+
+class Twice(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+HEAD_PARTS = {
+    "class": lambda head: setattr(head.transform.dense, "__class__", Twice),
+    "dtype": lambda head: setattr(
+        head.transform.dense, "weight", nn.Parameter(head.transform.dense.weight.data.double())
+    ),
+    "no bias": lambda head: setattr(head.transform.LayerNorm, "bias", None),
+}
+
+
+@pytest.mark.parametrize("how", HEAD_PARTS)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_part_of_the_head_of_ones_own(how: str, first: bool) -> None:
+    plain, batch = without_padding()
+    model = bert_fast.accelerate(copy.deepcopy(plain))
+    if first:
+        model(**batch)
+    for one in (plain, model):
+        HEAD_PARTS[how](one.cls.predictions)
+    if how == "dtype":  # as transformers: there is no such product
+        for one in (plain, model):
+            with pytest.raises(RuntimeError, match="dtype"):
+                one(**batch)
+        return
+    expected = plain(**batch)
+    same(model(**batch).loss, expected.loss)
+
+
+def test_tuples_asked_for_by_the_config() -> None:
+    plain, batch = without_padding()
+    plain.config.return_dict = False
+    expected, found = plain(**batch), bert_fast.accelerate(copy.deepcopy(plain))(**batch)
+    assert type(found) is tuple
+    same(found[0], expected[0])
+
+
+def test_labels_of_pairs_in_a_column() -> None:
+    model = tiny(BertForPreTraining)
+    given = {"labels": ids(2, 6), "next_sentence_label": tensor([[0], [1]])}
+    expected = model(ids(2, 6), **given).loss
+    same(bert_fast.accelerate(model)(ids(2, 6), **given).loss, expected)
 
 
 def test_labels_of_one_task_of_two() -> None:
