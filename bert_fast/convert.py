@@ -293,11 +293,14 @@ def _read_whole(modules: Iterable[nn.Module]) -> set[nn.Module]:
 
 def _reads_padding(module: nn.Module) -> bool:
     """Whether a head reads padded positions: a softmax over all of them (question answering), or
-    ColBERT's queries, whose expansion tokens are masked as keys and scored all the same.
+    ColBERT's queries, whose expansion tokens are masked as keys and scored all the same: as
+    sentence-transformers has its setting, and as PyLate has it.
     """
     expansion = getattr(module, "query_expansion", None)
     if isinstance(expansion, Mapping):
         return not expansion.get("attend")
+    if getattr(module, "do_query_expansion", None) is True:
+        return not getattr(module, "attend_to_expansion_tokens", False)
     return type(module).__name__.endswith("ForQuestionAnswering")
 
 

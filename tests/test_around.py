@@ -184,13 +184,16 @@ def test_a_pipeline_is_taken(tmp_path: Path) -> None:
         bert_fast.accelerate("bert-base")
 
 
-@pytest.mark.parametrize("how", ["asked", "colbert"])
+@pytest.mark.parametrize("how", ["asked", "colbert", "pylate"])
 def test_padding_is_kept_for_who_reads_it(how: str) -> None:
     class Queries(nn.Module):
         def __init__(self, model: nn.Module, attend: bool) -> None:
             super().__init__()
             self.model = model
-            self.query_expansion = {"strategy": "fixed", "attend": attend, "length": 20}
+            if how == "pylate":
+                self.do_query_expansion, self.attend_to_expansion_tokens = True, attend
+            else:
+                self.query_expansion = {"strategy": "fixed", "attend": attend, "length": 20}
 
     plain = tiny()
     ours = copy.deepcopy(plain)

@@ -111,6 +111,9 @@ def test_ids_outside_the_vocabulary(value: int) -> None:
         model(tokens)
     with pytest.raises(IndexError, match="7"):
         model(ids(2, 6), token_type_ids=torch.full((2, 6), 7))
+    for wrong in (LIMIT, -1):
+        with pytest.raises(IndexError, match=str(wrong)):
+            model(ids(2, 6), position_ids=torch.full((1, 6), wrong))
 
 
 @pytest.mark.parametrize("shape", [(0, 6), (2, 0), (0, 0)])
@@ -151,6 +154,13 @@ def test_ids_outside_a_table_are_nan_by_triton() -> None:
     ids[1], ids[2] = words.shape[0], -1
     y = op(ids, *sample[1:], backend="triton")
     assert y[1:3].isnan().all() and y[3:].isfinite().all() and y[0].isfinite().all()
+    for name, table in (("token_type_ids", "token_type"), ("position_ids", "position")):
+        args = list(sample)
+        at = op.names.index(name)
+        args[at] = args[at].clone()
+        args[at][1], args[at][2] = args[op.names.index(table)].shape[0], -1
+        y = op(*args, backend="triton")
+        assert y[1:3].isnan().all() and y[3:].isfinite().all() and y[0].isfinite().all(), name
 
 
 def test_a_tensor_without_memory_is_no_weight() -> None:

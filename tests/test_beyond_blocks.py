@@ -53,6 +53,24 @@ def biased(d: Draw, *shape: int, skip: Sequence[int] = ()) -> tuple[Any, ...]:
     return tuple(args)
 
 
+def beyond_all(d: Draw) -> tuple[Any, ...]:
+    """Attention over more keys than any kernel takes at once (the C++ one: 256), with all else."""
+    args = list(d.attention((300,), 16, p=0.25))
+    args[3] = d(1, 2, 300, 300)
+    return tuple(args)
+
+
+def without_residual(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return args[0], None, None, *args[3:]
+
+
+def narrower(d: Draw) -> tuple[Any, ...]:
+    """Attention in bf16 with a bias in fp32."""
+    args = list(d.attention((20, 7), 16))
+    args[0], args[3] = args[0].bfloat16(), d(2, 2, 20, 20)
+    return tuple(args)
+
+
 def descending(d: Draw) -> tuple[Any, ...]:
     """Attention whose first keys have by far the largest scores."""
     args = d.attention((40, 35), 16)
@@ -71,6 +89,17 @@ def tails(d: Draw, activation: str, least: float = -60.0) -> tuple[Any, ...]:
 # most; and what is far from 0.
 AGAIN = {
     "dropout": ("attention", lambda d: d.attention((40, 35), 16, p=0.25)),
+    "dropout_and_a_block_of_hidden_keys": (
+        "attention", lambda d: d.attention((70, 35), 16, p=0.25, skip=(37, 1))
+    ),
+    "dropout_and_hidden_keys": (
+        "attention", lambda d: d.attention((20, 13), 16, p=0.25, skip=(1, 2))
+    ),
+    "first_sequence_without_keys": (
+        "attention", lambda d: d.attention((20, 30), 16, skip=(20, 0))
+    ),
+    "dropout_and_bias_beyond_a_block": ("attention", beyond_all),
+    "bias_of_another_dtype": ("attention", narrower),
     "bias": ("attention", lambda d: biased(d, 2, 2, 40, 40)),
     "bias_of_each_sequence": ("attention", lambda d: biased(d, 2, 1, 40, 40)),
     "bias_of_each_head": ("attention", lambda d: biased(d, 1, 2, 40, 40)),
@@ -79,6 +108,8 @@ AGAIN = {
     "largest_scores_first": ("attention", descending),
     "parts": ("add_layernorm", lambda d: d.rows(140, 16)),
     "wide_rows": ("add_layernorm", lambda d: d.rows(9, 4104)),
+    "wide_dropout": ("add_layernorm", lambda d: d.rows(3, 1031, 0.1)),
+    "dropout_alone": ("add_layernorm", lambda d: without_residual(d.rows(3, 8, 0.3))),
     "wide_tables": ("embed_layernorm", lambda d: d.embeddings(5, 4104, 0.1)),
     "tiles": ("bias_gelu", lambda d: (d(41, 1031), d(1031), "gelu")),
     "gelu_tanh": ("bias_gelu", lambda d: tails(d, "gelu_tanh")),
@@ -99,6 +130,8 @@ AGAIN = {
 )
 def test_round_again(case: str, backend: str) -> None:
     name, make = AGAIN[case]
+    if interpreted(backend) and make is beyond_all:
+        pytest.skip("it would take half a minute")
     args = make(Draw(torch.float32))
     skip_unless_willing(name, backend, args)
     expected, op = truth_of(OPS[name], args), OPS[name]

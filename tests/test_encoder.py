@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import weakref
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from bert_fast import ops
 from bert_fast.modeling import encode
 from bert_fast.one_call import forget_call
 from bert_fast.ops import OPS
-from bert_fast.ops.backends import ISAS, best_isa, openmp
+from bert_fast.ops.backends import ISAS, best_isa, has_isa, openmp
 from bert_fast.ops.weight_copies import _copies, forget
 
 from .models import ids, masks, tiny
@@ -104,6 +105,26 @@ def test_a_row_may_be_asked_for_often() -> None:
         for some in (None, rows)
     )
     torch.testing.assert_close(often, every[rows], rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_kept_of_weights_for_one_call_is_not_anothers() -> None:
+    args = next(s.args for s in OPS["encoder"].samples(torch.device("cpu"), torch.float32))
+    x, bounds, _, _, _, weights, heads, longest, eps, *_ = args
+    run = functools.partial(ops.encoder, x, bounds, longest, weights)
+    for other in (heads, 2 * heads):
+        found, expected = run(other, eps, backend=ISA), run(other, eps, backend="reference")
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    if has_isa(ISAS["avx2"]):  # what has products in 8 bits
+        found = run(heads, eps, int8=True)
+        assert 1e-4 < (found - run(heads, eps)).abs().max() < 0.5
+
+
+def test_vectors_of_any_stride() -> None:
+    args = next(s.args for s in OPS["encoder"].samples(torch.device("cpu"), torch.float32))
+    x, bounds, _, _, _, weights, heads, longest, eps, *_ = args
+    strided = [w if w.dim() == 2 else torch.stack([w, 0 * w], 1)[:, 0] for w in weights]
+    found, expected = (ops.encoder(x, bounds, longest, w, heads, eps) for w in (strided, weights))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

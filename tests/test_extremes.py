@@ -102,3 +102,27 @@ def test_scores_beyond_fp16_before_they_are_scaled(width: int, dtype: torch.dtyp
     torch.testing.assert_close(found.double(), expected, rtol=0.05, atol=0.05)
     grads = leaf.grad[:, 2].double(), exact.grad[:, 2]  # of v
     torch.testing.assert_close(*grads, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale", [1.0, 1e-7, 5e4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", [b for op, b in BACKENDS if op == "bias_gelu"])
+def test_a_sum_is_rounded_as_by_pytorch(backend: str, dtype: torch.dtype, scale: float) -> None:
+    """To the nearest, of two as near to the even one; fp16 has subnormals, and ends at 65,504."""
+    generator = torch.Generator().manual_seed(0)
+    x, bias = (
+        (torch.rand(*shape, generator=generator) * scale).to(DEVICE, dtype)
+        for shape in ((50, 80), (80,))
+    )
+    skip_unless_willing("bias_gelu", backend, (x, bias, "relu"))
+    assert torch.equal(ops.bias_gelu(x, bias, "relu", backend=backend), (x + bias).relu())
+
+
+@pytest.mark.parametrize("backend", [b for op, b in BACKENDS if op == "bias_gelu" and b in ISAS])
+def test_gelu_far_below_0(backend: str) -> None:
+    x = torch.linspace(-6.0, -5.0, 64)[None]
+    skip_unless_willing("bias_gelu", backend, (x, None, "gelu"))
+    expected = torch.nn.functional.gelu(x.double())
+    found = ops.bias_gelu(x, None, "gelu", backend=backend)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0.0)

@@ -178,6 +178,20 @@ def test_gradient_of_the_feed_forward_network() -> None:
         ops.feed_forward_fp8(x, up, None, down.requires_grad_())
 
 
+@pytest.mark.gpu
+@FAST
+def test_a_bias_written_to_is_taken() -> None:
+    x, up, down = (normal(*shape).bfloat16() for shape in ((6, 64), (80, 64), (64, 80)))
+    bias = torch.zeros(80, dtype=torch.bfloat16, device=DEVICE)
+    for value in (0.0, 500.0):
+        bias.fill_(value)
+        found, expected = (
+            ops.feed_forward_fp8(x, up, bias, down, backend=name).float()
+            for name in ("triton", "reference")
+        )
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05 * expected.std().item())
+
+
 # -- the model --------------------------------------------------------------------------------
 
 

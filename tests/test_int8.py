@@ -190,6 +190,15 @@ def test_a_head_gets_int8_states() -> None:
 
 
 @FAST
+def test_a_weight_of_both_products() -> None:
+    x, weight = torch.randn(3, 64), torch.randn(40, 64)
+    ops.linear(x, weight, None)
+    torch.testing.assert_close(
+        public(x, weight, None), public(x, weight, None, backend="reference"), rtol=0.02, atol=0.02
+    )
+
+
+@FAST
 def test_a_weight_written_to_is_packed_again() -> None:
     ours = bert_fast.accelerate(tiny(), dtype="int8")
     with torch.inference_mode():

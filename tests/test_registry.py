@@ -174,13 +174,17 @@ BAD = {
     "mixed dtypes": (TypeError, "add_layernorm: weight is torch.float64, x is torch.float32"),
     "bad p": (ValueError, "add_layernorm: p is 1.5, expected 0 <= p < 1"),
     "no seed": (ValueError, "add_layernorm: p is 0.5 but seed is None"),
+    "all dropped": (ValueError, "add_layernorm: p is 1.0, expected 0 <= p < 1"),
+    "seed of int32": (ValueError, r"seed is torch.int32 of shape \(1,\), expected int64 \(1,\)"),
+    "two seeds": (ValueError, r"seed is torch.int64 of shape \(2,\), expected int64 \(1,\)"),
+    "on another device": (ValueError, "add_layernorm: weight is on meta, x on cpu"),
     "not a tensor": (TypeError, "add_layernorm: bias is 3.0, expected a Tensor"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_arguments(case: str) -> None:
-    weight, bias, p = torch.ones(8), torch.zeros(8), 0.0
+    weight, bias, p, seed = torch.ones(8), torch.zeros(8), 0.0, None
     if case == "wrong hidden":
         weight = torch.ones(9)
     elif case == "mixed dtypes":
@@ -189,11 +193,26 @@ def test_bad_arguments(case: str) -> None:
         p = 1.5
     elif case == "no seed":
         p = 0.5
+    elif case == "all dropped":
+        p, seed = 1.0, torch.tensor([3])
+    elif case == "seed of int32":
+        p, seed = 0.5, torch.tensor([3], dtype=torch.int32)
+    elif case == "two seeds":
+        p, seed = 0.5, torch.tensor([3, 4])
+    elif case == "on another device":
+        weight = weight.to("meta")
     else:
         bias = 3.0
     error, message = BAD[case]
     with pytest.raises(error, match=message):
-        ops.add_layernorm(torch.randn(3, 8), None, None, weight, bias, 1e-12, p)
+        ops.add_layernorm(torch.randn(3, 8), None, None, weight, bias, 1e-12, p, seed)
+
+
+def test_autocast_is_on_after_a_call_that_is_refused() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ValueError, match="bias has shape"):
+            ops.bias_gelu(torch.randn(2, 3), torch.randn(4))
+        assert torch.is_autocast_enabled("cpu")
 
 
 def test_bad_arguments_of_other_ops() -> None:
@@ -208,6 +227,13 @@ def test_bad_arguments_of_other_ops() -> None:
         ops.attention(torch.randn(3, 2, 1, 8), bounds, 3, 1.0)
     with pytest.raises(ValueError, match=r"linear: weight has shape \(4, 9\), expected \(N, 8\)"):
         ops.linear(x, torch.randn(4, 9), None)
+    word, norm = torch.randn(10, 8), (torch.ones(8), torch.zeros(8), 1e-12)
+    for wrong in (torch.int16, torch.uint8, torch.bool, torch.float32):
+        some = torch.zeros(3, dtype=wrong)
+        with pytest.raises(TypeError, match=rf"input_ids is {wrong}, expected int32 or int64"):
+            ops.embed_layernorm(some, None, some.long(), word, word, None, *norm)
+    with pytest.raises(TypeError, match=r"indices is torch\.float64, expected int64"):
+        ops.unpad(x, torch.zeros(1, dtype=torch.float64))
     with pytest.raises(TypeError, match=r"indices is torch\.int32, expected int64"):
         ops.unpad(x, torch.tensor([0], dtype=torch.int32))
 

@@ -10,6 +10,7 @@ import torch
 from bert_fast.ops import OPS
 from bert_fast.ops.backends import triton_interprets, triton_missing, triton_module
 
+from .guard import guarded_allocations
 from .parity import DEVICE, results, truth_of, violations
 from .test_large import Draw
 
@@ -33,15 +34,21 @@ def holds(name: str, args: tuple[Any, ...]) -> None:
 def test_several_rows_a_program(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_module("tiles"), "MANY_ROWS", 8)
     draw = Draw(torch.float32)
-    holds(name, (draw.rows if name == "add_layernorm" else draw.embeddings)(67, 16, 0.1))
+    args = (draw.rows if name == "add_layernorm" else draw.embeddings)(67, 16, 0.1)
+    holds(name, args)
+    with guarded_allocations():
+        OPS[name](*args, backend="triton")
 
 
 def test_several_rows_a_program_in_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     quantize, x = triton_module("linear_fp8").quantize, Draw(torch.float32)(13, 37)
-    q, scale, _ = quantize(x)
+    reach = torch.tensor([1.0, 0.0], device=DEVICE)
+    expected = quantize(x, reach)
     monkeypatch.setattr(triton_module("tiles"), "MANY_ROWS", 8)
-    again, same, _ = quantize(x)
-    assert torch.equal(q.float(), again.float()) and torch.equal(scale, same)
+    with guarded_allocations():
+        found = quantize(x, reach)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.float(), other.float())
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the tiles are put in for the interpreter's")
@@ -51,7 +58,9 @@ def test_tiles_of_256_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(linear.HALF, "interpreter", tiles)
     linear.config.cache_clear()
     try:
-        holds("linear", Draw(torch.float32).linear(20, 16, 300))
+        args = Draw(torch.float32).linear(20, 16, 300)
+        holds("linear", args)
+        holds("linear_gelu", (*args, "gelu"))
     finally:
         linear.config.cache_clear()
 
@@ -62,5 +71,25 @@ def test_descriptors_want_lines_of_16_bytes() -> None:
     weight = torch.zeros(80, 96, dtype=half, device=DEVICE)
     x, y = flat[: 80 * 96].view(80, 96), torch.zeros(80, 80, dtype=half, device=DEVICE)
     assert fits("sm90", x, weight.t(), y)
+    assert not fits("sm90", x, weight[:70].t(), torch.zeros(80, 70, dtype=half, device=DEVICE))
     assert not fits("sm90", flat[1 : 1 + 80 * 96].view(80, 96), weight.t(), y)
     assert not fits("sm90", torch.zeros(80, 97, dtype=half, device=DEVICE)[:, :96], weight.t(), y)
+
+
+def test_only_what_allows_it_is_multiplied_in_tf32() -> None:
+    precision, matmul = triton_module("tiles").precision, torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for allowed in ("ieee", "tf32"):
+            matmul.fp32_precision = allowed
+            assert precision(torch.float32) == allowed
+            assert precision(torch.bfloat16) == "ieee"
+    finally:
+        matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.25])
+def test_scores_are_scaled_by_more_than_0(scale: float) -> None:
+    qkv, bounds, *_ = Draw(torch.float32).attention((5, 3), 16)
+    with pytest.raises(ValueError, match="scale is"):
+        OPS["attention"](qkv, bounds, None, None, 5, scale, 0.0, None, backend="triton")

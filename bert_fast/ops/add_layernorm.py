@@ -53,7 +53,7 @@ def check(x, linear_bias, residual, weight, bias, eps, p, seed) -> None:
 
 def fake(x, linear_bias, residual, weight, bias, eps, p, seed, *, save) -> tuple[Tensor, ...]:
     statistics = x.new_empty(x.shape[0], dtype=torch.float32)
-    return torch.empty_like(x), statistics, torch.empty_like(statistics)
+    return x.new_empty(x.shape), statistics, torch.empty_like(statistics)
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:

@@ -21,6 +21,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from . import checks
 from .backends import triton_kernel, widest_row
 from .bias_gelu import activate
 from .linear import cost
@@ -90,7 +91,8 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
     for sample in linear_samples(device, dtype):
         yield Sample(sample.name, (*sample.args, "none"))
     x, weight, bias = next(iter(linear_samples(device, dtype))).args
-    yield Sample("gelu", (x, weight, bias, "gelu"))
+    for activation in checks.ACTIVATIONS:
+        yield Sample(activation, (x, weight, bias, activation))
     outlier = x.clone()
     outlier[:, 5] = 400
     yield Sample("outlier", (outlier, weight, bias, "none"))

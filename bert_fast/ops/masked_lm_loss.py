@@ -60,8 +60,8 @@ def fake(x, weight, bias, labels, all_scored, *, save) -> tuple[Tensor, ...]:
     wide = sums_dtype(x)
     return (
         x.new_empty((), dtype=wide),
-        torch.empty_like(x, dtype=wide),
-        torch.empty_like(weight, dtype=wide),
+        x.new_empty(x.shape, dtype=wide),
+        x.new_empty(weight.shape, dtype=wide),
         x.new_empty(weight.shape[0], dtype=wide),
         x.new_empty((), dtype=wide),
     )
@@ -128,6 +128,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
         ("one_token", 1, 32, 50, 1.0, True),
         # More rows than are held at a time.
         ("chunks", 1300, 8, 51, 0.9, True),
+        ("chunks_of_every_row", 1300, 8, 51, 1.0, True),
     ):
         labels = torch.randint(vocabulary, (tokens,), generator=generator)
         labels[torch.rand(tokens, generator=generator) >= share] = IGNORED

@@ -68,6 +68,8 @@ def why_not(x: Tensor, weight: Tensor, *rest: Any) -> list[str]:
         found.append("torch was built without oneDNN")
     if x.shape[0] == 0:
         found.append("no tokens")
+    if not weight.numel():
+        found.append("the weight is empty")
     if x.dtype == torch.float32:
         # Up to 3.4 times ATen's error, where 2 are allowed: at K = 768 with AVX2, and with AVX-512
         # in some cases of `bert-fast bench`.
