@@ -22,6 +22,7 @@ from bert_fast.modeling import encode
 from bert_fast.one_call import forget_call
 from bert_fast.ops import OPS
 from bert_fast.ops.backends import ISAS, best_isa, has_isa, openmp
+from bert_fast.ops.encoder import LAYER
 from bert_fast.ops.weight_copies import _copies, forget
 
 from .models import ids, masks, tiny
@@ -117,6 +118,22 @@ def test_what_is_kept_of_weights_for_one_call_is_not_anothers() -> None:
     if has_isa(ISAS["avx2"]):  # what has products in 8 bits
         found = run(heads, eps, int8=True)
         assert 1e-4 < (found - run(heads, eps)).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("inner", [200, 9])
+def test_layers_of_other_widths_and_eps(inner: int) -> None:
+    args = next(s.args for s in OPS["encoder"].samples(torch.device("cpu"), torch.float32))
+    x, bounds, _, _, _, weights, heads, longest, *_ = args
+    first = dict(zip(LAYER, weights[: len(LAYER)], strict=True))
+    hidden = x.shape[1]
+    first |= {"up": torch.randn(inner, hidden) / 8, "up_bias": torch.randn(inner)}
+    first |= {"down": torch.randn(hidden, inner) / 8}
+    layers = [*(first[name] for name in LAYER), *weights[: len(LAYER)]]
+    found, expected = (
+        ops.encoder(x, bounds, longest, layers, heads, 0.3, backend=name)
+        for name in (ISA, "reference")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_vectors_of_any_stride() -> None:
