@@ -124,6 +124,7 @@ def test_what_is_kept_of_weights_for_one_call_is_not_anothers() -> None:
 def test_layers_of_other_widths_and_eps(inner: int) -> None:
     args = next(s.args for s in OPS["encoder"].samples(torch.device("cpu"), torch.float32))
     x, bounds, _, _, _, weights, heads, longest, *_ = args
+    torch.manual_seed(0)
     first = dict(zip(LAYER, weights[: len(LAYER)], strict=True))
     hidden = x.shape[1]
     first |= {"up": torch.randn(inner, hidden) / 8, "up_bias": torch.randn(inner)}

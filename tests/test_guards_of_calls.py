@@ -109,16 +109,6 @@ def test_an_additive_mask_of_another_dtype(grad: bool) -> None:
         same(model(ids(2, 6), attention_mask=mask.double())[0], expected)
 
 
-def test_embeddings_of_another_dtype_under_autocast() -> None:
-    model = tiny()
-    given = {"inputs_embeds": torch.randn(2, 6, 64, device=DEVICE).bfloat16()}
-    with torch.autocast(DEVICE.type, torch.bfloat16):
-        expected = model(**given)[0]
-        found = bert_fast.accelerate(model)(**given)[0]
-    assert found.dtype == expected.dtype
-    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
-
-
 def test_inference_first_then_training() -> None:
     """What is kept of positions serves both."""
     padding._progression.cache_clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -169,43 +170,49 @@ def test_a_gradient_of_a_gradient_raises() -> None:
             torch.autograd.grad(loss, x, create_graph=True)
 
 
-BAD = {
-    "wrong hidden": (ValueError, r"add_layernorm: weight has shape \(9,\), expected \(8,\)"),
-    "mixed dtypes": (TypeError, "add_layernorm: weight is torch.float64, x is torch.float32"),
-    "bad p": (ValueError, "add_layernorm: p is 1.5, expected 0 <= p < 1"),
-    "no seed": (ValueError, "add_layernorm: p is 0.5 but seed is None"),
-    "all dropped": (ValueError, "add_layernorm: p is 1.0, expected 0 <= p < 1"),
-    "seed of int32": (ValueError, r"seed is torch.int32 of shape \(1,\), expected int64 \(1,\)"),
-    "two seeds": (ValueError, r"seed is torch.int64 of shape \(2,\), expected int64 \(1,\)"),
-    "on another device": (ValueError, "add_layernorm: weight is on meta, x on cpu"),
-    "not a tensor": (TypeError, "add_layernorm: bias is 3.0, expected a Tensor"),
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "wrong hidden": (
+        {"weight": torch.ones(9)},
+        ValueError,
+        r"weight has shape \(9,\), expected \(8,\)",
+    ),
+    "mixed dtypes": (
+        {"weight": torch.ones(8).double()},
+        TypeError,
+        "weight is torch.float64, x is torch.float32",
+    ),
+    "on another device": (
+        {"weight": torch.ones(8, device="meta")},
+        ValueError,
+        "weight is on meta, x on cpu",
+    ),
+    "not a tensor": ({"bias": 3.0}, TypeError, "bias is 3.0, expected a Tensor"),
+    "bad p": ({"p": 1.5}, ValueError, "p is 1.5, expected 0 <= p < 1"),
+    "all dropped": (
+        {"p": 1.0, "seed": torch.tensor([3])},
+        ValueError,
+        "p is 1.0, expected 0 <= p < 1",
+    ),
+    "no seed": ({"p": 0.5}, ValueError, "p is 0.5 but seed is None"),
+    "seed of int32": (
+        {"p": 0.5, "seed": torch.tensor([3]).int()},
+        TypeError,
+        "seed is torch.int32, expected int64",
+    ),
+    "two seeds": (
+        {"p": 0.5, "seed": torch.tensor([3, 4])},
+        ValueError,
+        r"seed has shape \(2,\), expected \(1,\)",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_arguments(case: str) -> None:
-    weight, bias, p, seed = torch.ones(8), torch.zeros(8), 0.0, None
-    if case == "wrong hidden":
-        weight = torch.ones(9)
-    elif case == "mixed dtypes":
-        weight = weight.double()
-    elif case == "bad p":
-        p = 1.5
-    elif case == "no seed":
-        p = 0.5
-    elif case == "all dropped":
-        p, seed = 1.0, torch.tensor([3])
-    elif case == "seed of int32":
-        p, seed = 0.5, torch.tensor([3], dtype=torch.int32)
-    elif case == "two seeds":
-        p, seed = 0.5, torch.tensor([3, 4])
-    elif case == "on another device":
-        weight = weight.to("meta")
-    else:
-        bias = 3.0
-    error, message = BAD[case]
-    with pytest.raises(error, match=message):
-        ops.add_layernorm(torch.randn(3, 8), None, None, weight, bias, 1e-12, p, seed)
+    changes, error, message = BAD[case]
+    given = {"weight": torch.ones(8), "bias": torch.zeros(8), "eps": 1e-12, **changes}
+    with pytest.raises(error, match=f"add_layernorm: {message}"):
+        ops.add_layernorm(torch.randn(3, 8), None, None, **given)
 
 
 def test_autocast_is_on_after_a_call_that_is_refused() -> None:

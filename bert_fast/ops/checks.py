@@ -33,9 +33,9 @@ def dropout(op: str, p: float, seed: Tensor | None) -> None:
         raise ValueError(f"bert_fast.{op}: p is {p}, expected 0 <= p < 1")
     if p > 0.0 and seed is None:
         raise ValueError(f"bert_fast.{op}: p is {p} but seed is None; pass an int64 [1] tensor")
-    if seed is not None and (seed.dtype != torch.int64 or seed.shape != (1,)):
-        told = f"seed is {seed.dtype} of shape {tuple(seed.shape)}"
-        raise ValueError(f"bert_fast.{op}: {told}, expected int64 (1,)")
+    shape(op, "seed", seed, (1,))
+    if seed is not None and seed.dtype != torch.int64:
+        raise TypeError(f"bert_fast.{op}: seed is {seed.dtype}, expected int64")
 
 
 def activation(op: str, value: str) -> None:
